@@ -1,0 +1,22 @@
+"""The exact inverse of a deep network's Hessian, and every piece of it, as SciPy linear operators."""
+
+from linop_hess import errors, krylov, lq, plot
+from linop_hess.linearization import Linearization, linearize
+from linop_hess.lq.solver import Solution
+from linop_hess.operators import GaussNewton, Hessian, to_dense
+from linop_hess.operators.inverse import HessianInverse
+
+__all__ = [
+    "GaussNewton",
+    "Hessian",
+    "HessianInverse",
+    "Linearization",
+    "Solution",
+    "errors",
+    "krylov",
+    "linearize",
+    "lq",
+    "plot",
+    "to_dense",
+]
+__version__ = "0.1.0"

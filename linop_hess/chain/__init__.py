@@ -1,0 +1,1 @@
+"""How a torch model becomes a chain of stages with first and second derivatives."""

@@ -1,0 +1,83 @@
+"""First and second derivatives by reverse mode alone.
+
+Double backward (`autograd.grad` of a gradient) is the one route that agrees with finite differences for every module;
+`torch.func.hessian` and forward-over-reverse are silently wrong for some fused operations (docs/method.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ROWS_AT_ONCE = 256
+
+
+def vjps(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
+    """Pull k cotangents back through a recorded graph.
+
+    Parameters
+    ----------
+    output : Tensor, shape (*s)
+    sources : sequence of Tensor
+        What to differentiate with respect to.
+    cotangents : Tensor, shape (k, *s)
+
+    Returns
+    -------
+    list of Tensor
+        For each source its (k, source.numel()) derivatives; zeros where `output` does not depend on it.
+    """
+    k = cotangents.shape[0]
+    if not output.requires_grad:
+        return [source.new_zeros(k, source.numel()) for source in sources]
+    parts = []
+    for start in range(0, k, _ROWS_AT_ONCE):
+        chunk = cotangents[start : start + _ROWS_AT_ONCE]
+        parts.append(_vjps_at_once(output, sources, chunk))
+    return [torch.cat([part[s] for part in parts]) for s in range(len(sources))]
+
+
+def _vjps_at_once(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
+    k = cotangents.shape[0]
+    try:
+        rows = torch.autograd.grad(
+            output, sources, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except RuntimeError:  # an operation without a batching rule
+        single = [
+            torch.autograd.grad(output, sources, c, retain_graph=True, allow_unused=True) for c in cotangents
+        ]
+        rows = tuple(
+            None if single[0][s] is None else torch.stack([row[s] for row in single]) for s in range(len(sources))
+        )
+    return [
+        source.new_zeros(k, source.numel()) if row is None else row.detach().reshape(k, source.numel())
+        for row, source in zip(rows, sources, strict=True)
+    ]
+
+
+def unit_cotangents(like: Tensor) -> Tensor:
+    """All unit cotangents of a tensor, shape (numel, *shape)."""
+    n = like.numel()
+    return torch.eye(n, dtype=like.dtype, device=like.device).view(n, *like.shape)
+
+
+def assert_symmetric(block: Tensor, what: str) -> None:
+    """Raise if a computed second derivative is not symmetric to rounding.
+
+    Raises
+    ------
+    ArithmeticError
+        Naming `what`: torch's derivative of some operation in it is wrong.
+    """
+    if not block.numel():
+        return
+    gap = float((block - block.mT).abs().max())
+    size = float(block.abs().max())
+    if gap > 1e4 * torch.finfo(block.dtype).eps * size:
+        raise ArithmeticError(
+            f"the second derivative of {what} came out asymmetric by {gap:.1e} of {size:.1e}: torch differentiates an "
+            "operation in it wrongly; rewrite it in primitive operations"
+        )

@@ -1,0 +1,120 @@
+"""A torch module as a list of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from linop_hess.errors import UnsupportedModelError
+from linop_hess.chain.convolution import AVERAGE_POOLS, CONVOLUTIONS, AveragePool, Convolution
+from linop_hess.chain.generic import Generic
+from linop_hess.chain.kind import Kind, Layer
+from linop_hess.chain.linear import Embedding, Linear
+from linop_hess.chain.normalization import NORMALIZATIONS
+from linop_hess.chain.pointwise import ELEMENTWISE, Pointwise
+from linop_hess.chain.reshape import RESHAPES, Reshape
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+_LINEAR, _POINTWISE, _GENERIC, _RESHAPE = Linear(), Pointwise(), Generic(), Reshape()
+_CONVOLUTION, _AVERAGE_POOL, _EMBEDDING = Convolution(), AveragePool(), Embedding()
+
+
+def flatten(model: nn.Module, params: Iterable[str]) -> list[Layer]:
+    """Cut a model into layers: `nn.Sequential`, nested ones too, is flattened, every other module is one or two layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+    params : iterable of str
+        Names of the parameters to differentiate.
+
+    Returns
+    -------
+    list of Layer
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a module is random or depends on the batch, or a parameter is shared by two layers.
+    """
+    wanted = set(params)
+    layers: list[Layer] = []
+    owner: dict[int, str] = {}
+    pending = [("", model)]
+    while pending:
+        name, module = pending.pop()
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            inside = [(f"{name}.{child}" if name else child, sub) for child, sub in module._modules.items()]
+            pending.extend((path, sub) for path, sub in reversed(inside) if sub is not None)
+            continue
+        mine = []
+        for key, parameter in module.named_parameters():
+            storage = parameter.untyped_storage().data_ptr() if parameter.numel() else id(parameter)
+            if owner.setdefault(storage, name) != name:
+                raise UnsupportedModelError(
+                    f"parameter {key!r} of layer {name!r} shares its storage with layer {owner[storage]!r}; a chain needs "
+                    "parameters of its own in every layer: untie them, or use linop_hess.Hessian"
+                )
+            if (f"{name}.{key}" if name else key) in wanted:
+                mine.append(key)
+        _refuse_random(name, module)
+        layers += [Layer(name, module, kind, part) for kind, part in _parts(module, tuple(mine))]
+    return layers
+
+
+def _parts(module: nn.Module, params: tuple[str, ...]) -> list[tuple[Kind, tuple[str, ...]]]:
+    """The kinds of layer a module falls into, and the parameters of each."""
+    known = type(module)
+    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
+        return [(_GENERIC, params)]
+    if known is nn.Linear:
+        return [(_LINEAR, params)]
+    if known in ELEMENTWISE:
+        return [(_POINTWISE, ())]
+    if known in RESHAPES or isinstance(module, _DROPOUTS):
+        return [(_RESHAPE, ())]
+    if known in CONVOLUTIONS and module.groups == 1:
+        return [(_CONVOLUTION, params)]
+    if known in AVERAGE_POOLS:
+        return [(_AVERAGE_POOL, ())]
+    if known is nn.Embedding:
+        return [(_EMBEDDING, params)]
+    if known in NORMALIZATIONS:
+        kinds = NORMALIZATIONS[known]
+        if len(kinds) == 2 and module.weight is None:
+            kinds = kinds[:1]
+        return [(kind, params if kind is kinds[-1] else ()) for kind in kinds]
+    return [(_GENERIC, params)]
+
+
+def _refuse_random(name: str, module: nn.Module) -> None:
+    for path, part in module.named_modules():
+        full = ".".join(piece for piece in (name, path) if piece)
+        kind = type(part).__name__
+        if part.training and (
+            (isinstance(part, _DROPOUTS) and part.p > 0)
+            or isinstance(part, nn.RReLU)
+            or (isinstance(part, (nn.MultiheadAttention, nn.RNNBase)) and part.dropout > 0)
+        ):
+            raise UnsupportedModelError(
+                f"layer {full!r} ({kind}) is in training mode and random: call model.eval() or {kind}.eval() first"
+            )
+        if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
+            raise UnsupportedModelError(
+                f"layer {full!r} ({kind}) depends on the statistics of its batch: call model.eval() first"
+                + ("" if part.running_mean is not None else ", with track_running_stats=True")
+            )
+        if isinstance(part, nn.Embedding) and (part.max_norm is not None or part.scale_grad_by_freq):
+            raise UnsupportedModelError(
+                f"layer {full!r} (Embedding) uses max_norm or scale_grad_by_freq, which change the table or its gradient: "
+                "construct it without them"
+            )
+
+
+def is_float(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has one of the two supported dtypes."""
+    return tensor.dtype in (torch.float32, torch.float64)

@@ -1,0 +1,43 @@
+"""The exceptions of `linop_hess`: each says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class UnsupportedModelError(ValueError):
+    """The model or loss cannot be treated as a chain of twice differentiable layers.
+
+    The message names the module or operation and what to do about it.
+    """
+
+
+class FactorizationError(np.linalg.LinAlgError):
+    """H + damping·I is singular to working precision, or no method solved with it to tolerance.
+
+    Attributes
+    ----------
+    damping : float
+        The damping that failed.
+    stage : str or None
+        The stage (layer) at which the factorization failed, when one can be named.
+    suggested_damping : float or None
+        A damping that was tried and works.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        damping: float = float("nan"),
+        stage: str | None = None,
+        suggested_damping: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.damping = damping
+        self.stage = stage
+        self.suggested_damping = suggested_damping
+
+
+class NotPositiveDefiniteError(np.linalg.LinAlgError):
+    """A positive definite matrix was needed and H + damping·I is not one."""

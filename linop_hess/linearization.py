@@ -1,0 +1,331 @@
+"""`linearize`: a network's first and second derivatives at its current parameters, as operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from linop_hess.chain.build import Chain, build_chain
+from linop_hess.chain.flatten import is_float
+from linop_hess.lq.plan import Plan, make_plan
+from linop_hess.lq.problem import Problem
+from linop_hess.lq.solver import checked_damping
+from linop_hess.operators import pieces
+from linop_hess.operators.algebra import Permutation, damped
+from linop_hess.operators.autograd import Hessian
+from linop_hess.operators.base import Operator
+from linop_hess.operators.inverse import HessianInverse
+from linop_hess.operators.snapshot import select_parameters
+
+
+def linearize(
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Any], Tensor],
+    inputs: Tensor,
+    targets: Any,
+    *,
+    params: Iterable[str] | None = None,
+    verify: bool | None = None,
+) -> Linearization:
+    """Compute first and second derivatives of loss_fn(model(inputs), targets), layer by layer.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A chain: `nn.Sequential`, nested ones included, of linear and convolutional layers, elementwise activations,
+        average pooling, norms, embeddings, or any other modules that map one tensor to one tensor.
+    loss_fn : callable
+        ``loss_fn(output, target)`` gives a scalar.
+    inputs : Tensor
+        A batch, of the parameters' dtype and device (integers where the first layer is an embedding).
+    targets : object
+        Passed to `loss_fn`.
+    params : iterable of str, optional
+        Names of the parameters to differentiate; the others are constants. Default: all that require gradients.
+    verify : bool, optional
+        Whether to compare with double-backward products on random vectors (`Linearization.verify`). Default: where some layer's
+        derivatives are torch's own second derivatives of a whole module.
+
+    Returns
+    -------
+    Linearization
+        A snapshot: later changes of the model do not change it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model is not such a chain, is random, or shares parameters between layers.
+    ValueError
+        If the loss is not scalar, nothing is trainable, or a value or derivative is NaN or Inf (the layer is named).
+    TypeError
+        If inputs or parameters have an unusable dtype.
+
+    Notes
+    -----
+    Kinks, as of ReLU, get the second derivative that holds almost everywhere: zero.
+    """
+    names = select_parameters(model, params)
+    parameter = dict(model.named_parameters())[names[0]]
+    _check_inputs(model, inputs, parameter)
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
+    chain = build_chain(model, loss_fn, inputs, targets, names)
+    lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names))
+    if verify or (verify is None and chain.unverified):
+        lin.verify()
+    return lin
+
+
+class Reference:
+    """What `Linearization.verify` compares with: the model by autograd, as it was."""
+
+    def __init__(
+        self, model: nn.Module, loss_fn: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any, names: Any
+    ) -> None:
+        self.model, self.loss_fn, self.inputs, self.targets, self.names = model, loss_fn, inputs, targets, names
+        self.versions = self._versions()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for p in self.model.parameters()]
+
+    def hessian(self) -> Hessian:
+        """Return the Hessian by double backward.
+
+        Raises
+        ------
+        RuntimeError
+            If the model changed since.
+        """
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "the model's parameters changed since linearize(): the linearization is still right for the old ones, but "
+                "can no longer be compared with the model; verify before changing it"
+            )
+        return Hessian(
+            self.model, self.loss_fn, (self.inputs, self.targets), params=self.names, check_deterministic=False
+        )
+
+
+class Linearization:
+    """First and second derivatives of a chain, as operators. Made by `linearize`.
+
+    Attributes
+    ----------
+    loss : float
+    names : tuple of str
+        The parameters, in the order of the flat vectors, which is that of `model.named_parameters()`.
+    problem : lq.Problem
+        The LQ problem behind every operator.
+    """
+
+    def __init__(self, chain: Chain, reference: Reference | None = None) -> None:
+        self.problem: Problem = chain.problem
+        self.loss = chain.loss
+        self.names = chain.names
+        self._chain = chain
+        self._reference = reference
+
+    @property
+    def gradient(self) -> np.ndarray:
+        """Gradient of the loss, shape (N,), a fresh array."""
+        return self._chain.gradient.cpu().numpy().copy()
+
+    @cached_property
+    def M(self) -> Operator:
+        """M, unit lower block bidiagonal with −F_l."""
+        return pieces.Transition(self.problem)
+
+    @cached_property
+    def M_inv(self) -> Operator:
+        """M⁻¹, by substitution."""
+        return pieces.InverseTransition(self.problem)
+
+    @cached_property
+    def P(self) -> Operator:
+        """P, the block down-shift (z_1..z_L) to (z_0..z_{L−1})."""
+        return pieces.Shift(self.problem)
+
+    @cached_property
+    def D_x(self) -> Operator:
+        """D_x, block diagonal with G_l."""
+        return pieces.ParameterJacobian(self.problem)
+
+    @cached_property
+    def DD_xx(self) -> Operator:
+        """D_D D_xx, block diagonal with A_l."""
+        return pieces.ParameterCurvature(self.problem)
+
+    @cached_property
+    def DD_zx(self) -> Operator:
+        """D_D D_zx, block diagonal with B_l."""
+        return pieces.MixedCurvature(self.problem)
+
+    @property
+    def DM_xz(self) -> Operator:
+        """D_M D_xz, the adjoint of `DD_zx`."""
+        return self.DD_zx.H
+
+    @cached_property
+    def DM_zz(self) -> Operator:
+        """D_M D_zz, block diagonal with C_l."""
+        return pieces.StateCurvature(self.problem)
+
+    @cached_property
+    def H(self) -> Operator:
+        """The Hessian, shape (N, N)."""
+        return pieces.ChainHessian(self.problem)
+
+    def damped(self, damping: float) -> Operator:
+        """H + damping·I.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        """
+        return damped(self.H, checked_damping(damping))
+
+    def augmented(self, damping: float) -> Operator:
+        """𝒦 at `damping`, in the unknowns (x, y, z).
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        """
+        return pieces.Augmented(self.problem, checked_damping(damping))
+
+    @cached_property
+    def permutation(self) -> Permutation:
+        """Π, which regroups (x, y, z) layer by layer."""
+        return pieces.layerwise_permutation(self.problem)
+
+    def block_tridiagonal(self, damping: float) -> Operator:
+        """𝒦' = Π 𝒦 Πᵀ, block tridiagonal with the blocks of `block_sizes`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        """
+        return self.permutation @ self.augmented(damping) @ self.permutation.T
+
+    @property
+    def block_sizes(self) -> np.ndarray:
+        """Sizes p_l + 2 n_l of the blocks of 𝒦', shape (L,)."""
+        return self.problem.p + 2 * self.problem.n_out
+
+    def gauss_newton(self) -> GaussNewtonLinearization:
+        """Return the generalized Gauss-Newton matrix: of all curvature only the loss's is kept."""
+        return GaussNewtonLinearization(self.problem.without_curvature())
+
+    def plan(self, damping: float) -> Plan:
+        """Flops, bytes and modelled time of each method, and the choice of ``method="auto"``; print it.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        """
+        return make_plan(self.problem, checked_damping(damping))
+
+    def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
+        """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
+        return HessianInverse(self.problem, damping, method, tolerance=tolerance)
+
+    def verify(self, probes: int = 2) -> float:
+        """Compare `H` with double-backward products on random vectors.
+
+        Parameters
+        ----------
+        probes : int
+            Number of random vectors.
+
+        Returns
+        -------
+        float
+            The largest relative difference, about 1e-13 in float64 when all is well.
+
+        Raises
+        ------
+        ArithmeticError
+            If they disagree; the message names the layers suspected.
+        RuntimeError
+            If the model changed since, or there is no model to compare with.
+        """
+        if probes < 1:
+            raise ValueError(f"probes must be at least 1, got {probes}")
+        if self._reference is None:
+            raise RuntimeError("this linearization was stored without its model, so it cannot be compared with it")
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64)
+        v = v.to(self.problem.dtype).to(self.problem.device)
+        theirs = self._reference.hessian() @ v
+        gap = (self.H @ v - theirs).abs()
+        scale = float(theirs.abs().max())
+        worst = float(gap.max())
+        if worst <= 1e-8 * scale if self.problem.dtype == torch.float64 else worst <= 1e-2 * scale:
+            return worst / scale if scale else 0.0
+        raise ArithmeticError(
+            f"the Hessian differs from double backward by {worst:.1e} of {scale:.1e}; suspected: {self._suspects(gap)}. "
+            "Do not use this linearization; rewrite those layers in primitive operations"
+        )
+
+    def _suspects(self, gap: Tensor) -> str:
+        if self._chain.unverified:
+            return ", ".join(map(repr, self._chain.unverified))
+        by_stage = np.add.reduceat(
+            np.append(gap.max(1).values.cpu().numpy(), 0.0), self.problem.x_offsets[:-1]
+        ) * (self.problem.p > 0)
+        return f"at or after stage {self.problem.name(int(by_stage.argmax()))}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the model, which may not pickle; everything but `verify` survives."""
+        return {**self.__dict__, "_reference": None}
+
+
+class GaussNewtonLinearization(pieces.ChainHessian):
+    """The generalized Gauss-Newton matrix of a chain, an operator of shape (N, N), with `damped` and `inverse`."""
+
+    def damped(self, damping: float) -> Operator:
+        """Return this matrix + damping·I.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        """
+        return damped(self, checked_damping(damping))
+
+    def plan(self, damping: float) -> Plan:
+        """Flops, bytes and modelled time of each method, and the choice of ``method="auto"``."""
+        return make_plan(self.problem, checked_damping(damping))
+
+    def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
+        """(GGN + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
+        return HessianInverse(self.problem, damping, method, tolerance=tolerance)
+
+
+def _check_inputs(model: nn.Module, inputs: Tensor, parameter: Tensor) -> None:
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be a torch tensor, got {type(inputs).__name__}: use torch.as_tensor(...)")
+    if inputs.device != parameter.device:
+        raise ValueError(f"inputs are on {inputs.device}, the model is on {parameter.device}: move one of them")
+    if inputs.is_complex():
+        raise TypeError("inputs are complex; a chain is real: split them into real and imaginary parts")
+    if inputs.is_floating_point():
+        if inputs.dtype != parameter.dtype:
+            raise TypeError(f"inputs are {inputs.dtype}, parameters {parameter.dtype}: cast inputs to that")
+        if not bool(torch.isfinite(inputs).all()):
+            raise ValueError("inputs hold NaN or Inf")
+    elif not any(isinstance(module, nn.Embedding) for module in model.modules()):
+        raise TypeError(
+            f"inputs are {inputs.dtype}, but the model has no embedding to take integers: cast them to {parameter.dtype}"
+        )
+    if not is_float(parameter):
+        raise TypeError(f"parameters are {parameter.dtype}, expected float32 or float64")

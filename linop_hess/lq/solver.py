@@ -1,0 +1,285 @@
+"""Certified solves of (H + εI)x = g: refine, measure the backward error, escalate, or raise.
+
+The residual is computed with a product that does not use the factors. A solve that does not reach its tolerance tries
+more robust factorizations in turn; if none reaches it, `FactorizationError` is raised, never a wrong answer returned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linop_hess._memory import require
+from linop_hess.errors import FactorizationError
+from linop_hess.lq import dense, riccati
+from linop_hess.lq.plan import METHODS, Plan, make_plan
+from linop_hess.lq.problem import Problem
+from linop_hess.lq.singular import SingularPivotError
+
+
+class Factorization(Protocol):
+    """What a method's `factor` returns."""
+
+    method: str
+
+    def solve(self, g: Tensor) -> Tensor:
+        """(H + εI)⁻¹ g without refinement, g of shape (N, k)."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        ...
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solution of (H + εI)x = g and what is known of its quality.
+
+    Attributes
+    ----------
+    x : ndarray or Tensor, shape (N,) or (N, k)
+        As the right-hand side came.
+    backward_error : float
+        max over columns of ‖g − (H+εI)x‖ / (‖H+εI‖‖x‖ + ‖g‖): how much H and g would have to be changed, relatively, for x
+        to be exact. ‖H+εI‖ is estimated from below, so this errs on the large side.
+    residual_norm : float
+        max over columns of ‖g − (H+εI)x‖.
+    refinement_steps : int
+    method : str
+        The method whose factors gave x.
+    """
+
+    x: Any
+    backward_error: float
+    residual_norm: float
+    refinement_steps: int
+    method: str
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Backward error a solve must reach: 1e-14 in float64, 1e-6 in float32."""
+    return 1e-14 if dtype == torch.float64 else 1e-6
+
+
+class Solver:
+    """(H + εI)⁻¹ of an LQ problem by a chosen method, with certificate and escalation.
+
+    Parameters
+    ----------
+    problem : Problem
+    damping : float
+        ε; may be zero or negative.
+    method : {"auto", "banded", "riccati", "dense", "ldu"}
+    tolerance : float, optional
+        Backward error to reach; default 1e-14 in float64, 1e-6 in float32.
+    max_refinements : int
+        Refinement steps before a method is given up.
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown or damping or tolerance is not a usable number.
+    MemoryError
+        If the method's estimate exceeds the memory available, before anything is allocated.
+    FactorizationError
+        If H + εI is singular to working precision.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        damping: float,
+        method: str = "auto",
+        *,
+        tolerance: float | None = None,
+        max_refinements: int = 6,
+    ) -> None:
+        if method != "auto" and method not in METHODS:
+            raise ValueError(f"method must be one of {['auto', *METHODS]}, got {method!r}")
+        self.problem = problem
+        self.damping = checked_damping(damping)
+        self.requested = method
+        self.tolerance = default_tolerance(problem.dtype) if tolerance is None else float(tolerance)
+        if not 0.0 < self.tolerance < 1.0:
+            raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
+        self.max_refinements = max_refinements
+        self.plan: Plan = make_plan(problem, self.damping)
+        self._norm_bound = abs(self.damping)
+        self._norm_is_final = False
+        self._factorization: Factorization | None = None
+        self._ladder = self._escalation(self.plan.choice if method == "auto" else method)
+        self._climb()
+
+    def _escalation(self, method: str) -> list[tuple[str, Callable[[Problem, float], Factorization]]]:
+        """Methods to try, in order: the one asked for, then the robust ones that fit."""
+        ladder: list[tuple[str, Callable[[Problem, float], Factorization]]] = [(method, METHODS[method].factor)]
+        if method == "ldu":
+            return ladder
+        if self.plan.fits("banded") and method != "banded":
+            ladder.append(("banded", METHODS["banded"].factor))
+        if self.plan.fits("riccati"):
+            ladder.append(("riccati", riccati.factor_pivoted))
+        if self.plan.fits("dense") and method != "dense":
+            ladder.append(("dense", dense.factor))
+        return ladder
+
+    def _climb(self) -> None:
+        """Factor by the next method of the ladder that does not meet a singular pivot."""
+        stage: int | None = None
+        asked = self._factorization is None
+        while self._ladder:
+            method, factor = self._ladder.pop(0)
+            if asked:
+                self._check_feasible(method)
+                asked = False
+            try:
+                self._factorization = factor(self.problem, self.damping)
+                return
+            except SingularPivotError as error:
+                stage = error.stage if error.stage is not None else stage
+        self._factorization = None
+        self._fail("is singular to working precision", stage)
+
+    def _check_feasible(self, method: str) -> None:
+        cost = self.plan.costs[method]
+        if cost.why_not:
+            raise ValueError(f'method "{method}" cannot be used here: {cost.why_not}')
+        require(cost.nbytes, f'method "{method}" for {self.problem.size} parameters')
+
+    @property
+    def method(self) -> str:
+        """The method whose factors are in use."""
+        return self.factorization.method
+
+    @property
+    def factorization(self) -> Factorization:
+        """The factors in use."""
+        assert self._factorization is not None
+        return self._factorization
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the factors."""
+        return self.factorization.nbytes
+
+    def solve(self, g: Tensor) -> Solution:
+        """Solve for g of shape (N, k); the Solution holds a Tensor of the same shape.
+
+        Raises
+        ------
+        FactorizationError
+            If no method reaches the tolerance.
+        """
+        while True:
+            solution = self._refined(g)
+            if solution.backward_error <= self.tolerance:
+                return solution
+            best = solution
+            if not self._ladder:
+                self._fail(
+                    f"could not be solved to a backward error of {self.tolerance:.0e}; the best was "
+                    f"{best.backward_error:.1e} by method {best.method!r}",
+                    None,
+                )
+            self._climb()
+
+    def _refined(self, g: Tensor) -> Solution:
+        x = self.factorization.solve(g)
+        error, residual, r = self._backward_error(g, x)
+        steps = 0
+        while not error <= self.tolerance and steps < self.max_refinements and math.isfinite(error):
+            candidate = x + self.factorization.solve(r)
+            new_error, new_residual, new_r = self._backward_error(g, candidate)
+            steps += 1
+            if not new_error < error:
+                break
+            stalled = new_error > 0.5 * error
+            x, error, residual, r = candidate, new_error, new_residual, new_r
+            if stalled:
+                break
+        return Solution(x, error, residual, steps, self.method)
+
+    def _backward_error(self, g: Tensor, x: Tensor) -> tuple[float, float, Tensor]:
+        product = self.problem.hessian_product(x, self.damping)
+        r = g - product
+        size_x, size_g, size_r = x.norm(dim=0), g.norm(dim=0), r.norm(dim=0)
+        growth = product.norm(dim=0) / torch.where(size_x > 0, size_x, torch.ones_like(size_x))
+        bound = float(growth.max()) if growth.numel() else 0.0
+        if bound > self._norm_bound and math.isfinite(bound):
+            self._norm_bound = bound
+        error = self._ratio(size_r, size_x, size_g)
+        if not error <= self.tolerance and not self._norm_is_final:
+            self._norm_bound = max(self._norm_bound, self.problem.norm - abs(self.damping))
+            self._norm_is_final = True
+            error = self._ratio(size_r, size_x, size_g)
+        return error, float(size_r.max()) if size_r.numel() else 0.0, r
+
+    def _ratio(self, size_r: Tensor, size_x: Tensor, size_g: Tensor) -> float:
+        scale = self._norm_bound * size_x + size_g
+        ratio = torch.where(scale > 0, size_r / torch.where(scale > 0, scale, 1.0), size_r)
+        error = float(ratio.max()) if ratio.numel() else 0.0
+        return error if math.isfinite(error) else math.inf
+
+    def _fail(self, what: str, stage: int | None) -> None:
+        where = None if stage is None else self.problem.name(stage)
+        suggestion = self._damping_that_works()
+        advice = (
+            f"damping={suggestion:.1e} works"
+            if suggestion is not None
+            else "no damping up to the norm of H works: look at the model for saturated or dead layers"
+        )
+        raise FactorizationError(
+            f"H + damping·I with damping={self.damping:g} {what}"
+            + (f" (met at stage {where})" if where else "")
+            + f"; {advice}.",
+            damping=self.damping,
+            stage=where,
+            suggested_damping=suggestion,
+        )
+
+    def _damping_that_works(self) -> float | None:
+        """Try dampings growing by decades, with a random right-hand side."""
+        norm = self.problem.norm
+        unit = np.finfo(self.problem.numpy_dtype).eps * (norm if norm > 0 else 1.0)
+        generator = torch.Generator().manual_seed(0)
+        g = torch.randn(self.problem.size, 1, generator=generator, dtype=torch.float64)
+        g = g.to(self.problem.dtype).to(self.problem.device)
+        method = METHODS[self.plan.choice]
+        for power in range(2, 17, 2):
+            trial = float(f"{max(abs(self.damping), unit) * 10.0**power:.0e}")
+            try:
+                factors = method.factor(self.problem, trial)
+            except SingularPivotError:
+                continue
+            x = factors.solve(g)
+            for _ in range(2):
+                x = x + factors.solve(g - self.problem.hessian_product(x, trial))
+            r = g - self.problem.hessian_product(x, trial)
+            if float(r.norm()) <= self.tolerance * (norm * float(x.norm()) + float(g.norm())):
+                return trial
+        return None
+
+
+def checked_damping(damping: float) -> float:
+    """Return damping as a float.
+
+    Raises
+    ------
+    TypeError
+        If it is not a real number.
+    ValueError
+        If it is NaN or infinite.
+    """
+    if isinstance(damping, complex) or not np.isscalar(damping) or isinstance(damping, str):
+        raise TypeError(f"damping must be a real number, got {damping!r}")
+    value = float(damping)  # type: ignore[arg-type]
+    if not math.isfinite(value):
+        raise ValueError(f"damping must be finite, got {value}")
+    return value

@@ -1,0 +1,224 @@
+"""The data of an empirical risk: one batch, or an iterable of batches with the weights that make sums exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+_ONE_BATCH = "One batch is a tuple (inputs, targets); several are a list of such tuples or a DataLoader."
+
+
+class Batches:
+    """Pairs of inputs and targets that can be gone through again and again, each with its weight.
+
+    The risk is Σ_b w_b ℓ_b with ℓ_b the loss of batch b: w_b = 1 where the loss sums over samples, n_b / Σ
+    n_b where it averages, so that the risk is the loss of all data at once however they are cut into batches.
+
+    Parameters
+    ----------
+    data : tuple or iterable
+        ``(inputs, targets)``, or a re-iterable of such pairs.
+    loss_fn : callable
+        Asked for its `reduction` attribute where `reduction` is not given.
+    reduction : {"sum", "mean"}, optional
+        How `loss_fn` combines the samples of a batch. Needed for several batches only.
+    progress : bool
+        Show a progress bar over batches.
+
+    Attributes
+    ----------
+    count : int
+        The number of batches.
+
+    Raises
+    ------
+    TypeError
+        If the data are neither, a one-shot iterator, or a data set without batches.
+    ValueError
+        If there are no batches, or the weights cannot be told.
+    ImportError
+        If progress is asked for without tqdm.
+    """
+
+    def __init__(
+        self, data: Any, loss_fn: Callable[..., Any], reduction: str | None = None, progress: bool = False
+    ) -> None:
+        if progress:
+            _import_tqdm()
+        self.progress = progress
+        self.data: Iterable[Any] = _as_iterable(data)
+        stated = _stated_reduction(loss_fn)
+        if reduction not in (None, "sum", "mean"):
+            raise ValueError(f'reduction must be "sum" or "mean"; got {reduction!r}.')
+        if reduction is not None and stated is not None and reduction != stated:
+            raise ValueError(
+                f"reduction={reduction!r} contradicts the loss, whose own reduction is {stated!r}. "
+                "Leave reduction out, or change the loss."
+            )
+        self.reduction = reduction or stated
+        self.count = 0
+        self.samples = 0
+        self._survey(loss_fn)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
+        """Yield ``(inputs, targets, weight)`` for each batch."""
+        weighted = self.count > 1 and self.reduction == "mean"
+        batches, samples = 0, 0
+        for batch in self.data:
+            inputs, targets = _as_pair(batch)
+            weight = 1.0
+            if weighted:
+                size = _sample_count(inputs, targets)
+                samples += size
+                weight = size / self.samples
+            batches += 1
+            yield inputs, targets, weight
+        if batches != self.count or (weighted and samples != self.samples):
+            raise ValueError(
+                f"the data gave {self.count} batches when the operator was built and {batches} now (samples: "
+                f"{self.samples} and {samples}). Pass data that are the same on every pass."
+            )
+
+    def tracked(self, title: str) -> Iterable[tuple[Any, Any, float]]:
+        """Return an iterable of the batches, with a progress bar where one was asked for."""
+        if not self.progress:
+            return self
+        return _import_tqdm()(self, desc=title, total=self.count, unit="batch")
+
+    def _survey(self, loss_fn: Callable[..., Any]) -> None:
+        """Count batches and, for a mean over several, samples; check that weights make the mean exact."""
+        pairs = (_as_pair(batch) for batch in self.data)
+        first = next(pairs, None)
+        if first is None:
+            raise ValueError(f"the data hold no batch. {_ONE_BATCH}")
+        self.count = 1
+        trailing = _sample_shape(first[1])
+        for inputs, targets in pairs:
+            if self.count == 1:
+                self._start_weights(loss_fn, *first)
+            self.count += 1
+            if self.reduction == "mean":
+                self.samples += _sample_count(inputs, targets)
+                if _sample_shape(targets) != trailing:
+                    raise ValueError(
+                        "a mean over batches whose targets differ in more than their number is ambiguous: "
+                        f"got samples of shapes {trailing} and {_sample_shape(targets)}. "
+                        'Use a loss with reduction="sum".'
+                    )
+                _refuse_ignored(loss_fn, targets)
+
+    def _start_weights(self, loss_fn: Callable[..., Any], inputs: Any, targets: Any) -> None:
+        if self.reduction is None:
+            raise ValueError(
+                "with several batches the operator must know how the loss combines samples, and this loss "
+                "does "
+                'not say. Pass reduction="sum" or reduction="mean".'
+            )
+        if self.reduction == "mean":
+            if getattr(loss_fn, "weight", None) is not None:
+                raise ValueError(
+                    "the mean of a class-weighted loss divides by the weights met in each batch, so the mean "
+                    "over "
+                    'batches is not the mean over the data. Use reduction="sum" in the loss and scale the '
+                    "operator."
+                )
+            self.samples = _sample_count(inputs, targets)
+            _refuse_ignored(loss_fn, targets)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return tensors, also inside tuples, lists and dicts, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def _as_iterable(data: Any) -> Iterable[Any]:
+    if _is_pair(data) and not (_is_pair(data[0]) and _is_pair(data[1])):
+        return [tuple(data)]
+    if isinstance(data, tuple) and _is_pair(data):
+        raise ValueError(
+            "a tuple of two pairs is either one batch or two; it is not clear which. Put two batches in a "
+            "list, or several inputs of one batch in a dict."
+        )
+    if isinstance(data, Tensor) or not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"data must be a batch or an iterable of batches; got {type(data).__name__}. {_ONE_BATCH}"
+        )
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(
+            f"a {type(data).__name__} gives single samples; batches are needed. "
+            "Wrap it: torch.utils.data.DataLoader(dataset, batch_size=...)."
+        )
+    if iter(data) is data:
+        raise TypeError(
+            f"the data are gone through once a product, and a {type(data).__name__} can be gone through only "
+            "once. Pass a list of batches or a DataLoader."
+        )
+    return data
+
+
+def _as_pair(batch: Any) -> tuple[Any, Any]:
+    if not _is_pair(batch):
+        raise TypeError(
+            f"each batch must be a pair (inputs, targets); got {type(batch).__name__}. {_ONE_BATCH}"
+        )
+    return batch[0], batch[1]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
+def _stated_reduction(loss_fn: Callable[..., Any]) -> str | None:
+    stated = getattr(loss_fn, "reduction", None)
+    return (
+        {"sum": "sum", "mean": "mean", "batchmean": "mean"}.get(stated) if isinstance(stated, str) else None
+    )
+
+
+def _sample_count(inputs: Any, targets: Any) -> int:
+    for value in (targets, inputs):
+        if isinstance(value, Tensor):
+            if value.ndim == 0:
+                break
+            return int(value.shape[0])
+    raise ValueError(
+        "a mean over several batches needs the number of samples of each, which is read from the first "
+        "dimension of the targets (or of the inputs where the targets are no tensor); there is none. Give "
+        "the batches one."
+    )
+
+
+def _sample_shape(targets: Any) -> tuple[int, ...]:
+    return tuple(targets.shape[1:]) if isinstance(targets, Tensor) else ()
+
+
+def _refuse_ignored(loss_fn: Callable[..., Any], targets: Any) -> None:
+    ignored = getattr(loss_fn, "ignore_index", None)
+    if ignored is not None and isinstance(targets, Tensor) and not targets.is_floating_point():
+        if bool((targets == ignored).any()):
+            raise ValueError(
+                f"targets equal to ignore_index={ignored} make the mean of each batch divide by another "
+                "number than "
+                'its samples. Use reduction="sum" in the loss and scale the operator.'
+            )
+
+
+def _import_tqdm() -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError(
+            "progress=True needs tqdm, which is not installed. Run `python -m pip install tqdm`, or leave "
+            "progress out."
+        ) from None
+    return tqdm

@@ -1,0 +1,82 @@
+"""A linear operator as a dense matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+
+from linop_hess import _memory
+from linop_hess.operators.base import Operator
+
+_BLOCK_BYTES = 2**26
+
+
+def to_dense(op: Any, chunk: int | None = None) -> np.ndarray:
+    """Return the matrix of a linear operator, computed by blocks of columns.
+
+    Parameters
+    ----------
+    op : LinearOperator, shape (m, n)
+        An operator of this package or any SciPy one.
+    chunk : int, optional
+        Columns multiplied at once. By default as many as keep a block under 64 MiB.
+
+    Returns
+    -------
+    numpy.ndarray, shape (m, n)
+        Of the operator's dtype.
+
+    Raises
+    ------
+    MemoryError
+        If the result does not fit in the available memory; raised before anything is allocated.
+    TypeError
+        If `op` is not a linear operator.
+    ValueError
+        If `chunk` is less than one.
+
+    Examples
+    --------
+    >>> from linop_hess.operators import Identity, to_dense
+    >>> to_dense(2 * Identity(2))
+    array([[2., 0.],
+           [0., 2.]])
+    """
+    if not isinstance(op, LinearOperator):
+        try:
+            op = aslinearoperator(op)
+        except TypeError:
+            raise TypeError(
+                f"to_dense needs a LinearOperator; got {type(op).__name__}. Wrap it with aslinearoperator."
+            ) from None
+    rows, columns = op.shape
+    dtype = np.dtype(np.float64 if op.dtype is None else op.dtype)
+    tallest = max(rows, columns, 1) * dtype.itemsize
+    if chunk is None:
+        chunk = max(1, _BLOCK_BYTES // tallest)
+    elif chunk < 1:
+        raise ValueError(f"chunk must be at least 1; got {chunk}. Leave it out to have it chosen.")
+    chunk = min(chunk, max(columns, 1))
+    _memory.require(
+        rows * columns * dtype.itemsize + 2 * chunk * tallest, f"a dense {rows}×{columns} matrix of {dtype}"
+    )
+    out = np.empty((rows, columns), dtype=dtype)
+    for start in range(0, columns, chunk):
+        stop = min(start + chunk, columns)
+        out[:, start:stop] = _columns(op, start, stop, dtype)
+    return out
+
+
+def _columns(op: LinearOperator, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+    """Return columns start, …, stop−1 of the operator's matrix."""
+    width = stop - start
+    if isinstance(op, Operator):
+        block = torch.zeros(op.shape[1], width, dtype=op.torch_dtype, device=op.device)
+        block[torch.arange(start, stop), torch.arange(width)] = 1
+        return op.matmat(block).cpu().numpy()
+    unit = np.zeros((op.shape[1], width), dtype=dtype)
+    unit[np.arange(start, stop), np.arange(width)] = 1
+    return op.matmat(unit)

@@ -1,0 +1,190 @@
+"""Plots of how solvers converge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from linop_hess.records import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours without the yellow, which is lost on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+_MARKERS = "oDs^vPX<>*"
+
+
+def convergence(
+    records: Iterable[Record],
+    ax: Axes | None = None,
+    *,
+    x: str = "iterations",
+    title: str | None = None,
+) -> Figure:
+    """Plot the true relative residual of each record against iterations or time.
+
+    Both axes are logarithmic, with 0 on the axis of iterations, so that a solver of one iteration and one of
+    a thousand are both legible. Each curve carries its label at the right; direct solves are single markers.
+
+    Parameters
+    ----------
+    records : iterable of Record
+        What `linop_hess.krylov.run`, `direct` or `compare` return.
+    ax : matplotlib Axes, optional
+        Where to draw; a new figure by default.
+    x : {"iterations", "seconds"}
+        The horizontal axis. Seconds start after the set-up and are spread evenly over the iterations, since
+        only their total is measured; a set-up shifts its curve to the right.
+    title : str, optional
+        Set above the axes, at the left.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The figure `ax` belongs to; call its ``savefig``.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    ValueError
+        If there are no records, or `x` is neither axis.
+    """
+    if x not in ("iterations", "seconds"):
+        raise ValueError(f"expected x='iterations' or x='seconds', got {x!r}")
+    rows = list(records)
+    if not rows:
+        raise ValueError("expected at least one record to plot, got none")
+    ax = _axes(ax)
+    ends = []
+    for i, record in enumerate(rows):
+        colour = COLOURS[i % len(COLOURS)]
+        across, up = _curve(record, x)
+        if record.solver == "direct":
+            style: dict[str, Any] = {"linestyle": "none", "marker": _MARKERS[i % len(_MARKERS)], "markersize": 8}
+        else:
+            style = {"linestyle": _DASHES[i // len(COLOURS) % len(_DASHES)], "linewidth": 2}
+            if len(across) <= 30:
+                style |= {"marker": "o", "markersize": 4.5}
+        ax.plot(across, up, color=colour, label=record.name, clip_on=False, zorder=3, **style)
+        drawn = np.flatnonzero(np.isfinite(up))
+        if len(drawn):
+            ends.append((float(across[drawn[-1]]), float(up[drawn[-1]]), record.name, colour))
+    _scales(ax, x, ends)
+    _labels(ax, ends)
+    if title:
+        ax.set_title(title, loc="left", fontsize=13, pad=12)
+    return ax.figure
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "linop_hess.plot needs matplotlib, which is not installed: pip install 'linop-hess[demo]'"
+        ) from error
+    # Not pyplot's: a figure made here is not kept alive nor shown by a notebook twice.
+    figure = Figure(figsize=(9.6, 5.4), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.add_subplot()
+
+
+def _curve(record: Record, x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the abscissas and the residuals, a residual of exactly zero raised to the smallest double."""
+    up = np.maximum(record.residuals, np.finfo(float).tiny)
+    if record.solver == "direct":
+        up = up[-1:]
+        return np.array([1.0 if x == "iterations" else record.setup_seconds + record.seconds]), up
+    steps = np.arange(len(up), dtype=float)
+    if x == "iterations":
+        return steps, up
+    return record.setup_seconds + record.seconds * steps / max(record.iterations, 1), up
+
+
+def _scales(ax: Axes, x: str, ends: list[tuple[float, float, str, str]]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(numticks=9))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylabel(r"true relative residual  $\|b-Ax\|\,/\,\|b\|$")
+    if x == "iterations":
+        last = max([end[0] for end in ends], default=1.0)
+        ax.set_xscale("symlog", linthresh=1, linscale=0.4)
+        ticks = [0.0] + [10.0**k for k in range(int(np.ceil(np.log10(max(last, 1)))) + 1)]
+        ax.set_xticks(ticks)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.0f}"))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlim(0, max(1.15 * last, 2))
+        ax.set_xlabel("iterations (a direct solve is drawn at 1)" if _any_direct(ax) else "iterations")
+    else:
+        ax.set_xscale("log")
+        ax.set_xlabel("seconds, set-up included")
+    ax.grid(axis="y", color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.margins(y=0.06)
+
+
+def _any_direct(ax: Axes) -> bool:
+    return any(line.get_linestyle() == "None" for line in ax.lines)
+
+
+def _labels(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write each name right of the axes at the height of its curve's end, moved apart where they collide."""
+    if not ends:
+        return
+    ends = sorted(ends, key=lambda end: end[1])
+    ax.get_xlim(), ax.get_ylim()  # settle the limits, which transData alone does not
+    wanted = [float(ax.transAxes.inverted().transform(ax.transData.transform(end[:2]))[1]) for end in ends]
+    gap = min(0.062, 1.0 / len(ends))
+    heights = _spread(wanted, gap)
+    for (across, up, name, colour), height in zip(ends, heights, strict=True):
+        ax.annotate(
+            name,
+            xy=(across, up),
+            xycoords="data",
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=10,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "alpha": 0.55,
+                "shrinkA": 2,
+                "shrinkB": 3,
+                "relpos": (0.0, 0.5),
+            },
+        )
+
+
+def _spread(wanted: list[float], gap: float) -> list[float]:
+    """Return heights in [0, 1] at least `gap` apart, near the ascending `wanted` (least squares, by pooling)."""
+    pools: list[tuple[float, int]] = []  # (height of its lowest member, members)
+    for height in wanted:
+        pool = (min(max(height, 0.0), 1.0), 1)
+        while pools and pools[-1][0] + gap * pools[-1][1] > pool[0]:
+            low, count = pools.pop()
+            total = count + pool[1]
+            pool = ((low * count + (pool[0] - gap * count) * pool[1]) / total, total)
+        pools.append(pool)
+    heights = [low + gap * k for low, count in pools for k in range(count)]
+    # Push what left the axes back in, from either end.
+    for k, height in enumerate(heights):
+        heights[k] = max(height, gap * k)
+    for k in range(len(heights) - 1, -1, -1):
+        heights[k] = min(heights[k], 1 - gap * (len(heights) - 1 - k))
+    return heights
