@@ -68,7 +68,7 @@ def convergence(
         if record.solver == "direct":
             style: dict[str, Any] = {"linestyle": "none", "marker": _MARKERS[i % len(_MARKERS)], "markersize": 8}
         else:
-            style = {"linestyle": _DASHES[i // len(COLOURS) % len(_DASHES)], "linewidth": 2}
+            style = {"linestyle": _DASHES[i // len(COLOURS) % len(_DASHES)], "linewidth": 2 if len(across) <= 100 else 1.2}
             if len(across) <= 30:
                 style |= {"marker": "o", "markersize": 4.5}
         ax.plot(across, up, color=colour, label=record.name, clip_on=False, zorder=3, **style)
@@ -107,7 +107,9 @@ def _curve(record: Record, x: str) -> tuple[np.ndarray, np.ndarray]:
     steps = np.arange(len(up), dtype=float)
     if x == "iterations":
         return steps, up
-    return record.setup_seconds + record.seconds * steps / max(record.iterations, 1), up
+    seconds = record.setup_seconds + record.seconds * steps / max(record.iterations, 1)
+    shown = seconds > 0  # a logarithmic axis has no place for a start at 0 s
+    return seconds[shown], up[shown]
 
 
 def _scales(ax: Axes, x: str, ends: list[tuple[float, float, str, str]]) -> None:

@@ -75,6 +75,12 @@ class BilinearStages(Stages):
     def Ft(self, y: Tensor) -> Tensor:
         return _map_rows(self.W.mT, y, self.rows)
 
+    def dense_F(self) -> Tensor:
+        (K, o, i), b = self.W.shape, self.rows
+        blocks = self.W.new_zeros(K, b, o, b, i)
+        blocks.diagonal(dim1=1, dim2=3).copy_(self.W[..., None].expand(K, o, i, b))
+        return blocks.view(K, b * o, b * i)
+
     def _weight_part(self, x: Tensor) -> Tensor:
         """The rows of W in x: (K, p, k) to (K, o, i, k)."""
         K, o, i = self.W.shape

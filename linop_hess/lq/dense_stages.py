@@ -156,11 +156,22 @@ class DiagonalStages(Stages):
     def C(self, d: Tensor) -> Tensor | None:
         return None if self.c is None else self.c[:, :, None] * d
 
+    def dense_F(self) -> Tensor:
+        return torch.diag_embed(self.f)
+
+    def dense_C(self) -> Tensor | None:
+        return None if self.c is None else torch.diag_embed(self.c)
+
     def without_curvature(self) -> Self:
         return replace(self, c=None)
 
-    def congruence(self, V: Tensor) -> Tensor:
-        return self.f[:, :, None] * V * self.f[:, None, :]
+    def pull_back(self, V: Tensor | None) -> Tensor | None:
+        if V is None:
+            return super().pull_back(V)
+        out = V * (self.f[0, :, None] * self.f[0])
+        if self.c is not None:
+            out.diagonal().add_(self.c[0])
+        return out
 
 
 @dataclass(frozen=True)

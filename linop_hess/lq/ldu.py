@@ -1,14 +1,17 @@
 """Method "ldu": the algorithm of the paper as published, for comparison.
 
-𝒦' = Π𝒦Πᵀ, with the unknowns of a layer (x_l, y_l, z_l) together, is block tridiagonal with blocks of size p_l + 2 n_l.
-Its block LDU decomposition factors every diagonal block densely (rows pivoted within a block only), at max(n, p)³ a layer:
+𝒦' = Π𝒦Πᵀ, with the unknowns of a layer (x_l, y_l, z_l) together, is block tridiagonal with blocks of size p_l + 2 n_l. Its
+block LDU decomposition factors every diagonal block densely (rows pivoted within a block only), at max(n, p)³ a layer:
 
     D_l = T_ll − T_l,l−1 D_{l−1}⁻¹ T_l−1,l.
 
+As in the paper's own code a layer is a parametric map together with the activation after it, so A_l is a dense p × p block.
 Source: A. Rahimi, "The Hessian of tall-skinny networks is easy to invert", arXiv 2601.06096.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +20,37 @@ from torch import Tensor
 from linop_hess.lq.cost import Cost
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.singular import SingularPivotError
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Dense blocks of a stage with controls and the control-free stages after it."""
+
+    stage: int
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    F: Tensor
+    G: Tensor
+
+
+def _layer(problem: Problem, start: int, stop: int) -> _Layer:
+    stage = problem.stages[start]
+    p, n = stage.p, 0 if start == problem.first else stage.n_in
+    F = stage.dense_F()[0][:, :n]
+    G = stage.dense_G()[0]
+    A, B, C = stage.dense_A(), stage.dense_B(), stage.dense_C()
+    A = F.new_zeros(p, p) if A is None else A[0]
+    B = F.new_zeros(p, n) if B is None else B[0][:, :n]
+    C = F.new_zeros(n, n) if C is None else C[0][:n, :n]
+    for after in problem.stages[start + 1 : stop]:
+        curvature = after.dense_C()
+        if curvature is not None:
+            A = A + G.mT @ (curvature[0] @ G)
+            B = B + G.mT @ (curvature[0] @ F)
+            C = C + F.mT @ (curvature[0] @ F)
+        F, G = after.F(F[None])[0], after.F(G[None])[0]
+    return _Layer(start, A, B, C, F, G)
 
 
 class LduFactorization:
@@ -32,98 +66,87 @@ class LduFactorization:
 
     def __init__(self, problem: Problem, damping: float) -> None:
         self.problem = problem
+        starts = np.flatnonzero(problem.p)
+        stops = np.append(starts[1:], problem.length)
+        self._layers = [_layer(problem, int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
         self._factors: list[tuple[Tensor, Tensor]] = []
-        self._upper: list[Tensor] = []
-        self._lower: list[Tensor] = []
         carried: Tensor | None = None
-        for l, stage in enumerate(problem.stages):
-            p, m = stage.p, stage.n_out
-            block = _diagonal_block(problem, l, damping)
+        for l, layer in enumerate(self._layers):
+            after = self._layers[l + 1] if l + 1 < len(self._layers) else None
+            m, p = layer.G.shape
+            block = _diagonal_block(layer, after, damping)
             if carried is not None:
                 block -= carried
             packed, pivots, info = torch.linalg.lu_factor_ex(block)
             if int(info) > 0:
-                raise SingularPivotError(l)
+                raise SingularPivotError(layer.stage)
             self._factors.append((packed, pivots))
-            if l == problem.length - 1:
+            if after is None:
                 break
-            upper, lower = _couplings(problem, l + 1)
-            self._upper.append(upper)
-            self._lower.append(lower)
-            # Of this layer only z_l's row sees the layer after, whose rows see only y_l.
-            into = torch.zeros(p + 2 * m, upper.shape[1], dtype=problem.dtype, device=problem.device)
-            into[p + m :] = upper
-            carried = lower @ torch.linalg.lu_solve(packed, pivots, into)[p : p + m]
+            upper = _to_next(layer, after, torch.eye(sum(after.G.shape) + after.G.shape[0], dtype=problem.dtype))
+            # Rows of the layer after see only y_l.
+            carried = _from_previous(after, torch.linalg.lu_solve(packed, pivots, upper)[p : p + m])
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k)."""
-        problem = self.problem
-        offsets = problem.x_offsets
-        solutions: list[Tensor] = []
-        for l, stage in enumerate(problem.stages):
-            p, m = stage.p, stage.n_out
+        offsets = self.problem.x_offsets
+        halves: list[Tensor] = []
+        for l, layer in enumerate(self._layers):
+            m, p = layer.G.shape
             rhs = g.new_zeros(p + 2 * m, g.shape[1])
-            rhs[:p] = g[offsets[l] : offsets[l + 1]]
+            rhs[:p] = g[offsets[layer.stage] : offsets[layer.stage + 1]]
             if l:
-                before = problem.stages[l - 1]
-                rhs -= self._lower[l - 1] @ solutions[-1][before.p : before.p + before.n_out]
-            solutions.append(torch.linalg.lu_solve(*self._factors[l], rhs))
+                q, n = self._layers[l - 1].G.shape[1], self._layers[l - 1].G.shape[0]
+                rhs -= _from_previous(layer, halves[-1][q : q + n])
+            halves.append(torch.linalg.lu_solve(*self._factors[l], rhs))
         x = torch.zeros_like(g)
-        after: Tensor | None = None
-        for l in range(problem.length - 1, -1, -1):
-            stage = problem.stages[l]
-            p, m = stage.p, stage.n_out
-            value = solutions[l]
-            if after is not None:
-                into = g.new_zeros(p + 2 * m, g.shape[1])
-                into[p + m :] = self._upper[l] @ after
-                value = value - torch.linalg.lu_solve(*self._factors[l], into)
-            x[offsets[l] : offsets[l + 1]] = value[:p]
-            after = value
+        value: Tensor | None = None
+        for l in range(len(self._layers) - 1, -1, -1):
+            layer, half = self._layers[l], halves[l]
+            if value is not None:
+                half = half - torch.linalg.lu_solve(
+                    *self._factors[l], _to_next(layer, self._layers[l + 1], value)
+                )
+            value = half
+            x[offsets[layer.stage] : offsets[layer.stage + 1]] = value[: layer.G.shape[1]]
         return x
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the factors."""
-        return sum(lu.nbytes + pivots.nbytes for lu, pivots in self._factors) + sum(
-            block.nbytes for block in self._upper + self._lower
-        )
+        """Bytes held by the factors and blocks."""
+        blocks = sum(b.nbytes for la in self._layers for b in (la.A, la.B, la.C, la.F, la.G))
+        return blocks + sum(lu.nbytes + pivots.nbytes for lu, pivots in self._factors)
 
 
-def _diagonal_block(problem: Problem, l: int, damping: float) -> Tensor:
-    """[A+εI, 0, Gᵀ; −G, I, 0; 0, −C', I] in the unknowns (x_l, y_l, z_l), C' the curvature of the stage after."""
-    stage = problem.stages[l]
-    p, m = stage.p, stage.n_out
-    block = torch.zeros(p + 2 * m, p + 2 * m, dtype=problem.dtype, device=problem.device)
+def _diagonal_block(layer: _Layer, after: _Layer | None, damping: float) -> Tensor:
+    """[A+εI, 0, Gᵀ; −G, I, 0; 0, −C', I] in the unknowns (x_l, y_l, z_l), C' the curvature of the layer after."""
+    m, p = layer.G.shape
+    block = layer.A.new_zeros(p + 2 * m, p + 2 * m)
     block.diagonal().fill_(1.0)
-    block[:p, :p] = damping * torch.eye(p, dtype=problem.dtype, device=problem.device)
-    A = stage.dense_A() if p else None
-    if A is not None:
-        block[:p, :p] += A[0]
-    if p:
-        G = stage.dense_G()[0]
-        block[:p, p + m :] = G.mT
-        block[p : p + m, :p] = -G
-    C = problem.stages[l + 1].dense_C() if l + 1 < problem.length else None
-    if C is not None:
-        block[p + m :, p : p + m] = -C[0]
+    block[:p, :p] = layer.A
+    block.diagonal()[:p].add_(damping)
+    block[:p, p + m :] = layer.G.mT
+    block[p : p + m, :p] = -layer.G
+    if after is not None:
+        block[p + m :, p : p + m] = -after.C
     return block
 
 
-def _couplings(problem: Problem, l: int) -> tuple[Tensor, Tensor]:
-    """Blocks between layer l−1 and layer l: rows of z_{l−1} at (x_l, y_l, z_l), and rows of layer l at y_{l−1}."""
-    stage = problem.stages[l]
-    p, m, n = stage.p, stage.n_out, stage.n_in
-    F = stage.dense_F()[0]
-    B = stage.dense_B() if p else None
-    upper = F.new_zeros(n, p + 2 * m)
-    lower = F.new_zeros(p + 2 * m, n)
-    if B is not None:
-        upper[:, :p] = -B[0].mT
-        lower[:p] = B[0]
-    upper[:, p + m :] = -F.mT
-    lower[p : p + m] = -F
-    return upper, lower
+def _to_next(layer: _Layer, after: _Layer, v: Tensor) -> Tensor:
+    """T_l,l+1 v: only the row of z_l sees the layer after, by −B'ᵀ x − F'ᵀ z."""
+    (m, p), (n, q) = layer.G.shape, after.G.shape
+    out = v.new_zeros(p + 2 * m, v.shape[1])
+    out[p + m :] = -(after.B.mT @ v[:q]) - after.F.mT @ v[q + n :]
+    return out
+
+
+def _from_previous(layer: _Layer, y: Tensor) -> Tensor:
+    """T_l,l−1 applied to y_{l−1}: B y in the row of x, −F y in the row of y."""
+    m, p = layer.G.shape
+    out = y.new_zeros(p + 2 * m, y.shape[1])
+    out[:p] = layer.B @ y
+    out[p : p + m] = -(layer.F @ y)
+    return out
 
 
 def factor(problem: Problem, damping: float) -> LduFactorization:
@@ -133,8 +156,10 @@ def factor(problem: Problem, damping: float) -> LduFactorization:
 
 def estimate(problem: Problem) -> Cost:
     """LU of every diagonal block and its solves with the couplings."""
-    size = (problem.p + 2 * problem.n_out).astype(float)
+    starts = np.flatnonzero(problem.p)
+    last = np.append(starts[1:], problem.length)[: starts.size] - 1
+    size = (problem.p[starts] + 2 * problem.n_out[last]).astype(float)
     item = problem.numpy_dtype.itemsize
-    flops = float((2 / 3 * size**3).sum()) + float((2 * size[:-1] ** 2 * size[1:]).sum())
-    nbytes = item * float((size**2).sum() + 2 * (size * problem.n_in).sum())
-    return Cost(flops, nbytes + 4 * item * float(size.max()) ** 2, flops / 2e10 + 3e-4 * problem.length)
+    flops = float((2 / 3 * size**3).sum() + (2 * size[:-1] ** 2 * size[1:]).sum())
+    nbytes = item * float((2 * size**2).sum())
+    return Cost(flops, nbytes + 4 * item * float(size.max(initial=0.0)) ** 2, flops / 4e10 + 4e-4 * starts.size)

@@ -95,7 +95,7 @@ class Problem:
                 f"{len(A)}, {len(B)}, {len(C)}, {len(F)} and {len(G)} blocks"
             )
         stages = [
-            _checked_stage(l, *(torch.as_tensor(block) for block in group))
+            _checked_stage(l, *(_copied(block) for block in group))
             for l, group in enumerate(zip(A, B, C, F, G, strict=True))
         ]
         dtypes = {stage.dtype for stage in stages}
@@ -269,6 +269,10 @@ def _offsets(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
+def _copied(block: np.ndarray | Tensor) -> Tensor:
+    return block.detach().clone() if isinstance(block, Tensor) else torch.from_numpy(np.array(block))
+
+
 def _checked_stage(l: int, A: Tensor, B: Tensor, C: Tensor, F: Tensor, G: Tensor) -> DenseStages:
     p, n = B.shape if B.ndim == 2 else (-1, -1)
     expected = {"A": (p, p), "B": (p, n), "C": (n, n), "F": (F.shape[0], n), "G": (F.shape[0], p)}
@@ -282,6 +286,9 @@ def _checked_stage(l: int, A: Tensor, B: Tensor, C: Tensor, F: Tensor, G: Tensor
             raise TypeError(f"stage {l + 1}: {name} has dtype {block.dtype}, expected float32 or float64")
         if not bool(torch.isfinite(block).all()):
             raise ValueError(f"stage {l + 1}: {name} holds NaN or Inf")
+    dtypes = {block.dtype for block in (A, B, C, F, G)}
+    if len(dtypes) > 1:
+        raise TypeError(f"stage {l + 1}: all blocks need one dtype, got {sorted(map(str, dtypes))}")
     for name, block in (("A", A), ("C", C)):
         if block.numel() and not torch.allclose(block, block.T, rtol=0, atol=1e-5 * float(block.abs().max())):
             raise ValueError(f"stage {l + 1}: {name} is not symmetric; pass its symmetric part")

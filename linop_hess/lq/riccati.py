@@ -5,9 +5,9 @@ u = (s, c) the unknowns at hand,
 
     K_uu = [εI + QᵀAQ + RᵀVR, RᵀY; YᵀR, Λ],   K_uδ = [QᵀB + RᵀVF; YᵀF],   V ← C + FᵀVF − (1/ε)Bᵀ(I−QQᵀ)B − K_δu K_uu⁻¹ K_uδ.
 
-K_uu is factored as T θ Tᵀ. Should its smallest pivot be tiny (the trailing block of H + εI is nearly singular although
-H + εI need not be), its eigenvectors are taken instead, those of eigenvalues below τ‖K_uu‖ are carried to the stage before, and
-only the others are eliminated; the first stage eliminates everything. Every step is a congruence, so the θ of all stages have
+K_uu is factored as T θ Tᵀ. Should its smallest pivot be far below |ε| (the trailing block of H + εI is nearly singular although
+H + εI need not be), its eigenvectors are taken instead, those of eigenvalues below a tenth of |ε| are carried to the stage
+before, and only the others are eliminated; the first stage eliminates everything. Every step is a congruence, so the θ of all stages have
 the inertia of H + εI.
 """
 
@@ -26,10 +26,11 @@ from linop_hess.lq.singular import SingularPivotError
 from linop_hess.lq.stages import Stages
 from linop_hess.lq.symmetric import Congruence
 
-# A pivot below this fraction of the largest of its stage is carried to the stage before.
-DELAY = 1e-3
-# The cheap test that sends a stage to the eigenvalue route: Bunch-Kaufman pivots only bound the eigenvalues roughly.
-SUSPECT = 1e-4
+# Every stage has pivots of the size of ε by nature (controls its output does not see), so a pivot is small only where it
+# is far below |ε|, and then far below the largest of its stage too.
+DELAY = 0.1
+SUSPECT = 0.01
+_SMALL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ class RiccatiFactorization:
 
     method = "riccati"
 
-    def __init__(self, problem: Problem, damping: float, *, delay: float = DELAY, suspect: float = SUSPECT) -> None:
+    def __init__(self, problem: Problem, damping: float, *, always_pivot: bool = False) -> None:
         self.problem = problem
         self.damping = damping
-        self._delay, self._suspect = delay, suspect
+        self._always_pivot = always_pivot
         self._splits = [block.split if block.p else None for block in problem.blocks]
         self.steps: list[Step] = []
         self._factor()
@@ -104,8 +105,7 @@ class RiccatiFactorization:
             stage = problem.stages[l]
             first = l == problem.first
             if not problem.p[l]:
-                V = _add(stage.congruence(V[None])[0] if V is not None else None, stage.dense_C())
-                Y = stage.Ft(Y[None])[0]
+                V, Y = stage.pull_back(V), stage.Ft(Y[None])[0]
                 continue
             V, Y, mu = self._eliminate(l, stage, V, Y, mu, first)
 
@@ -126,22 +126,22 @@ class RiccatiFactorization:
         A = split.A_range()
         if A is not None:
             K[:r, :r] += A[0]
-        RtV = None
+        VR = None
         if V is not None:
-            RtV = split.Rt(V[None])
-            K[:r, :r] += split.Rt(RtV.mT)[0]
+            VR = split.Rt(V[None]).mT.contiguous()
+            K[:r, :r] += split.Rt(VR)[0]
         if m:
             K[:r, r:] = split.Rt(Y[None])[0]
             K[r:, :r] = K[:r, r:].mT
             K[r:, r:].diagonal().copy_(mu)
         n_in = 0 if first else stage.n_in
-        cross = K.new_zeros(r + m, n_in)
+        cross = K.new_zeros(n_in, r + m).mT
         if n_in:
             B = split.B_range()
             if B is not None:
                 cross[:r] = B[0]
-            if RtV is not None:
-                cross[:r] += stage.Ft(RtV.mT)[0].mT
+            if VR is not None:
+                cross[:r] += stage.Ft(VR)[0].mT
             if m:
                 cross[r:] = stage.Ft(Y[None])[0].mT
         pivots = self._pivots(K, l, first)
@@ -149,14 +149,13 @@ class RiccatiFactorization:
         self.steps.append(Step(l, pivots, white, m))
         if first:
             return None, K.new_zeros(0, 0), K.new_zeros(0)
-        V = _add(stage.congruence(V[None])[0] if V is not None else None, stage.dense_C())
+        V = stage.pull_back(V)
         gram = split.B_complement_gram() if split.complement else None
         if gram is not None:
-            V = _add(V, gram / -damping)
+            V = gram[0] / -damping if V is None else V - gram[0] / damping
         if V is None:
             V = K.new_zeros(n_in, n_in)
         V = V.addmm(white.mT, white / pivots.theta[:, None], alpha=-1.0)
-        V = (V + V.mT).mul_(0.5)
         if isinstance(pivots, Eigenpivots):
             return V, cross.mT @ pivots.W, pivots.mu
         Y, mu = self._nothing_carried(n_in)
@@ -165,19 +164,23 @@ class RiccatiFactorization:
     def _pivots(self, K: Tensor, l: int, first: bool) -> Congruence | Eigenpivots:
         if not bool(torch.isfinite(K).all()):
             raise SingularPivotError(l)
-        congruence = Congruence.of(K)
-        ratio = congruence.smallest_pivot_ratio
-        if ratio > self._suspect:
-            return congruence
-        if first:
-            if ratio == 0.0:
-                raise SingularPivotError(l)
-            return congruence
+        if first or not self._always_pivot:
+            congruence = Congruence.of(K)
+            size = congruence.theta.abs()
+            if first:
+                if size.numel() and float(size.min()) == 0.0:
+                    raise SingularPivotError(l)
+                return congruence
+            if not size.numel() or float(size.min()) > self._small(SUSPECT, float(size.max())):
+                return congruence
         values, vectors = torch.linalg.eigh(K)
-        size = values.abs()
-        keep = size >= self._delay * size.max()
-        keep &= size > 0
+        keep = values.abs() > self._small(DELAY, float(values.abs().max()))
         return Eigenpivots(vectors[:, keep], values[keep], vectors[:, ~keep], values[~keep])
+
+    def _small(self, fraction: float, largest: float) -> float:
+        """What counts as a small pivot among those of a stage."""
+        small = _SMALL * largest
+        return min(small, fraction * abs(self.damping)) if self.damping else 1e-4 * small
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k)."""
@@ -251,13 +254,6 @@ class RiccatiFactorization:
         return {s.position: s.pivots.mu.numel() for s in self.steps if isinstance(s.pivots, Eigenpivots)}
 
 
-def _add(V: Tensor | None, C: Tensor | None) -> Tensor | None:
-    """V + C, None standing for zero."""
-    if C is None:
-        return V
-    return C[0] if V is None else V + C[0]
-
-
 def factor(problem: Problem, damping: float) -> RiccatiFactorization:
     """Factor H + εI stage by stage."""
     return RiccatiFactorization(problem, damping)
@@ -265,7 +261,7 @@ def factor(problem: Problem, damping: float) -> RiccatiFactorization:
 
 def factor_pivoted(problem: Problem, damping: float) -> RiccatiFactorization:
     """Factor with the eigenvalue route at every stage: the most careful way, several times slower."""
-    return RiccatiFactorization(problem, damping, suspect=np.inf)
+    return RiccatiFactorization(problem, damping, always_pivot=True)
 
 
 def estimate(problem: Problem) -> Cost:

@@ -177,6 +177,10 @@ class Stages(Stacked, ABC):
         """C as an array, shape (K, n_in, n_in), or None where C = 0."""
         return self.C(self.eye(self.n_in))
 
-    def congruence(self, V: Tensor) -> Tensor:
-        """Fᵀ V F for symmetric V, (K, n_out, n_out) to (K, n_in, n_in)."""
-        return self.Ft(self.Ft(V).mT)
+    def pull_back(self, V: Tensor | None) -> Tensor | None:
+        """FᵀVF + C for symmetric V of one stage, (n_out, n_out) to (n_in, n_in); None stands for zero."""
+        C = self.dense_C()
+        if V is None:
+            return None if C is None else C[0]
+        FtVF = self.Ft(self.Ft(V[None]).mT)[0]
+        return FtVF if C is None else FtVF + C[0]

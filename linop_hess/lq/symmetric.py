@@ -79,7 +79,8 @@ class Congruence:
         """T⁻¹ X for X of shape (n, k)."""
         if not X.numel():
             return X.clone()
-        Y = torch.linalg.solve_triangular(self.L, X[self.permutation], upper=False, unitriangular=True)
+        permuted = X.mT[:, self.permutation].mT  # column-major, as the solve wants it
+        Y = torch.linalg.solve_triangular(self.L, permuted, upper=False, unitriangular=True)
         return self._rotate(Y, self.rotations.mT)
 
     def unwhiten_adjoint(self, Y: Tensor) -> Tensor:

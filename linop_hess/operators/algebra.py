@@ -1,16 +1,30 @@
-"""Sums, products, multiples and powers of operators, the identity and permutations."""
+"""Sums, products, multiples and powers of operators."""
 
 from __future__ import annotations
 
 import operator as python_operator
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from linop_hess.operators.base import Operator
 from linop_hess.operators.convert import is_scalar, real_scalar
+from linop_hess.operators.permutation import Identity, Permutation
+
+__all__ = [
+    "Identity",
+    "Permutation",
+    "Power",
+    "Product",
+    "Scaled",
+    "Sum",
+    "add",
+    "damped",
+    "divided",
+    "power",
+    "product",
+    "scaled",
+]
 
 
 class Sum(Operator):
@@ -167,79 +181,6 @@ class Power(Operator):
         for _ in range(self.args[1]):
             Y = self.args[0]._apply_adjoint(Y)
         return Y
-
-
-class Identity(Operator):
-    """The identity I.
-
-    Parameters
-    ----------
-    size : int
-        n; the shape is (n, n).
-    dtype : torch.dtype, optional
-    device : torch.device or str, optional
-    """
-
-    symmetric = True
-
-    def __init__(
-        self, size: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
-    ) -> None:
-        super().__init__((size, size), dtype, device)
-
-    def _apply(self, X: Tensor) -> Tensor:
-        return X
-
-
-class Permutation(Operator):
-    """The permutation Π with (Πx)_i = x_{index[i]}; its adjoint is its inverse.
-
-    Parameters
-    ----------
-    index : array_like of int, shape (n,)
-        Each of 0, …, n−1 once.
-    dtype : torch.dtype, optional
-    device : torch.device or str, optional
-
-    Attributes
-    ----------
-    index, inverse_index : torch.Tensor of int64, shape (n,)
-
-    Raises
-    ------
-    ValueError
-        If `index` is not a permutation of 0, …, n−1.
-    TypeError
-        If `index` does not hold integers.
-
-    Examples
-    --------
-    >>> Permutation([2, 0, 1]) @ [10, 20, 30]
-    array([30., 10., 20.])
-    """
-
-    def __init__(
-        self, index: Any, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
-    ) -> None:
-        order = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
-        if order.dtype.kind not in "iu" and order.size:
-            raise TypeError(
-                f"a permutation needs integers; got dtype {order.dtype}. Pass an integer index array."
-            )
-        if order.ndim != 1 or not np.array_equal(np.sort(order), np.arange(order.size)):
-            raise ValueError(
-                f"a permutation of n items needs a flat array with each of 0, …, n−1 once; "
-                f"got one of shape {order.shape} that is not. Check for repeated or missing entries."
-            )
-        super().__init__((order.size, order.size), dtype, device)
-        self.index = torch.as_tensor(order.astype(np.int64), device=self.device)
-        self.inverse_index = torch.argsort(self.index)
-
-    def _apply(self, X: Tensor) -> Tensor:
-        return X[self.index]
-
-    def _apply_adjoint(self, Y: Tensor) -> Tensor:
-        return Y[self.inverse_index]
 
 
 def add(left: Operator, right: Operator) -> Operator:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linop_hess.operators.curvature import Curvature, Gradients, differentiate
+from linop_hess.operators.curvature import Curvature
+from linop_hess.operators.differentiation import Gradients, differentiate
 
 
 class Hessian(Curvature):
@@ -40,6 +41,10 @@ class Hessian(Curvature):
         Show a progress bar over batches (needs tqdm).
     check_deterministic : bool, optional
         Evaluate loss and gradient twice and raise where they differ.
+    check_symmetric : bool, optional
+        Apply the operator to two random vectors and raise where uᵀHv and vᵀHu differ. torch's second
+        derivatives of some fused operations are wrong without a word (`torch.nn.utils.weight_norm`), and this
+        shows it.
 
     Attributes
     ----------
@@ -80,23 +85,9 @@ class Hessian(Curvature):
 
     def _batch_products(self, inputs: Any, targets: Any, columns: list[list[Tensor]]) -> Iterator[Gradients]:
         loss = self._loss(self._output(inputs), targets)
-        gradients = differentiate(loss, self.parameters, create_graph=True)
-        # A gradient without a graph is constant in the parameters: its rows of the Hessian are zero.
-        curved = [
-            k for k, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad
-        ]
-        outputs = [gradients[k] for k in curved]
+        gradients = differentiate([loss], self.parameters, create_graph=True)
         for column in columns:
-            if curved:
-                yield torch.autograd.grad(
-                    outputs,
-                    self.parameters,
-                    [column[k] for k in curved],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-            else:
-                yield [None] * len(self.parameters)
+            yield differentiate(gradients, self.parameters, column, retain_graph=True)
 
 
 class GaussNewton(Curvature):
@@ -126,24 +117,15 @@ class GaussNewton(Curvature):
     def _batch_products(self, inputs: Any, targets: Any, columns: list[list[Tensor]]) -> Iterator[Gradients]:
         output = self._output(inputs)
         cotangent = torch.zeros_like(output, requires_grad=True)
-        pullback = differentiate(output, self.parameters, cotangent, create_graph=True)
-        rows = [k for k, part in enumerate(pullback) if part is not None and part.requires_grad]
+        pullback = differentiate([output], self.parameters, [cotangent], create_graph=True)
         leaf = output.detach().requires_grad_()
-        (slope,) = differentiate(self._loss(leaf, targets), [leaf], create_graph=True)
+        slope = differentiate([self._loss(leaf, targets)], [leaf], create_graph=True)
         for column in columns:
-            pushed = None
-            if rows and slope is not None:
-                (pushed,) = torch.autograd.grad(
-                    [pullback[k] for k in rows],
-                    cotangent,
-                    [column[k] for k in rows],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-            curved = None
-            if pushed is not None and slope is not None:
-                (curved,) = differentiate(slope, [leaf], pushed, retain_graph=True)
+            (pushed,) = differentiate(pullback, [cotangent], column, retain_graph=True)
+            curved: Tensor | None = None
+            if pushed is not None:
+                (curved,) = differentiate(slope, [leaf], [pushed], retain_graph=True)
             if curved is None:
                 yield [None] * len(self.parameters)
             else:
-                yield differentiate(output, self.parameters, curved, retain_graph=True)
+                yield differentiate([output], self.parameters, [curved], retain_graph=True)

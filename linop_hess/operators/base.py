@@ -10,8 +10,7 @@ from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from linop_hess.operators.convert import NUMPY_DTYPES, as_tensor, is_scalar, to_numpy
-
+from linop_hess.operators.convert import NUMPY_DTYPES, as_tensor, is_scalar, plain_arithmetic, to_numpy
 
 # As Any: the stubs some have installed for SciPy fix result types that compositions here refine.
 _ScipyOperator: Any = LinearOperator
@@ -65,11 +64,11 @@ class Operator(_ScipyOperator):
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
 
     def _apply(self, X: Tensor) -> Tensor:
-        """Return A X for a block X of shape (columns, k); X is read only and the result has shape (rows, k)."""
+        """Return A X, shape (rows, k), for a block X of shape (columns, k) that is read only."""
         raise NotImplementedError(f"{type(self).__name__} must implement _apply")
 
     def _apply_adjoint(self, Y: Tensor) -> Tensor:
-        """Return Aᵀ Y for a block Y of shape (rows, k); Y is read only and the result has shape (columns, k)."""
+        """Return Aᵀ Y, shape (columns, k), for a block Y of shape (rows, k) that is read only."""
         if self.symmetric:
             return self._apply(Y)
         raise NotImplementedError(f"{type(self).__name__} must implement _apply_adjoint")
@@ -183,17 +182,17 @@ class Operator(_ScipyOperator):
         return self._adjoint()
 
     def _require_one_column(self, x: Any) -> None:
-        shape = x.shape if isinstance(x, Tensor) or issparse(x) else np.shape(x)
+        shape = tuple(x.shape) if hasattr(x, "shape") else np.shape(x)
         if len(shape) == 2 and shape[1] != 1:
             raise ValueError(
-                f"{type(self).__name__} multiplies one vector here; got shape {tuple(shape)}. "
+                f"{type(self).__name__} multiplies one vector here; got shape {shape}. "
                 "Use matmat (rmatmat for the adjoint) or @ for several columns."
             )
 
     def _multiply(self, x: Any, *, adjoint: bool = False, ndims: tuple[int, ...] = (1, 2)) -> Any:
-        """Check `x`, apply the operator or its adjoint, and return the result in the kind of array that came."""
+        """Check `x`, apply the operator or its adjoint, and return the kind of array that came."""
         rows, length = self.shape[::-1] if adjoint else self.shape
-        with torch.no_grad():
+        with plain_arithmetic(self.device):
             operand = as_tensor(
                 x, length, ndims=ndims, dtype=self.torch_dtype, device=self.device, who=type(self).__name__
             )

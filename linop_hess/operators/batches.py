@@ -1,4 +1,4 @@
-"""The data of an empirical risk: one batch, or an iterable of batches with the weights that make sums exact."""
+"""The data of an empirical risk: one batch, or several with the weights that make their sum exact."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Batches:
 def to_device(value: Any, device: torch.device) -> Any:
     """Return tensors, also inside tuples, lists and dicts, on `device`."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, copy=value.is_inference())  # autograd cannot use a tensor of inference mode
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
     if type(value) in (tuple, list):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,24 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
-NUMPY_DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+NUMPY_DTYPES: dict[torch.dtype, np.dtype] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
+
+
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """Compute in full precision and without recording, whatever is switched on outside."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def is_scalar(x: Any) -> bool:
     """Tell whether `x` is a number, a NumPy scalar, or an array or tensor without dimensions."""
-    return isinstance(x, numbers.Number | np.generic) or (isinstance(x, np.ndarray | Tensor) and x.ndim == 0)
+    if isinstance(x, np.ndarray | Tensor):
+        return x.ndim == 0
+    return isinstance(x, numbers.Number | np.generic)
 
 
 def real_scalar(x: Any, dtype: torch.dtype) -> float:
@@ -146,7 +160,7 @@ def _from_numpy(x: Any, dtype: torch.dtype, device: torch.device, who: str) -> T
             "Convert it with numpy.asarray(x, dtype=float)."
         )
     with np.errstate(over="ignore"):  # an overflow becomes Inf, which the caller reports
-        array = np.ascontiguousarray(array, dtype=NUMPY_DTYPES[dtype]).reshape(array.shape)
+        array = np.asarray(array, dtype=NUMPY_DTYPES[dtype], order="C")
     if not array.flags.writeable:  # torch warns about read-only memory
         array = array.copy()
     return torch.from_numpy(array).to(device)

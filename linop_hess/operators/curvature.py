@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,19 @@ from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators.algebra import damped
 from linop_hess.operators.base import Operator
 from linop_hess.operators.batches import Batches, to_device
+from linop_hess.operators.convert import plain_arithmetic
+from linop_hess.operators.differentiation import (
+    Gradients,
+    differentiate,
+    differentiating,
+    refuse_once_differentiable,
+)
 from linop_hess.operators.snapshot import (
     buffers_of,
     changed_buffers,
-    differentiating,
     frozen_copy,
     select_parameters,
 )
-
-Gradients = Sequence[Tensor | None]
 
 
 class Curvature(Operator):
@@ -53,6 +56,7 @@ class Curvature(Operator):
         reduction: str | None = None,
         progress: bool = False,
         check_deterministic: bool = True,
+        check_symmetric: bool = True,
     ) -> None:
         if not callable(loss_fn):
             raise TypeError(
@@ -68,10 +72,13 @@ class Curvature(Operator):
         size = sum(parameter.numel() for parameter in self.parameters)
         super().__init__((size, size), self.parameters[0].dtype, self.parameters[0].device)
         originals = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        before = buffers_of(self.model)
-        self.loss, self._gradient, scale = self._evaluate(foreign=originals)
-        if check_deterministic:
-            self._check_deterministic(before, scale)
+        with plain_arithmetic(self.device):
+            before = buffers_of(self.model)
+            self.loss, self._gradient, scale = self._evaluate(first=True, originals=originals)
+            if check_deterministic:
+                self._check_deterministic(before, scale)
+            if check_symmetric:
+                self._check_symmetric()
 
     @property
     def gradient(self) -> np.ndarray:
@@ -105,7 +112,7 @@ class Curvature(Operator):
         total = torch.zeros_like(X)
         columns = [self._cut(column) for column in X.T]
         for inputs, targets, weight in self.batches.tracked(f"{type(self).__name__} @ {X.shape[1]} columns"):
-            with self._differentiating():
+            with differentiating(self.model, self.device):
                 products = self._batch_products(*self._on_device(inputs, targets), columns)
                 for k, product in enumerate(products):
                     total[:, k] += weight * self._flatten(product)
@@ -149,24 +156,60 @@ class Curvature(Operator):
                 "last batch."
             )
 
-    def _evaluate(self, foreign: Sequence[Tensor] = ()) -> tuple[float, Tensor, float]:
+    def _check_symmetric(self) -> None:
+        """Raise where uᵀHv and vᵀHu differ, for random u and v, by more than rounding explains."""
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype).to(self.device)
+        products = self._apply(probes)
+        asymmetry = float((probes[:, 0] @ products[:, 1] - probes[:, 1] @ products[:, 0]).abs())
+        if asymmetry <= torch.finfo(self.torch_dtype).eps ** (2 / 3) * _crossed_norms(probes, products):
+            return
+        # A saturated network's Hessian is itself all rounding: see how far an ulp in the parameters moves it.
+        noise = _crossed_norms(probes, self._apply_perturbed(probes, generator) - products)
+        if asymmetry > 10 * noise:
+            raise UnsupportedModelError(
+                "torch's second derivatives of this model are wrong: uᵀHv and vᵀHu differ by "
+                f"{asymmetry:.3g}, where rounding explains {noise:.1g}. torch.nn.utils.weight_norm and "
+                "custom backward functions do that. Write the operation out in elementary ones, or restrict "
+                "`params` to leave its parameters out."
+            )
+
+    def _apply_perturbed(self, X: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the product at parameters changed by a few units in the last place."""
+        saved = [parameter.detach().clone() for parameter in self.parameters]
+        ulp = torch.finfo(self.torch_dtype).eps
+        try:
+            for parameter in self.parameters:
+                change = torch.randn(parameter.shape, generator=generator, dtype=self.torch_dtype)
+                parameter.mul_(1 + 2 * ulp * change.to(self.device))
+            return self._apply(X)
+        finally:
+            for parameter, value in zip(self.parameters, saved, strict=True):
+                parameter.copy_(value)
+
+    def _evaluate(
+        self, *, first: bool = False, originals: Sequence[Tensor] = ()
+    ) -> tuple[float, Tensor, float]:
         """Return the risk, its gradient (n,), and the sum of the norms of the batches' gradients.
 
-        `foreign` are the parameters of the model that was copied, which the loss must not reach.
+        The first time the graph of the loss is looked at: it must be twice differentiable and not reach the
+        original parameters, those of the model that was copied.
         """
         total, scale, used = 0.0, 0.0, False
         gradient = torch.zeros(self.shape[0], dtype=self.torch_dtype, device=self.device)
         for inputs, targets, weight in self.batches.tracked("loss and gradient"):
-            with self._differentiating():
+            with differentiating(self.model, self.device):
                 inputs, targets = self._on_device(inputs, targets)
                 loss = self._loss(self._output(inputs), targets)
-                if any(g is not None for g in differentiate(loss, foreign, retain_graph=True)):
+                if first:
+                    refuse_once_differentiable(loss)
+                if any(g is not None for g in differentiate([loss], originals, retain_graph=True)):
                     raise ValueError(
                         "loss_fn uses the model's parameters directly (a penalty on the weights?), which is "
                         "neither seen by the operator nor part of its snapshot. Leave the term out of "
                         "loss_fn and add its Hessian to the operator: c/2 * ||θ||² is .damped(c)."
                     )
-                gradients = differentiate(loss, self.parameters)
+                gradients = differentiate([loss], self.parameters)
             used = used or any(g is not None for g in gradients)
             part = weight * self._flatten(gradients)
             total += weight * float(loss.detach())
@@ -210,45 +253,8 @@ class Curvature(Operator):
         pairs = zip(gradients, self.parameters, strict=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).detach().reshape(-1) for g, p in pairs])
 
-    @contextmanager
-    def _differentiating(self) -> Iterator[None]:
-        try:
-            with differentiating(self.model, self.device):
-                yield
-        except RuntimeError as error:
-            if any(hint in str(error) for hint in _NOT_TWICE):
-                raise UnsupportedModelError(
-                    f"the model or the loss has an operation without a second derivative: {error}. "
-                    "Replace it by one built from differentiable operations."
-                ) from error
-            raise
 
-
-_NOT_TWICE = (
-    "is not implemented",
-    "not currently support",
-    "double backward",
-    "once_differentiable",
-    "create_graph",
-)
-
-
-def differentiate(
-    output: Tensor,
-    by: Sequence[Tensor],
-    seed: Tensor | None = None,
-    *,
-    create_graph: bool = False,
-    retain_graph: bool = False,
-) -> Gradients:
-    """Return (∂output/∂by)ᵀ seed for each tensor of `by`, None where the output does not depend on it."""
-    if not output.requires_grad or not by:
-        return [None] * len(by)
-    return torch.autograd.grad(
-        output,
-        by,
-        seed,
-        create_graph=create_graph,
-        retain_graph=retain_graph or create_graph,
-        allow_unused=True,
-    )
+def _crossed_norms(probes: Tensor, products: Tensor) -> float:
+    """Return ‖u‖‖Hv‖ + ‖v‖‖Hu‖ for columns u, v and their products."""
+    lengths, images = torch.linalg.vector_norm(probes, dim=0), torch.linalg.vector_norm(products, dim=0)
+    return float(lengths[0] * images[1] + lengths[1] * images[0])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import UninitializedParameter
 
 from linop_hess.errors import UnsupportedModelError
@@ -87,29 +85,16 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise UnsupportedModelError(
             "an operator keeps its own copy of the model, and copy.deepcopy fails on this "
             f"{type(model).__name__}: {error}. Make the model deep-copyable."
         ) from error
-
-
-@contextmanager
-def differentiating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Switch differentiation on in full precision, with operations that have second derivatives.
-
-    The fused kernels of attention have none, and cuDNN's recurrent ones neither; each is replaced by the
-    plain one.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield
+    for module in twin.modules():
+        if getattr(module, "sparse", None) is True:  # an embedding's sparse gradient has no second derivative
+            module.sparse = False  # type: ignore[assignment]
+    return twin
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,84 @@
+"""Speed against one autograd Hessian-vector product, the GEMM rate, and the paper's algorithm; ratios inside one run.
+
+Run: python tests/benchmarks/speed.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from common import autograd_hvp, batch, gemm_rate, machine, network, print_table, seconds
+from torch import nn
+
+import linop_hess as lh
+
+DAMPING = 1e-3
+LOSS = nn.CrossEntropyLoss()
+
+
+def against_hvp() -> list[list[str]]:
+    """End to end, and piece by piece, in units of one autograd HVP."""
+    rows = []
+    for depth, width, size in [(1000, 4, 1), (200, 8, 1), (10, 32, 1), (20, 8, 64), (20, 256, 1)]:
+        model, (x, y) = network(depth, width), batch(size)
+        lin = lh.linearize(model, LOSS, x, y)
+        v = torch.randn(lin.problem.size, dtype=torch.float64)
+        g, state = v.numpy(), np.ones(lin.M.shape[0])
+        inverse = lin.inverse(DAMPING)
+        hvp = seconds(lambda: autograd_hvp(model, LOSS, x, y, v))
+        whole = seconds(lambda: lh.linearize(model, LOSS, x, y).inverse(DAMPING).solve(g))
+        parts = [
+            seconds(lambda: lh.linearize(model, LOSS, x, y)),
+            seconds(lambda: lin.inverse(DAMPING)),
+            seconds(lambda: inverse @ g),
+            seconds(lambda: lin.H @ g),
+            seconds(lambda: lin.M_inv @ state),
+        ]
+        rows.append(
+            [f"L={depth} width {width} batch {size}", f"{lin.problem.size}", f"{hvp * 1e3:.1f} ms", inverse.method]
+            + [f"{part / hvp:.3f}" for part in [whole, *parts]]
+            + [f"{inverse.solve(g).backward_error:.0e}"]
+        )
+    return rows
+
+
+def against_gemm() -> list[str]:
+    """Rate of the Riccati factorization, counting 4⅔ n³ flops a stage, against the GEMM rate."""
+    depth, width, size = 20, 64, 16
+    model, (x, y) = network(depth, width), batch(size)
+    lin = lh.linearize(model, LOSS, x, y)
+    n = width * size
+    factor = lh.lq.METHODS["riccati"].factor
+    flops = (depth - 2) * (4 + 2 / 3) * n**3
+    rate = flops / seconds(lambda: factor(lin.problem, DAMPING), 3)
+    gemm = gemm_rate()
+    rate = max(rate, flops / seconds(lambda: factor(lin.problem, DAMPING), 3))
+    return [f"L={depth} width {width} batch {size}", f"{rate / 1e9:.0f}", f"{gemm / 1e9:.0f}", f"{rate / gemm:.0%}"]
+
+
+def against_ldu() -> list[list[str]]:
+    """Factor and certified solve against method "ldu"."""
+    rows = []
+    for depth, width in [(200, 8), (10, 32)]:
+        model, (x, y) = network(depth, width), batch(1)
+        lin = lh.linearize(model, LOSS, x, y)
+        g = np.random.default_rng(0).normal(size=lin.problem.size)
+        ours = seconds(lambda: lin.inverse(DAMPING).solve(g), 9)
+        theirs = seconds(lambda: lin.inverse(DAMPING, "ldu").solve(g), 3)
+        rows.append(
+            [f"L={depth} width {width}", f"{theirs * 1e3:.0f} ms", f"{ours * 1e3:.2f} ms", f"{theirs / ours:.0f}"]
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    print(machine(), "\n")
+    print("In units of one autograd HVP of the same network:\n")
+    print_table(
+        ["network", "N", "HVP", "method", "end to end", "linearize", "inverse", "inv @ g", "H @ v", "M_inv @ v", "η"],
+        against_hvp(),
+    )
+    print("\nRiccati factorization, GFLOP/s:\n")
+    print_table(["network", "factor", "GEMM", "ratio"], [against_gemm()])
+    print("\nFactor and one certified solve against the paper's LDU:\n")
+    print_table(["network", "ldu", "ours", "ratio"], against_ldu())

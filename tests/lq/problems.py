@@ -1,0 +1,87 @@
+"""Random LQ problems, and their Hessian assembled without the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from linop_hess import lq
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One A, B, C, F and G a stage, float64."""
+
+    A: list[np.ndarray]
+    B: list[np.ndarray]
+    C: list[np.ndarray]
+    F: list[np.ndarray]
+    G: list[np.ndarray]
+
+    def problem(self, dtype: torch.dtype = torch.float64) -> lq.Problem:
+        groups = (self.A, self.B, self.C, self.F, self.G)
+        return lq.Problem.from_blocks(*([torch.tensor(b, dtype=dtype) for b in group] for group in groups))
+
+    def rounded(self, dtype: torch.dtype) -> Blocks:
+        """Return the blocks as `dtype` holds them, in float64."""
+        groups = (self.A, self.B, self.C, self.F, self.G)
+        return Blocks(*([torch.tensor(b, dtype=dtype).double().numpy() for b in group] for group in groups))
+
+    def hessian(self) -> np.ndarray:
+        """A + B P M⁻¹ G + Gᵀ M⁻ᵀ Pᵀ Bᵀ + Gᵀ M⁻ᵀ Pᵀ C P M⁻¹ G, every factor written out densely."""
+        n_in = [F.shape[1] for F in self.F]
+        n_out = [F.shape[0] for F in self.F]
+        M = np.eye(sum(n_out))
+        P = np.zeros((sum(n_in), sum(n_out)))
+        row, column = n_out[0], 0
+        for l in range(1, len(self.F)):
+            M[row : row + n_out[l], column : column + n_in[l]] = -self.F[l]
+            row, column = row + n_out[l], column + n_in[l]
+        P[n_in[0] :, : column] = np.eye(column)
+        A, B, C, G = (diagonal_of_blocks(blocks) for blocks in (self.A, self.B, self.C, self.G))
+        D = P @ np.linalg.solve(M, G)
+        return A + B @ D + D.T @ B.T + D.T @ C @ D
+
+
+def diagonal_of_blocks(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the block diagonal matrix; blocks may be empty in either direction."""
+    out = np.zeros(np.sum([b.shape for b in blocks], axis=0))
+    row = column = 0
+    for block in blocks:
+        out[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return out
+
+
+def random_blocks(n: Sequence[int], p: Sequence[int], seed: int, *, with_A: str = "some") -> Blocks:
+    """Return an indefinite problem with states of sizes n (L + 1 of them) and p controls a stage.
+
+    `with_A` is "none", "some" (every second stage) or "all". B and C are never zero; some columns of G are.
+    """
+    rng = np.random.default_rng(seed)
+    A, B, C, F, G = [], [], [], [], []
+    for l, (before, after, controls) in enumerate(zip(n[:-1], n[1:], p, strict=True)):
+        a = rng.standard_normal((controls, controls))
+        zero = with_A == "none" or (with_A == "some" and l % 2 == 1)
+        A.append(np.zeros_like(a) if zero else (a + a.T) / 2)
+        B.append(rng.standard_normal((controls, before)))
+        c = rng.standard_normal((before, before))
+        C.append((c + c.T) / 2)
+        F.append(rng.standard_normal((after, before)) / np.sqrt(max(before, 1)))
+        g = rng.standard_normal((after, controls))
+        if controls > 2 and l % 3 == 0:
+            g[:, 1] = g[:, 0]
+        G.append(g)
+    return Blocks(A, B, C, F, G)
+
+
+def backward_error(H: np.ndarray, damping: float, x: np.ndarray, g: np.ndarray) -> float:
+    """max over columns of ‖g − (H + εI)x‖ / (‖H + εI‖₂‖x‖ + ‖g‖), in float64, from the dense matrix."""
+    K = H + damping * np.eye(len(H))
+    x, g = (np.atleast_2d(np.asarray(v, dtype=np.float64).T).T for v in (x, g))
+    norm = np.linalg.norm(K, 2) if K.size else 0.0
+    scale = norm * np.linalg.norm(x, axis=0) + np.linalg.norm(g, axis=0)
+    return float(np.max(np.linalg.norm(g - K @ x, axis=0) / np.where(scale > 0, scale, 1.0), initial=0.0))
