@@ -49,9 +49,7 @@ class _Clock:
 class _Counted(LinearOperator):
     """An operator that counts its products and their negative quadratic forms."""
 
-    def __init__(
-        self, name: str, base: LinearOperator, observer: Observer, seen: Callable[..., None]
-    ) -> None:
+    def __init__(self, name: str, base: LinearOperator, observer: Observer, seen: Callable[..., None]) -> None:
         super().__init__(base.dtype, base.shape)  # type: ignore[call-arg]
         self._name, self._base, self._observer, self._seen = name, base, observer, seen
         self.products = 0

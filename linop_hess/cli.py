@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-steps", type=_integer(0), default=0, metavar="N", help="Adam steps first, at least 0")
     add("--seed", type=_integer(0, 2**63 - 1), default=0, metavar="N", help="from 0 to 2^63 - 1")
     add("--rtol", type=_positive(1.0), default=1e-10, metavar="X", help="for Krylov, between 0 and 1")
-    add("--maxiter", type=_integer(1), default=1000, metavar="N", help="for Krylov, at least 1")
+    add("--maxiter", type=_integer(1), default=300, metavar="N", help="for Krylov, at least 1")
     add("--threads", type=_integer(1), default=1, metavar="N", help="torch's; narrow layers gain nothing")
     add("--out", type=_folder, default=Path("."), metavar="DIR", help="where the files go, made if missing")
     add("--no-progress", action="store_true", help="no progress bars")
@@ -159,7 +159,8 @@ def _headline(arguments: argparse.Namespace, outcome: Outcome) -> str:
     return (
         f"digits, {arguments.depth} hidden layers of {arguments.width}, {arguments.activation}, "
         f"{arguments.batch} images, {arguments.train_steps} training steps, seed {arguments.seed}\n"
-        f"{outcome.parameters:,} parameters, loss {outcome.loss:.4g}, |gradient| {outcome.gradient_norm:.3g}; "
+        f"{outcome.parameters:,} parameters, loss {outcome.loss:.4g}, "
+        f"|gradient| {outcome.gradient_norm:.3g}\n"
         f"solving (H + {arguments.damping:g} I) x = gradient, |H + {arguments.damping:g} I| about "
         f"{outcome.hessian_norm:.3g}\n"
         f"A = that matrix by Pearlmutter products, which also measure every row's true residual"

@@ -279,9 +279,9 @@ class Linearization:
     def _suspects(self, gap: Tensor) -> str:
         if self._chain.unverified:
             return ", ".join(map(repr, self._chain.unverified))
-        by_stage = np.add.reduceat(
-            np.append(gap.max(1).values.cpu().numpy(), 0.0), self.problem.x_offsets[:-1]
-        ) * (self.problem.p > 0)
+        by_stage = np.add.reduceat(np.append(gap.max(1).values.cpu().numpy(), 0.0), self.problem.x_offsets[:-1]) * (
+            self.problem.p > 0
+        )
         return f"at or after stage {self.problem.name(int(by_stage.argmax()))}"
 
     def __getstate__(self) -> dict[str, Any]:

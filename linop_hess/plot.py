@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -66,12 +66,23 @@ def convergence(
         colour = COLOURS[i % len(COLOURS)]
         across, up = _curve(record, x)
         if record.solver == "direct":
-            style: dict[str, Any] = {"linestyle": "none", "marker": _MARKERS[i % len(_MARKERS)], "markersize": 8}
+            style: dict[str, Any] = {
+                "linestyle": "none",
+                "marker": _MARKERS[i % len(_MARKERS)],
+                "markersize": 8,
+                "zorder": 4,
+            }
         else:
-            style = {"linestyle": _DASHES[i // len(COLOURS) % len(_DASHES)], "linewidth": 2 if len(across) <= 100 else 1.2}
+            # A jagged curve is thin and lies under the smooth ones, which it would hide.
+            width, depth = (0.8, 2) if _jagged(up) else (2, 3)
+            style = {
+                "linestyle": _DASHES[i // len(COLOURS) % len(_DASHES)],
+                "linewidth": width,
+                "zorder": depth,
+            }
             if len(across) <= 30:
                 style |= {"marker": "o", "markersize": 4.5}
-        ax.plot(across, up, color=colour, label=record.name, clip_on=False, zorder=3, **style)
+        ax.plot(across, up, color=colour, label=record.name, clip_on=False, **style)
         drawn = np.flatnonzero(np.isfinite(up))
         if len(drawn):
             ends.append((float(across[drawn[-1]]), float(up[drawn[-1]]), record.name, colour))
@@ -79,7 +90,7 @@ def convergence(
     _labels(ax, ends)
     if title:
         ax.set_title(title, loc="left", fontsize=13, pad=12)
-    return ax.figure
+    return cast("Figure", ax.figure)
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -99,8 +110,8 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _curve(record: Record, x: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the abscissas and the residuals, a residual of exactly zero raised to the smallest double."""
-    up = np.maximum(record.residuals, np.finfo(float).tiny)
+    """Return the abscissas and the residuals; a residual of exactly zero is drawn at 1e-18."""
+    up = np.maximum(record.residuals, 1e-18)
     if record.solver == "direct":
         up = up[-1:]
         return np.array([1.0 if x == "iterations" else record.setup_seconds + record.seconds]), up
@@ -110,6 +121,12 @@ def _curve(record: Record, x: str) -> tuple[np.ndarray, np.ndarray]:
     seconds = record.setup_seconds + record.seconds * steps / max(record.iterations, 1)
     shown = seconds > 0  # a logarithmic axis has no place for a start at 0 s
     return seconds[shown], up[shown]
+
+
+def _jagged(up: np.ndarray) -> bool:
+    """Whether a history of more than 30 steps rises by a fifth in every tenth of them."""
+    with np.errstate(invalid="ignore"):
+        return len(up) > 30 and float(np.mean(up[1:] > 1.2 * up[:-1])) > 0.1
 
 
 def _scales(ax: Axes, x: str, ends: list[tuple[float, float, str, str]]) -> None:
@@ -174,7 +191,7 @@ def _labels(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def _spread(wanted: list[float], gap: float) -> list[float]:
-    """Return heights in [0, 1] at least `gap` apart, near the ascending `wanted` (least squares, by pooling)."""
+    """Return heights in [0, 1] at least `gap` apart, closest to the ascending `wanted` by least squares."""
     pools: list[tuple[float, int]] = []  # (height of its lowest member, members)
     for height in wanted:
         pool = (min(max(height, 0.0), 1.0), 1)

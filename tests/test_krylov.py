@@ -165,9 +165,7 @@ def test_minres_refuses_an_indefinite_preconditioner_in_words():
     # Caught only later, when the first quadratic form happens to be positive.
     record = krylov.run("minres", SPD, np.r_[np.full(N - 5, 0.01), np.ones(5)], M=M)
     assert record.status.startswith("indefinite preconditioner")
-    assert record.residual == pytest.approx(
-        true_residual(SPD, record.x, np.r_[np.full(N - 5, 0.01), np.ones(5)])
-    )
+    assert record.residual == pytest.approx(true_residual(SPD, record.x, np.r_[np.full(N - 5, 0.01), np.ones(5)]))
 
 
 def test_cg_with_an_indefinite_preconditioner_is_reported():

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linop_hess.errors import UnsupportedModelError
-from linop_hess.lq.problem import Problem
-from linop_hess.lq.stages import Stages
 from linop_hess.chain.flatten import flatten, is_float
 from linop_hess.chain.generic import Generic
 from linop_hess.chain.kind import Layer
 from linop_hess.chain.linear import Embedding
 from linop_hess.chain.loss import linearize_loss
 from linop_hess.chain.pointwise import Pointwise, is_elementwise
+from linop_hess.errors import UnsupportedModelError
+from linop_hess.lq.problem import Problem
+from linop_hess.lq.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,15 @@ def build_chain(
 def _forward(layers: Sequence[Layer], inputs: Tensor) -> tuple[list[Layer], list[Tensor], Tensor]:
     """Run the chain; give its layers that are stages, the input of each, and the output."""
     z = inputs
-    stages, states = [], []
+    stages: list[Layer] = []
+    states: list[Tensor] = []
     for layer in layers:
         if isinstance(layer.kind, Generic) and not layer.params and is_elementwise(layer.module, z):
             layer = replace(layer, kind=Pointwise())
         if isinstance(layer.kind, Embedding) and stages:
-            raise UnsupportedModelError(f"layer {layer.name!r} (Embedding) must come first: its input has no derivative")
+            raise UnsupportedModelError(
+                f"layer {layer.name!r} (Embedding) must come first: its input has no derivative"
+            )
         after = layer.kind.forward(layer, z)
         if not layer.kind.reshapes_only:
             stages.append(layer)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from linop_hess.chain.kind import Kind, Layer
 from linop_hess.lq.bilinear import BilinearStages
 from linop_hess.lq.dense_stages import DenseStages
 from linop_hess.lq.rearranged import Arrangement, RearrangedStages
 from linop_hess.lq.stages import Stages
-from linop_hess.chain.kind import Kind, Layer
 
-CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 """Convolution modules and their number of spatial axes."""
 
-AVERAGE_POOLS = {
+AVERAGE_POOLS: dict[type[nn.Module], int] = {
     nn.AvgPool1d: 1,
     nn.AvgPool2d: 2,
     nn.AvgPool3d: 3,
@@ -55,7 +56,7 @@ class Convolution(Kind):
         return replace(stages, inner=replace(inner, beta=rows.contiguous()))
 
 
-def patch_sources(module: nn.Module, shape: torch.Size) -> Tensor:
+def patch_sources(module: Any, shape: torch.Size) -> Tensor:
     """Which input entry each patch entry of a convolution reads.
 
     Parameters

@@ -47,11 +47,10 @@ def _vjps_at_once(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor)
         )
     except RuntimeError:  # an operation without a batching rule
         single = [
-            torch.autograd.grad(output, sources, c, retain_graph=True, allow_unused=True) for c in cotangents
+            torch.autograd.grad(output, sources, c, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for c in cotangents
         ]
-        rows = tuple(
-            None if single[0][s] is None else torch.stack([row[s] for row in single]) for s in range(len(sources))
-        )
+        rows = tuple(torch.stack(column) for column in zip(*single, strict=True))
     return [
         source.new_zeros(k, source.numel()) if row is None else row.detach().reshape(k, source.numel())
         for row, source in zip(rows, sources, strict=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from linop_hess.errors import UnsupportedModelError
 from linop_hess.chain.convolution import AVERAGE_POOLS, CONVOLUTIONS, AveragePool, Convolution
 from linop_hess.chain.generic import Generic
 from linop_hess.chain.kind import Kind, Layer
@@ -15,6 +14,7 @@ from linop_hess.chain.linear import Embedding, Linear
 from linop_hess.chain.normalization import NORMALIZATIONS
 from linop_hess.chain.pointwise import ELEMENTWISE, Pointwise
 from linop_hess.chain.reshape import RESHAPES, Reshape
+from linop_hess.errors import UnsupportedModelError
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from linop_hess.chain.derivatives import assert_symmetric, unit_cotangents, vjps
+from linop_hess.chain.kind import Kind, Layer
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.dense_stages import DenseStages
 from linop_hess.lq.stages import Stages
-from linop_hess.chain.derivatives import assert_symmetric, unit_cotangents, vjps
-from linop_hess.chain.kind import Kind, Layer
 
 
 class Generic(Kind):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from linop_hess.lq.stages import Stages
 
@@ -26,7 +27,7 @@ class Layer:
     """
 
     name: str
-    module: nn.Module
+    module: Any
     kind: Kind
     params: tuple[str, ...]
 

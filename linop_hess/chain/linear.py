@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from linop_hess.lq.bilinear import BilinearStages
-from linop_hess.lq.stages import Stages
 from linop_hess.chain.kind import Kind, Layer
+from linop_hess.lq.bilinear import BilinearStages
 from linop_hess.lq.selection import SelectionStages
+from linop_hess.lq.stages import Stages
 
 
 class Linear(Kind):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linop_hess.chain.derivatives import assert_symmetric, unit_cotangents, vjps
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.dense_stages import CostStage
-from linop_hess.chain.derivatives import assert_symmetric, unit_cotangents, vjps
 
 _DENSE_UP_TO = 16
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from linop_hess.chain.kind import Kind, Layer
 from linop_hess.lq.dense_stages import DenseStages
 from linop_hess.lq.scaleshift import Features, ScaleShiftStages
 from linop_hess.lq.stages import Stages
-from linop_hess.chain.kind import Kind, Layer
 
 
 class Normalize(Kind):
@@ -32,7 +33,7 @@ class Normalize(Kind):
         Whether the mean is subtracted (RMSNorm does not).
     """
 
-    def __init__(self, run: Callable[[nn.Module, torch.Size], int], centred: bool = True) -> None:
+    def __init__(self, run: Callable[[Any, torch.Size], int], centred: bool = True) -> None:
         self._run = run
         self._centred = centred
 
@@ -82,16 +83,14 @@ class ScaleShift(Kind):
         Whether the running statistics of a batch norm are applied first.
     """
 
-    def __init__(
-        self, feature_index: Callable[[nn.Module, torch.Size], Tensor], *, standardize: bool = False
-    ) -> None:
+    def __init__(self, feature_index: Callable[[Any, torch.Size], Tensor], *, standardize: bool = False) -> None:
         self._feature_index = feature_index
         self._standardize = standardize
 
     def signature(self, layer: Layer, z: Tensor) -> Hashable:
         return (type(layer.module), layer.module.extra_repr(), z.shape, layer.params)
 
-    def _fixed(self, module: nn.Module, index: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _fixed(self, module: Any, index: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Normalized entries and dẑ/dz, both of z's shape."""
         if not self._standardize:
             return z, torch.ones_like(z)
@@ -131,16 +130,16 @@ class ScaleShift(Kind):
         return replace(stages, beta=beta)
 
 
-def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
+def _epsilon(module: Any, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if module.eps is None else module.eps
 
 
-def _last_axes(module: nn.Module, shape: torch.Size) -> Tensor:
+def _last_axes(module: Any, shape: torch.Size) -> Tensor:
     size = torch.Size(module.normalized_shape)
     return torch.arange(size.numel()).reshape(size).expand(shape)
 
 
-def _channels(module: nn.Module, shape: torch.Size) -> Tensor:
+def _channels(module: Any, shape: torch.Size) -> Tensor:
     return torch.arange(shape[1]).reshape(-1, *[1] * (len(shape) - 2)).expand(shape)
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from linop_hess.chain.kind import Kind, Layer
 from linop_hess.lq.dense_stages import DiagonalStages
 from linop_hess.lq.stages import Stages
-from linop_hess.chain.kind import Kind, Layer
 
 ELEMENTWISE = (
     nn.CELU,

@@ -6,8 +6,8 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor, nn
 
-from linop_hess.lq.stages import Stages
 from linop_hess.chain.kind import Kind, Layer
+from linop_hess.lq.stages import Stages
 
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
 """Modules that change at most the shape (dropout in eval mode does the same)."""

@@ -66,7 +66,9 @@ class BandedFactorization:
             self._lu, self._pivots, info = gbtrf(self._lu, kl, kl, overwrite_ab=1)
         if info > 0:
             segment = int(np.searchsorted(layout.start, info - 1, side="right") - 1)
-            stage = next(int(g.stages[g.segments == segment][0]) for g in layout.groups if (g.segments == segment).any())
+            stage = next(
+                int(g.stages[g.segments == segment][0]) for g in layout.groups if (g.segments == segment).any()
+            )
             raise SingularPivotError(stage)
 
     def _assemble(self) -> BandMatrix:

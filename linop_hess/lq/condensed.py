@@ -130,8 +130,8 @@ def condense(problem: Problem, group: SegmentGroup, damping: float) -> Condensed
         CR = stage.C(R)
         if CR is not None:
             S = S + R.mT @ CR
-            if n_in:
-                CF = stage.C(F)
+            CF = stage.C(F) if n_in else None
+            if CF is not None:
                 E = E + R.mT @ CF
                 Z = Z + F.mT @ CF
         R = stage.F(R)

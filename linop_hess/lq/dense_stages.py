@@ -38,9 +38,7 @@ class DenseStages(Stages):
     samples: int = 1
 
     @classmethod
-    def plain(
-        cls, F: Tensor, G: Tensor | None, A: Tensor | None, B: Tensor | None, C: Tensor | None
-    ) -> DenseStages:
+    def plain(cls, F: Tensor, G: Tensor | None, A: Tensor | None, B: Tensor | None, C: Tensor | None) -> DenseStages:
         """Build from plain blocks F (K, n_out, n_in), G (K, n_out, p), A, B (K, p, n_in), C."""
         return cls(
             F[:, None],

@@ -104,9 +104,7 @@ class LduFactorization:
         for l in range(len(self._layers) - 1, -1, -1):
             layer, half = self._layers[l], halves[l]
             if value is not None:
-                half = half - torch.linalg.lu_solve(
-                    *self._factors[l], _to_next(layer, self._layers[l + 1], value)
-                )
+                half = half - torch.linalg.lu_solve(*self._factors[l], _to_next(layer, self._layers[l + 1], value))
             value = half
             x[offsets[layer.stage] : offsets[layer.stage + 1]] = value[: layer.G.shape[1]]
         return x

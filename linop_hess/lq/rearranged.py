@@ -37,9 +37,7 @@ class Arrangement:
     def unfold(self, d: Tensor) -> Tensor:
         """U δ: (K, samples · source, k) to (K, samples · patch entries, k)."""
         K, k = d.shape[0], d.shape[-1]
-        padded = torch.cat(
-            [d.reshape(K, self.samples, self.source, k), d.new_zeros(K, self.samples, 1, k)], 2
-        )
+        padded = torch.cat([d.reshape(K, self.samples, self.source, k), d.new_zeros(K, self.samples, 1, k)], 2)
         return padded[:, :, self.gather].reshape(K, -1, k)
 
     def fold(self, y: Tensor) -> Tensor:

@@ -279,7 +279,7 @@ def checked_damping(damping: float) -> float:
     """
     if isinstance(damping, complex) or not np.isscalar(damping) or isinstance(damping, str):
         raise TypeError(f"damping must be a real number, got {damping!r}")
-    value = float(damping)  # type: ignore[arg-type]
+    value = float(damping)
     if not math.isfinite(value):
         raise ValueError(f"damping must be finite, got {value}")
     return value

@@ -29,12 +29,13 @@ class Stacked:
 
     def take(self, which: slice | np.ndarray) -> Self:
         """Return the stages `which` of the stack, a slice (views) or an index array (copies)."""
-        index = which if isinstance(which, slice) else torch.from_numpy(which)
-        changed = {}
+        changed: dict[str, Tensor | Stacked] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                changed[field.name] = value[index if isinstance(which, slice) else index.to(value.device)]
+                changed[field.name] = value[
+                    which if isinstance(which, slice) else torch.from_numpy(which).to(value.device)
+                ]
             elif isinstance(value, Stacked):
                 changed[field.name] = value.take(which)
         return replace(self, **changed)

@@ -104,7 +104,7 @@ class Congruence:
 
     @property
     def smallest_pivot_ratio(self) -> float:
-        """min |θ| / max |θ|: near zero, S is close to singular."""
+        """Min |θ| / max |θ|: near zero, S is close to singular."""
         if not self.theta.numel():
             return 1.0
         size = self.theta.abs()
@@ -116,7 +116,7 @@ def _starts_pair(ipiv: np.ndarray) -> np.ndarray:
     """Mark the first index of each 2×2 pivot: LAPACK gives both its entries the same negative number."""
     starts = np.zeros(ipiv.size, dtype=bool)
     k = 0
-    for k_negative in np.flatnonzero(ipiv < 0):
+    for k_negative in np.flatnonzero(ipiv < 0).tolist():
         if k_negative >= k:
             starts[k_negative] = True
             k = k_negative + 2
@@ -129,7 +129,7 @@ def _pivot_order(ipiv: np.ndarray) -> np.ndarray:
     starts = _starts_pair(ipiv)
     k = 0
     while k < ipiv.size:
-        at, target = (k + 1, -ipiv[k] - 1) if starts[k] else (k, ipiv[k] - 1)
+        at, target = (k + 1, -int(ipiv[k]) - 1) if starts[k] else (k, int(ipiv[k]) - 1)
         if at != target:
             order[at], order[target] = order[target], order[at]
         k += 2 if starts[k] else 1

@@ -47,8 +47,7 @@ class Sum(Operator):
         for term in terms[1:]:
             if term.shape != first.shape:
                 raise ValueError(
-                    f"cannot add operators of shapes {first.shape} and {term.shape}. Both need the same "
-                    "shape."
+                    f"cannot add operators of shapes {first.shape} and {term.shape}. Both need the same shape."
                 )
             _require_alike(first, term)
         super().__init__(first.shape, first.torch_dtype, first.device)
@@ -92,9 +91,7 @@ class Product(Operator):
                     "The columns of the left one must be as many as the rows of the right one."
                 )
             _require_alike(left, right)
-        super().__init__(
-            (factors[0].shape[0], factors[-1].shape[1]), factors[0].torch_dtype, factors[0].device
-        )
+        super().__init__((factors[0].shape[0], factors[-1].shape[1]), factors[0].torch_dtype, factors[0].device)
         self.args = factors
 
     def _apply(self, X: Tensor) -> Tensor:
@@ -264,6 +261,4 @@ def _require_alike(left: Operator, right: Operator) -> None:
             "Build both from models of one precision."
         )
     if left.device != right.device:
-        raise ValueError(
-            f"cannot combine operators on {left.device} and {right.device}. Build both on one device."
-        )
+        raise ValueError(f"cannot combine operators on {left.device} and {right.device}. Build both on one device.")

@@ -51,9 +51,7 @@ class Operator(_ScipyOperator):
 
     symmetric: bool = False
 
-    def __init__(
-        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         if dtype not in NUMPY_DTYPES:
             raise TypeError(
                 f"{type(self).__name__} needs dtype torch.float32 or torch.float64; got {dtype}. "

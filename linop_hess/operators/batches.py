@@ -150,9 +150,7 @@ def _as_iterable(data: Any) -> Iterable[Any]:
             "list, or several inputs of one batch in a dict."
         )
     if isinstance(data, Tensor) or not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        raise TypeError(
-            f"data must be a batch or an iterable of batches; got {type(data).__name__}. {_ONE_BATCH}"
-        )
+        raise TypeError(f"data must be a batch or an iterable of batches; got {type(data).__name__}. {_ONE_BATCH}")
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise TypeError(
             f"a {type(data).__name__} gives single samples; batches are needed. "
@@ -168,9 +166,7 @@ def _as_iterable(data: Any) -> Iterable[Any]:
 
 def _as_pair(batch: Any) -> tuple[Any, Any]:
     if not _is_pair(batch):
-        raise TypeError(
-            f"each batch must be a pair (inputs, targets); got {type(batch).__name__}. {_ONE_BATCH}"
-        )
+        raise TypeError(f"each batch must be a pair (inputs, targets); got {type(batch).__name__}. {_ONE_BATCH}")
     return batch[0], batch[1]
 
 
@@ -180,9 +176,7 @@ def _is_pair(value: Any) -> bool:
 
 def _stated_reduction(loss_fn: Callable[..., Any]) -> str | None:
     stated = getattr(loss_fn, "reduction", None)
-    return (
-        {"sum": "sum", "mean": "mean", "batchmean": "mean"}.get(stated) if isinstance(stated, str) else None
-    )
+    return {"sum": "sum", "mean": "mean", "batchmean": "mean"}.get(stated) if isinstance(stated, str) else None
 
 
 def _sample_count(inputs: Any, targets: Any) -> int:
@@ -218,7 +212,6 @@ def _import_tqdm() -> Any:
         from tqdm import tqdm
     except ImportError:
         raise ImportError(
-            "progress=True needs tqdm, which is not installed. Run `python -m pip install tqdm`, or leave "
-            "progress out."
+            "progress=True needs tqdm, which is not installed. Run `python -m pip install tqdm`, or leave progress out."
         ) from None
     return tqdm

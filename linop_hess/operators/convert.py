@@ -129,13 +129,9 @@ def _from_torch(x: Tensor, dtype: torch.dtype, device: torch.device, who: str) -
     if x.layout != torch.strided:
         raise TypeError(f"{who} needs a dense tensor; got layout {x.layout}. Call .to_dense() on it.")
     if x.device != device:
-        raise ValueError(
-            f"{who} is on {device}; got a tensor on {x.device}. Move it with .to({str(device)!r})."
-        )
+        raise ValueError(f"{who} is on {device}; got a tensor on {x.device}. Move it with .to({str(device)!r}).")
     if x.is_complex():
-        raise TypeError(
-            f"{who} is real; got a {x.dtype} tensor. Multiply real and imaginary parts separately."
-        )
+        raise TypeError(f"{who} is real; got a {x.dtype} tensor. Multiply real and imaginary parts separately.")
     if x.is_floating_point() and x.dtype != dtype:
         raise TypeError(f"{who} computes in {dtype}; got a {x.dtype} tensor. Cast it with .to({dtype}).")
     return x.detach().to(dtype)
@@ -151,9 +147,7 @@ def _from_numpy(x: Any, dtype: torch.dtype, device: torch.device, who: str) -> T
         raise TypeError(f"{who} has no notion of a mask; got a masked array. Call .filled(value) on it.")
     array = np.asarray(x)
     if array.dtype.kind == "c":
-        raise TypeError(
-            f"{who} is real; got a {array.dtype} array. Multiply real and imaginary parts separately."
-        )
+        raise TypeError(f"{who} is real; got a {array.dtype} array. Multiply real and imaginary parts separately.")
     if array.dtype.kind not in "biuf":
         raise TypeError(
             f"{who} needs an array of real numbers; got dtype {array.dtype} from {type(x).__name__}. "

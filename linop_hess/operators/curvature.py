@@ -59,9 +59,7 @@ class Curvature(Operator):
         check_symmetric: bool = True,
     ) -> None:
         if not callable(loss_fn):
-            raise TypeError(
-                f"loss_fn must be callable as loss_fn(output, target); got {type(loss_fn).__name__}."
-            )
+            raise TypeError(f"loss_fn must be callable as loss_fn(output, target); got {type(loss_fn).__name__}.")
         self.names = tuple(select_parameters(model, params))
         self.batches = Batches(data, loss_fn, reduction, progress)
         with torch.inference_mode(False):
@@ -187,9 +185,7 @@ class Curvature(Operator):
             for parameter, value in zip(self.parameters, saved, strict=True):
                 parameter.copy_(value)
 
-    def _evaluate(
-        self, *, first: bool = False, originals: Sequence[Tensor] = ()
-    ) -> tuple[float, Tensor, float]:
+    def _evaluate(self, *, first: bool = False, originals: Sequence[Tensor] = ()) -> tuple[float, Tensor, float]:
         """Return the risk, its gradient (n,), and the sum of the norms of the batches' gradients.
 
         The first time the graph of the loss is looked at: it must be twice differentiable and not reach the
@@ -217,8 +213,7 @@ class Curvature(Operator):
             scale += float(torch.linalg.vector_norm(part))
         if not np.isfinite(total):
             raise ValueError(
-                f"the loss is {total}; second derivatives need a finite one. Check data and parameters for "
-                "NaN or Inf."
+                f"the loss is {total}; second derivatives need a finite one. Check data and parameters for NaN or Inf."
             )
         if not used:
             raise ValueError(

@@ -113,9 +113,7 @@ class HessianInverse(Operator):
             solution = self._solver.solve(operand.reshape(self.shape[0], -1))
             x = solution.x.reshape(operand.shape)
             x = x.clone() if isinstance(g, Tensor) else to_numpy(x)
-        return Solution(
-            x, solution.backward_error, solution.residual_norm, solution.refinement_steps, solution.method
-        )
+        return Solution(x, solution.backward_error, solution.residual_norm, solution.refinement_steps, solution.method)
 
     def with_damping(self, damping: float) -> HessianInverse:
         """Factor again with another damping; derivatives are not computed again.

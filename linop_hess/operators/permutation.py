@@ -24,9 +24,7 @@ class Identity(Operator):
 
     symmetric = True
 
-    def __init__(
-        self, size: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, size: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> None:
         super().__init__((size, size), dtype, device)
 
     def _apply(self, X: Tensor) -> Tensor:
@@ -60,14 +58,10 @@ class Permutation(Operator):
     array([30., 10., 20.])
     """
 
-    def __init__(
-        self, index: Any, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, index: Any, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> None:
         order = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
         if order.dtype.kind not in "iu" and order.size:
-            raise TypeError(
-                f"a permutation needs integers; got dtype {order.dtype}. Pass an integer index array."
-            )
+            raise TypeError(f"a permutation needs integers; got dtype {order.dtype}. Pass an integer index array.")
         if order.ndim != 1 or not np.array_equal(np.sort(order), np.arange(order.size)):
             raise ValueError(
                 f"a permutation of n items needs a flat array with each of 0, …, n−1 once; "

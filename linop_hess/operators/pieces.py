@@ -185,9 +185,7 @@ def layerwise_permutation(problem: Problem) -> Permutation:
     """Π: regroups (x, y, z) layer by layer, (x_1, y_1, z_1, x_2, …); ΠᵀΠ = I."""
     N, n = problem.size, problem.size_out
     sizes = np.stack([problem.p, problem.n_out, problem.n_out], 1)
-    starts = np.stack(
-        [problem.x_offsets[:-1], N + problem.out_offsets[:-1], N + n + problem.out_offsets[:-1]], 1
-    )
+    starts = np.stack([problem.x_offsets[:-1], N + problem.out_offsets[:-1], N + n + problem.out_offsets[:-1]], 1)
     sizes, starts = sizes.ravel(), starts.ravel()
     ends = np.cumsum(sizes)
     index = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes) + np.repeat(starts, sizes)

@@ -45,9 +45,7 @@ def select_parameters(model: Any, params: Iterable[str] | None) -> list[str]:
         raise ValueError(f"a curvature operator needs at least one trainable parameter; {what}.")
     for name in chosen:
         if isinstance(named[name], UninitializedParameter):
-            raise ValueError(
-                f"parameter {name!r} has no shape yet. Run the model once before building the operator."
-            )
+            raise ValueError(f"parameter {name!r} has no shape yet. Run the model once before building the operator.")
     for name in chosen:
         parameter, first = named[name], named[chosen[0]]
         if parameter.dtype not in NUMPY_DTYPES:
@@ -121,9 +119,7 @@ def _chosen_names(named: dict[str, nn.Parameter], params: Iterable[str] | None) 
     asked = set(params)
     unknown = sorted(str(name) for name in asked if name not in named)
     if unknown:
-        raise ValueError(
-            f"the model has no parameter {', '.join(unknown)}; it has {', '.join(named) or 'none'}."
-        )
+        raise ValueError(f"the model has no parameter {', '.join(unknown)}; it has {', '.join(named) or 'none'}.")
     frozen = [name for name in named if name in asked and not named[name].requires_grad]
     if frozen and all(named[name].is_floating_point() for name in frozen):
         raise ValueError(

@@ -37,9 +37,7 @@ def autograd_hvp(model: nn.Module, loss_fn: Callable[..., Tensor], x: Tensor, y:
     """One Pearlmutter product, written as leanly as autograd allows."""
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(loss_fn(model(x), y), parameters, create_graph=True)
-    pieces = [
-        piece.view_as(p) for piece, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)
-    ]
+    pieces = [piece.view_as(p) for piece, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
     return torch.cat([h.reshape(-1) for h in torch.autograd.grad(gradients, parameters, pieces)])
 
 

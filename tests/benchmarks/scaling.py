@@ -24,7 +24,9 @@ def measure(depth: int) -> dict[str, float]:
     """Run once in this process; memory is the growth of the peak over what the model itself takes."""
     model, (x, y) = network(depth, 4), batch(1)
     small = network(10, 4)
-    lh.linearize(small, nn.CrossEntropyLoss(), x, y).inverse(1e-3).solve(np.ones(sum(p.numel() for p in small.parameters())))
+    lh.linearize(small, nn.CrossEntropyLoss(), x, y).inverse(1e-3).solve(
+        np.ones(sum(p.numel() for p in small.parameters()))
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = [time.perf_counter()]
     lin = lh.linearize(model, nn.CrossEntropyLoss(), x, y)

@@ -40,7 +40,7 @@ class Blocks:
         for l in range(1, len(self.F)):
             M[row : row + n_out[l], column : column + n_in[l]] = -self.F[l]
             row, column = row + n_out[l], column + n_in[l]
-        P[n_in[0] :, : column] = np.eye(column)
+        P[n_in[0] :, :column] = np.eye(column)
         A, B, C, G = (diagonal_of_blocks(blocks) for blocks in (self.A, self.B, self.C, self.G))
         D = P @ np.linalg.solve(M, G)
         return A + B @ D + D.T @ B.T + D.T @ C @ D

@@ -32,7 +32,7 @@ def bisected_damping(blocks: Blocks, l: int, delta: float) -> float | None:
     """ε for which an eigenvalue of H_{l:L} + εI is δ, by bisection on the count of eigenvalues below δ."""
     T = trailing(blocks, l)
     H = blocks.hessian()
-    best, best_condition = None, 1e4
+    best, best_condition = None, 1e5
     values = np.linalg.eigvalsh(T)
     for index in range(len(values)):
 
@@ -50,9 +50,11 @@ def bisected_damping(blocks: Blocks, l: int, delta: float) -> float | None:
 
 
 def cases():
+    out = []
     for name, (n, p, with_A) in CHAINS.items():
-        for l in (1, len(p) // 2, len(p) - 1):
-            yield pytest.param(n, p, with_A, l, id=f"{name}, stage {l + 1}")
+        for l in sorted({1, len(p) // 2, len(p) - 2}):
+            out.append(pytest.param(n, p, with_A, l, id=f"{name}, stage {l + 1}"))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def near_singular(found, n, p, with_A, l, delta):
         damping = bisected_damping(blocks, l, delta)
         assert damping is not None, "no damping with a moderate condition number: choose another seed"
         smallest = np.abs(np.linalg.eigvalsh(trailing(blocks, l) + damping * np.eye(len(trailing(blocks, l))))).min()
-        assert smallest <= 2 * delta + 1e-13
+        assert smallest <= 2 * delta + 1e-14 * np.abs(blocks.hessian()).max() * 10
         found[key] = blocks, damping
     return found[key]
 
@@ -105,14 +107,15 @@ def test_riccati_delays_few_directions(found, n, p, with_A, l, delta):
 
 
 @pytest.mark.parametrize(("n", "p", "with_A", "l"), cases())
-def test_without_delay_the_error_grows(found, n, p, with_A, l):
+def test_without_delay_the_error_grows(found, n, p, with_A, l, monkeypatch):
     """The sweep is a real one: the same recursion that never delays loses what δ says."""
+    monkeypatch.setattr(riccati, "SUSPECT", 0.0)
     errors = {}
     for delta in (1e-6, 1e-10):
         blocks, damping = near_singular(found, n, p, with_A, l, delta)
         H = blocks.hessian()
         g = np.random.default_rng(3).standard_normal((len(H), 1))
-        factors = riccati.RiccatiFactorization(blocks.problem(), damping, suspect=0.0)
+        factors = riccati.factor(blocks.problem(), damping)
         errors[delta] = backward_error(H, damping, factors.solve(torch.from_numpy(g)).numpy(), g)
     assert errors[1e-10] > 1e-11
     assert errors[1e-10] > 20 * errors[1e-6]
@@ -123,7 +126,7 @@ def test_float32(found, delta):
     for name in ("narrow", "wide, controls affine"):
         n, p, with_A = CHAINS[name]
         rounded = random_blocks(n, p, seed=3, with_A=with_A).rounded(torch.float32)
-        damping = bisected_damping(rounded, 2, delta)
+        damping = bisected_damping(rounded, 1, delta)
         assert damping is not None
         H, problem = rounded.hessian(), rounded.problem(torch.float32)
         g = np.random.default_rng(4).standard_normal((len(H), 2)).astype(np.float32)

@@ -74,9 +74,7 @@ def test_compositions_conform(dtype):
     check_operator(Sum(A, B), a + b)
     check_operator(Product(A, C, B), a @ c @ b)
     check_operator(Scaled(A, -2.5), -2.5 * a)
-    check_operator(
-        Power(Product(A, C), 3), np.linalg.matrix_power(a @ c, 3), rtol=1e4 * np.finfo(A.dtype).eps
-    )
+    check_operator(Power(Product(A, C), 3), np.linalg.matrix_power(a @ c, 3), rtol=1e4 * np.finfo(A.dtype).eps)
     check_operator((A + 2 * B).H @ (A - B / 4), (a + 2 * b).T @ (a - b / 4))
 
 

@@ -111,9 +111,7 @@ def test_gauss_newton_conforms(dtype):
 MODELS = {
     "layer norm": lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)),
     "group norm": lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.SiLU(), nn.Linear(6, 3)),
-    "batch norm": lambda: nn.Sequential(
-        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 3)
-    ).eval(),
+    "batch norm": lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 3)).eval(),
     "dropout": lambda: nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Softplus(), nn.Linear(6, 3)).eval(),
     "convolution": lambda: nn.Sequential(
         nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)
@@ -182,9 +180,7 @@ def test_unequal_batches_are_one_batch(kind, dtype, loss_fn):
     ):
         parts = kind(model, loss_fn, data)
         assert parts.loss == pytest.approx(whole.loss, rel=tolerance)
-        np.testing.assert_allclose(
-            parts.gradient, whole.gradient, atol=tolerance * np.abs(whole.gradient).max()
-        )
+        np.testing.assert_allclose(parts.gradient, whole.gradient, atol=tolerance * np.abs(whole.gradient).max())
         assert worst(parts, to_dense(whole)) < tolerance
 
 
