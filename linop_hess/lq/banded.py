@@ -137,7 +137,7 @@ class BandedFactorization:
 
     def _solve_band(self, rhs: Tensor) -> Tensor:
         kl = self._layout.bandwidth
-        if not self._layout.order:
+        if not rhs.numel():
             return rhs
         solution, info = self._gbtrs(self._lu, kl, kl, rhs.numpy(), self._pivots)
         if info != 0:

@@ -67,7 +67,7 @@ class LduFactorization:
     def __init__(self, problem: Problem, damping: float) -> None:
         self.problem = problem
         starts = np.flatnonzero(problem.p)
-        stops = np.append(starts[1:], problem.length)
+        stops = np.append(starts[1:], problem.length)[: starts.size]
         self._layers = [_layer(problem, int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
         self._factors: list[tuple[Tensor, Tensor]] = []
         carried: Tensor | None = None

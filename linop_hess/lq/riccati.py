@@ -164,7 +164,7 @@ class RiccatiFactorization:
     def _pivots(self, K: Tensor, l: int, first: bool) -> Congruence | Eigenpivots:
         if not bool(torch.isfinite(K).all()):
             raise SingularPivotError(l)
-        if first or not self._always_pivot:
+        if first or not self._always_pivot or not K.numel():
             congruence = Congruence.of(K)
             size = congruence.theta.abs()
             if first:

@@ -61,6 +61,8 @@ class Transition:
         return band.storage.T
 
     def _band_solve(self, v: Tensor, trans: str) -> Tensor:
+        if not v.numel():
+            return v.clone()
         tbtrs = lapack.dtbtrs if v.dtype == torch.float64 else lapack.stbtrs
         x, info = tbtrs(self._band, v.numpy(), uplo="L", trans=trans, diag="U")
         if info != 0:

@@ -147,7 +147,7 @@ def test_delayed_pivots_change_nothing(shape, delay, monkeypatch):
     x = factors.solve(torch.from_numpy(g)).numpy()
     assert backward_error(H, 0.04, x, g) <= 1e-12
     if delay == 1e3 and shape in ("equal", "wildly varying"):
-        assert sum(factors.delayed.values()) > 8
+        assert sum(factors.delayed.values()) >= 6
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
