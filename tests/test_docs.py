@@ -1,21 +1,79 @@
-"""Every Python block of README and docs runs."""
+"""Every Python block of README.md and docs/*.md runs, each file's blocks in order in one namespace."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.exists()]
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = (
+    "python -m pip install -c constraints.txt -e '.[demo]' && linop-hess compare",
+    "python -m pip install -c constraints.txt -e '.[test]' && python -m pytest",
+)
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_blocks_run(page):
-    namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        exec(compile(block, str(page), "exec"), namespace)
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def python_blocks(text: str) -> list[str]:
+    """Return the blocks, padded so that a traceback names the line of the page."""
+    blocks = []
+    for fence in _FENCE.finditer(text):
+        if fence[1] == "python":
+            blocks.append("\n" * (text.count("\n", 0, fence.start()) + 1) + fence[2])
+    return blocks
+
+
+def anchors(text: str) -> set[str]:
+    """Return GitHub's anchors of the headings outside fences."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        namespace: dict[str, Any] = {"__name__": "__main__"}
+        for block in python_blocks(page.read_text(encoding="utf-8")):
+            exec(compile(block, str(page), "exec"), namespace)
     if page.name == "README.md":
         assert namespace["solution"].backward_error <= 1e-14
         assert namespace["record"].converged
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for path, anchor in _LINK.findall(_FENCE.sub("", text)):
+        if path.startswith(("http:", "https:")):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page_name(page)} links to {path}, which is not there"
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{page_name(page)} links to #{anchor}"
+
+
+def test_every_page_has_blocks_except_the_tables():
+    blocks = {page.name: len(python_blocks(page.read_text(encoding="utf-8"))) for page in PAGES}
+    for name in ("README.md", "method.md", "operators.md", "scipy.md"):
+        assert blocks[name] > 0, f"{name} has no Python block: is the fence pattern right?"
+
+
+def test_readme_has_the_two_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shell = "".join(fence[2] for fence in _FENCE.finditer(text) if fence[1] == "sh")
+    for command in COMMANDS:
+        assert command in shell.splitlines()
+
+
+def test_ci_runs_the_readme_test_command():
+    assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()

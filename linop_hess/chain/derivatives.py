@@ -6,12 +6,41 @@ Double backward (`autograd.grad` of a gradient) is the one route that agrees wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from linop_hess.errors import UnsupportedModelError
 
 _ROWS_AT_ONCE = 256
+
+
+# What torch says, in its several wordings, of an operation without a second derivative.
+_NOT_TWICE = ("is not implemented", "not currently support", "double backward", "once_differentiable", "create_graph")
+
+
+@contextmanager
+def double_backward(what: str) -> Iterator[None]:
+    """Record graphs that can be differentiated twice; attention's fused kernels cannot, and give way to the plain one.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If an operation inside cannot be differentiated twice; the message names `what`.
+    """
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            yield
+        except RuntimeError as error:
+            if any(hint in str(error) for hint in _NOT_TWICE):
+                raise UnsupportedModelError(
+                    f"{what} has an operation without a second derivative: {error}. Replace it by one built from "
+                    "differentiable operations"
+                ) from error
+            raise
 
 
 def vjps(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
@@ -63,8 +92,16 @@ def unit_cotangents(like: Tensor) -> Tensor:
     return torch.eye(n, dtype=like.dtype, device=like.device).view(n, *like.shape)
 
 
-def assert_symmetric(block: Tensor, what: str) -> None:
+def assert_symmetric(block: Tensor, what: str, scale: float = 0.0) -> None:
     """Raise if a computed second derivative is not symmetric to rounding.
+
+    Parameters
+    ----------
+    block : Tensor, shape (..., n, n)
+    what : str
+        Its name, for the message.
+    scale : float
+        Size of the derivatives it was computed from, whose rounding it inherits even where it is small itself.
 
     Raises
     ------
@@ -74,7 +111,7 @@ def assert_symmetric(block: Tensor, what: str) -> None:
     if not block.numel():
         return
     gap = float((block - block.mT).abs().max())
-    size = float(block.abs().max())
+    size = max(float(block.abs().max()), scale)
     if gap > 1e4 * torch.finfo(block.dtype).eps * size:
         raise ArithmeticError(
             f"the second derivative of {what} came out asymmetric by {gap:.1e} of {size:.1e}: torch differentiates an "

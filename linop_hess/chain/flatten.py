@@ -9,7 +9,7 @@ from torch import nn
 
 from linop_hess.chain.convolution import AVERAGE_POOLS, CONVOLUTIONS, AveragePool, Convolution
 from linop_hess.chain.generic import Generic
-from linop_hess.chain.kind import Kind, Layer
+from linop_hess.chain.kind import Kind, Layer, is_plain
 from linop_hess.chain.linear import Embedding, Linear
 from linop_hess.chain.normalization import NORMALIZATIONS
 from linop_hess.chain.pointwise import ELEMENTWISE, Pointwise
@@ -47,7 +47,8 @@ def flatten(model: nn.Module, params: Iterable[str]) -> list[Layer]:
     pending = [("", model)]
     while pending:
         name, module = pending.pop()
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        sequential = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+        if sequential and is_plain(module):
             inside = [(f"{name}.{child}" if name else child, sub) for child, sub in module._modules.items()]
             pending.extend((path, sub) for path, sub in reversed(inside) if sub is not None)
             continue
@@ -69,7 +70,7 @@ def flatten(model: nn.Module, params: Iterable[str]) -> list[Layer]:
 def _parts(module: nn.Module, params: tuple[str, ...]) -> list[tuple[Kind, tuple[str, ...]]]:
     """The kinds of layer a module falls into, and the parameters of each."""
     known = type(module)
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
+    if not is_plain(module):
         return [(_GENERIC, params)]
     if known is nn.Linear:
         return [(_LINEAR, params)]

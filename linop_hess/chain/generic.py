@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from linop_hess.chain.derivatives import assert_symmetric, unit_cotangents, vjps
+from linop_hess.chain.derivatives import assert_symmetric, double_backward, unit_cotangents, vjps
 from linop_hess.chain.kind import Kind, Layer
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.dense_stages import DenseStages
@@ -20,13 +20,13 @@ class Generic(Kind):
     """A module without known structure. Cost: n_out + n_in + p backward passes; memory (n_in + p)²."""
 
     def signature(self, layer: Layer, z: Tensor) -> Hashable:
-        return id(layer.module)
+        return object()  # never stacked, even where one module stands in two places
 
     def forward(self, layer: Layer, z: Tensor) -> Tensor:
         y = layer.module(z.clone())
         if not isinstance(y, Tensor):
             raise UnsupportedModelError(
-                f"layer {layer.name!r} ({type(layer.module).__name__}) returns {type(y).__name__}; a layer of a chain maps "
+                f"{_title(layer)} returns {type(y).__name__}; a layer of a chain maps "
                 "one tensor to one tensor: wrap it in a module that does"
             )
         return y
@@ -40,13 +40,12 @@ class Generic(Kind):
         again = functional_call(layer.module, params, (u * 1 if u.requires_grad else u,))
         if not torch.equal(y, again):
             raise UnsupportedModelError(
-                f"layer {layer.name!r} ({type(layer.module).__name__}) gives another output each time; call model.eval() or "
-                "remove its randomness"
+                f"{_title(layer)} gives another output each time; call model.eval() or remove its randomness"
             )
         return u, list(params.values()), y
 
     def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
-        with torch.enable_grad():
+        with double_backward(_title(layers[0])):
             u, params, y = self._record(layers[0], Z[0])
             sources = [u, *params] if u.requires_grad else params
             rows = vjps(y, sources, unit_cotangents(y)) if sources else []
@@ -58,7 +57,7 @@ class Generic(Kind):
     def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
         assert isinstance(stages, DenseStages)
         layer = layers[0]
-        with torch.enable_grad():
+        with double_backward(_title(layer)):
             u, params, y = self._record(layer, Z[0])
             sources = [*params, u] if u.requires_grad else params
             if not y.requires_grad:
@@ -68,7 +67,7 @@ class Generic(Kind):
             )
             first = torch.cat([part.reshape(-1) for part in firsts])
             curvature = torch.cat(vjps(first, sources, unit_cotangents(first)), 1)
-        assert_symmetric(curvature, f"layer {layer.name!r} ({type(layer.module).__name__})")
+        assert_symmetric(curvature, _title(layer), float(first.detach().abs().max()))
         p = stages.p
         A, B, C = curvature[:p, :p], curvature[:p, p:], curvature[p:, p:]
         return replace(
@@ -77,3 +76,7 @@ class Generic(Kind):
             b=B[None, :, None] if p and bool(B.any()) else None,
             c=C[None, None] if bool(C.any()) else None,
         )
+
+
+def _title(layer: Layer) -> str:
+    return f"layer {layer.name!r} ({type(layer.module).__name__})"

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from linop_hess.lq.stages import Stages
 
@@ -30,6 +30,12 @@ class Layer:
     module: Any
     kind: Kind
     params: tuple[str, ...]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what its class says: no hooks, no parametrizations, no forward of its own."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not (hooked or hasattr(module, "parametrizations") or "forward" in vars(module))
 
 
 class Kind(ABC):

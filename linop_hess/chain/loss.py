@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linop_hess.chain.derivatives import assert_symmetric, unit_cotangents, vjps
+from linop_hess.chain.derivatives import assert_symmetric, double_backward, unit_cotangents, vjps
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.dense_stages import CostStage
 
@@ -41,7 +41,7 @@ def linearize_loss(loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, tar
     UnsupportedModelError
         If it gives another value each time.
     """
-    with torch.enable_grad():
+    with double_backward("the loss"):
         u = output.detach().clone().requires_grad_()
         value = checked_loss(loss_fn(u, target))
         if not value.requires_grad:

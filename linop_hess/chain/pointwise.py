@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from linop_hess.chain.kind import Kind, Layer
+from linop_hess.chain.derivatives import double_backward
+from linop_hess.chain.kind import Kind, Layer, is_plain
 from linop_hess.lq.dense_stages import DiagonalStages
 from linop_hess.lq.stages import Stages
 
@@ -38,6 +39,18 @@ ELEMENTWISE = (
 )
 """The elementwise activations of `torch.nn` (kinked ones get the derivatives that hold almost everywhere)."""
 
+_PIECEWISE_LINEAR = (
+    nn.Hardshrink,
+    nn.Hardsigmoid,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.RReLU,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Softshrink,
+    nn.Threshold,
+)
+
 _ELEMENTWISE_NODES = frozenset(
     f"{name}Backward{n}"
     for name in (
@@ -55,19 +68,25 @@ class Pointwise(Kind):
 
     def signature(self, layer: Layer, z: Tensor) -> Hashable:
         module = layer.module
-        mark = module.extra_repr() if type(module) in ELEMENTWISE else id(module)
+        mark = module.extra_repr() if _is_known(module) else id(module)
         return (type(module), mark, z.shape)
 
     def forward(self, layer: Layer, z: Tensor) -> Tensor:
         return layer.module(z.clone() if getattr(layer.module, "inplace", False) else z)
 
     def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
-        with torch.enable_grad():
+        module = layers[0].module
+        with double_backward(f"layer {layers[0].name!r} ({type(module).__name__})"):
             u = Z.detach().clone().requires_grad_()
-            y = self.forward(layers[0], u)
+            # A module that is not known may look at the shape of its input.
+            y = (
+                self.forward(layers[0], u)
+                if _is_known(module)
+                else torch.stack([self.forward(layers[0], v) for v in u])
+            )
             (first,) = torch.autograd.grad(y.sum(), u, create_graph=True)
             second = None
-            if first.requires_grad:
+            if first.requires_grad and not (_is_known(module) and isinstance(module, _PIECEWISE_LINEAR)):
                 (second,) = torch.autograd.grad(first.sum(), u, allow_unused=True)
         flat = first.detach().reshape(len(layers), -1)
         return DiagonalStages(flat, None if second is None else second.reshape(flat.shape))
@@ -75,6 +94,10 @@ class Pointwise(Kind):
     def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
         assert isinstance(stages, DiagonalStages)
         return stages if stages.c is None else replace(stages, c=stages.c * beta)
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module) in ELEMENTWISE and is_plain(module)
 
 
 def is_elementwise(module: nn.Module, z: Tensor) -> bool:
@@ -94,7 +117,7 @@ def is_elementwise(module: nn.Module, z: Tensor) -> bool:
     bool
         False where it cannot be shown.
     """
-    if type(module) in ELEMENTWISE:
+    if _is_known(module):
         return True
     if any(True for _ in module.parameters()) or not z.is_floating_point():
         return False

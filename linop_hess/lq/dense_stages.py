@@ -166,7 +166,7 @@ class DiagonalStages(Stages):
     def pull_back(self, V: Tensor | None) -> Tensor | None:
         if V is None:
             return super().pull_back(V)
-        out = V * (self.f[0, :, None] * self.f[0])
+        out = (V * self.f[0, :, None]).mul_(self.f[0])
         if self.c is not None:
             out.diagonal().add_(self.c[0])
         return out

@@ -116,34 +116,19 @@ class RiccatiFactorization:
     def _eliminate(
         self, l: int, stage: Stages, V: Tensor | None, Y: Tensor, mu: Tensor, first: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        problem, damping = self.problem, self.damping
+        damping = self.damping
         split = self.split_of(l)
         if split.complement and damping == 0.0:
             raise SingularPivotError(l)
-        r, m = split.r, mu.numel()
-        K = torch.zeros(r + m, r + m, dtype=problem.dtype, device=problem.device)
-        K[:r, :r].fill_diagonal_(damping)
-        A = split.A_range()
-        if A is not None:
-            K[:r, :r] += A[0]
-        VR = None
-        if V is not None:
-            VR = split.Rt(V[None]).mT.contiguous()
-            K[:r, :r] += split.Rt(VR)[0]
-        if m:
-            K[:r, r:] = split.Rt(Y[None])[0]
-            K[r:, :r] = K[:r, r:].mT
-            K[r:, r:].diagonal().copy_(mu)
+        m = mu.numel()
         n_in = 0 if first else stage.n_in
-        cross = K.new_zeros(n_in, r + m).mT
-        if n_in:
-            B = split.B_range()
-            if B is not None:
-                cross[:r] = B[0]
-            if VR is not None:
-                cross[:r] += stage.Ft(VR)[0].mT
-            if m:
-                cross[r:] = stage.Ft(Y[None])[0].mT
+        VR = None if V is None else split.Rt(V[None]).mT.contiguous()
+        K, cross = self._own_blocks(stage, split, VR, n_in)
+        if m:
+            coupling = split.Rt(Y[None])[0]
+            K = torch.cat([torch.cat([K, coupling], 1), torch.cat([coupling.mT, torch.diag(mu)], 1)])
+            carried = stage.Ft(Y[None])[0].mT[:, :n_in]
+            cross = torch.cat([cross, carried])
         pivots = self._pivots(K, l, first)
         white = pivots.whiten(cross)
         self.steps.append(Step(l, pivots, white, m))
@@ -151,15 +136,28 @@ class RiccatiFactorization:
             return None, K.new_zeros(0, 0), K.new_zeros(0)
         V = stage.pull_back(V)
         gram = split.B_complement_gram() if split.complement else None
-        if gram is not None:
-            V = gram[0] / -damping if V is None else V - gram[0] / damping
         if V is None:
             V = K.new_zeros(n_in, n_in)
-        V = V.addmm(white.mT, white / pivots.theta[:, None], alpha=-1.0)
+        if gram is not None:
+            V.add_(gram[0], alpha=-1.0 / damping)
+        V.addmm_(white.mT, white / pivots.theta[:, None], alpha=-1.0)
         if isinstance(pivots, Eigenpivots):
             return V, cross.mT @ pivots.W, pivots.mu
         Y, mu = self._nothing_carried(n_in)
         return V, Y, mu
+
+    def _own_blocks(self, stage: Stages, split: RangeSplit, VR: Tensor | None, n_in: int) -> tuple[Tensor, Tensor]:
+        """K_uu and K_uδ for u = s alone."""
+        K = torch.zeros(split.r, split.r, dtype=stage.dtype, device=stage.device) if VR is None else split.Rt(VR)[0]
+        K.diagonal().add_(self.damping)
+        A = split.A_range()
+        if A is not None:
+            K += A[0]
+        cross = K.new_zeros(n_in, split.r) if VR is None or not n_in else stage.Ft(VR)[0]
+        B = split.B_range() if n_in else None
+        if B is not None:
+            cross += B[0].mT
+        return K, cross.mT
 
     def _pivots(self, K: Tensor, l: int, first: bool) -> Congruence | Eigenpivots:
         if not bool(torch.isfinite(K).all()):

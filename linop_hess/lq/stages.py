@@ -179,9 +179,9 @@ class Stages(Stacked, ABC):
         return self.C(self.eye(self.n_in))
 
     def pull_back(self, V: Tensor | None) -> Tensor | None:
-        """FᵀVF + C for symmetric V of one stage, (n_out, n_out) to (n_in, n_in); None stands for zero."""
+        """FᵀVF + C for symmetric V of one stage, (n_out, n_out) to (n_in, n_in), in memory of its own; None stands for zero."""
         C = self.dense_C()
         if V is None:
-            return None if C is None else C[0]
+            return None if C is None else C[0].clone()
         FtVF = self.Ft(self.Ft(V[None]).mT)[0]
-        return FtVF if C is None else FtVF + C[0]
+        return FtVF if C is None else FtVF.add_(C[0])
