@@ -327,9 +327,11 @@ def test_escalation_from_useless_factors(setting, monkeypatch):
 
 def test_nothing_wrong_is_returned_when_everything_fails(setting, monkeypatch):
     lin, _ = setting
-    for module, name in ((plan_module.METHODS["banded"], "BandedFactorization"),
-                         (plan_module.METHODS["riccati"], "RiccatiFactorization"),
-                         (plan_module.METHODS["dense"], "DenseFactorization")):
+    for module, name in (
+        (plan_module.METHODS["banded"], "BandedFactorization"),
+        (plan_module.METHODS["riccati"], "RiccatiFactorization"),
+        (plan_module.METHODS["dense"], "DenseFactorization"),
+    ):
         monkeypatch.setattr(getattr(module, name), "solve", lambda self, g: 1.01 * g)
     with pytest.raises(FactorizationError, match="could not be solved to a backward error"):
         lin.inverse(1e-3).solve(lin.gradient)
