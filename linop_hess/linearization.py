@@ -90,8 +90,10 @@ class Reference:
         self.model, self.loss_fn, self.inputs, self.targets, self.names = model, loss_fn, inputs, targets, names
         self.versions = self._versions()
 
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(p.data_ptr(), p._version) for p in self.model.parameters()]
+    def _versions(self) -> list[tuple[int, ...]]:
+        data = [t for t in (self.inputs, self.targets) if isinstance(t, Tensor)]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *data]
+        return [(t.data_ptr(), t._version) for t in tensors] + [(m.training,) for m in self.model.modules()]
 
     def hessian(self) -> Hessian:
         """Return the Hessian by double backward.
@@ -103,8 +105,8 @@ class Reference:
         """
         if self._versions() != self.versions:
             raise RuntimeError(
-                "the model's parameters changed since linearize(): the linearization is still right for the old ones, but "
-                "can no longer be compared with the model; verify before changing it"
+                "the model or its data changed since linearize(): the linearization is still right for what they were, but "
+                "can no longer be compared with them; verify before changing them"
             )
         return Hessian(
             self.model, self.loss_fn, (self.inputs, self.targets), params=self.names, check_deterministic=False

@@ -175,9 +175,26 @@ def test_solution(setting):
     assert isinstance(block.x, torch.Tensor) and tuple(block.x.shape) == (len(H), 2)
     zero = inverse.solve(np.zeros(len(H)))
     assert not zero.x.any() and zero.backward_error == 0
-    for scale in (1e-200, 1e200):
-        scaled = inverse.solve(scale * g)
-        np.testing.assert_allclose(scaled.x / scale, solution.x, rtol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200])
+def test_right_hand_sides_whose_norm_under_or_overflows(setting, scale):
+    lin, H = setting
+    g = right_hand_sides(len(H), 1)[:, 0]
+    for method in CERTIFIED:
+        x = lin.inverse(1e-3, method).solve(scale * g).x
+        assert backward_error(H, 1e-3, x / scale, g) <= 1e-14
+
+
+def test_certificate_of_a_tiny_right_hand_side_is_not_vacuous(setting, monkeypatch):
+    """A norm that underflows to zero must not certify wrong factors."""
+    lin, H = setting
+    from linop_hess.lq import banded
+
+    monkeypatch.setattr(banded.BandedFactorization, "solve", lambda self, g: 1.01 * g)
+    g = 1e-200 * right_hand_sides(len(H), 1)[:, 0]
+    x = lin.inverse(1e-3, "banded").solve(g).x
+    assert backward_error(H, 1e-3, x / 1e-200, g / 1e-200) <= 1e-14
 
 
 def test_tighter_and_looser_tolerances(setting):
@@ -232,8 +249,9 @@ def test_singular_hessian(method):
     model = make_mlp([4, 5, 3], seed=4)
     x, y = make_batch(4, 3, 2)
     lin = lh.linearize(model, f.cross_entropy, x, y)
+    g = right_hand_sides(lin.H.shape[0])  # not in the range of H, unlike the gradient
     with pytest.raises(FactorizationError, match="damping=0 .*works") as caught:
-        lin.inverse(0.0, method).solve(lin.gradient)
+        lin.inverse(0.0, method).solve(g)
     assert isinstance(caught.value, np.linalg.LinAlgError) and caught.value.damping == 0.0
     damping = caught.value.suggested_damping
     assert f"{damping:.1e}" in str(caught.value) or f"{damping:g}" in str(caught.value)
@@ -385,7 +403,7 @@ def test_bad_damping(setting, damping, error):
             use(damping)
 
 
-@pytest.mark.parametrize("damping", [1, np.float32(0.5), np.int64(1), np.array(0.5), torch.tensor(0.5), True])
+@pytest.mark.parametrize("damping", [1, np.float32(0.5), np.int64(1), True])
 def test_dampings_that_are_numbers(setting, damping):
     lin, H = setting
     g = lin.gradient
@@ -395,7 +413,7 @@ def test_dampings_that_are_numbers(setting, damping):
 def test_damping_far_above_and_below_the_hessian(setting):
     lin, H = setting
     g = lin.gradient
-    np.testing.assert_allclose(lin.inverse(1e12) @ g, g / 1e12, rtol=1e-10)
+    np.testing.assert_allclose(lin.inverse(1e12) @ g, g / 1e12, rtol=0, atol=1e-11 * np.abs(g).max() / 1e12)
     for method in CERTIFIED:
         try:
             X = lin.inverse(1e-14, method) @ g

@@ -57,9 +57,7 @@ class BandedFactorization:
         self._layout = _Layout(problem)
         layout = self._layout
         band = self._assemble()
-        gbtrf, self._gbtrs = (
-            (lapack.dgbtrf, lapack.dgbtrs) if problem.dtype == torch.float64 else (lapack.sgbtrf, lapack.sgbtrs)
-        )
+        gbtrf = lapack.dgbtrf if problem.dtype == torch.float64 else lapack.sgbtrf
         kl = layout.bandwidth
         self._lu, self._pivots, info = band.storage.T, np.zeros(0, dtype=np.int32), 0
         if layout.order:
@@ -139,7 +137,8 @@ class BandedFactorization:
         kl = self._layout.bandwidth
         if not rhs.numel():
             return rhs
-        solution, info = self._gbtrs(self._lu, kl, kl, rhs.numpy(), self._pivots)
+        gbtrs = lapack.dgbtrs if self.problem.dtype == torch.float64 else lapack.sgbtrs
+        solution, info = gbtrs(self._lu, kl, kl, rhs.numpy(), self._pivots)
         if info != 0:
             raise ValueError(f"LAPACK gbtrs refused its argument {-info}")
         return torch.from_numpy(np.ascontiguousarray(solution))

@@ -37,6 +37,7 @@ class DenseFactorization:
     method = "dense"
 
     def __init__(self, problem: Problem, damping: float) -> None:
+        self.problem = problem
         H = assemble(problem)
         H.diagonal().add_(damping)
         self._pivots = Congruence.of(H)

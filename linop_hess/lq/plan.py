@@ -34,10 +34,10 @@ class Plan:
     choice: str
     available: int
 
-    def fits(self, method: str) -> bool:
-        """Whether `method` can run here and fits in memory."""
+    def fits(self, method: str, times: int = 1) -> bool:
+        """Whether `method` can run here and `times` its memory fits."""
         cost = self.costs[method]
-        return not cost.why_not and cost.nbytes <= self.available
+        return not cost.why_not and times * cost.nbytes <= self.available
 
     def __str__(self) -> str:
         """Return the plan as a table."""

@@ -254,6 +254,10 @@ class Problem:
                 break
         return norm
 
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Return the problem in another floating-point dtype."""
+        return Problem([block.to(dtype) for block in self.blocks], self.order, self.names)
+
     def with_curvature(self, blocks: Sequence[Stages]) -> Problem:
         """Return the problem with other blocks of the same F; M is kept as it is."""
         problem = Problem(blocks, self.order, self.names)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,24 +19,16 @@ from torch import Tensor
 from linop_hess._memory import require
 from linop_hess.errors import FactorizationError
 from linop_hess.lq import dense, riccati
+from linop_hess.lq.factorization import Factorization
 from linop_hess.lq.plan import METHODS, Plan, make_plan
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.promoted import PromotedFactorization
 from linop_hess.lq.singular import SingularPivotError
 
+Factor = Callable[[Problem, float], Factorization]
 
-class Factorization(Protocol):
-    """What a method's `factor` returns."""
-
-    method: str
-
-    def solve(self, g: Tensor) -> Tensor:
-        """(H + εI)⁻¹ g without refinement, g of shape (N, k)."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        ...
+# ‖H+εI‖‖x‖/‖g‖ is a lower bound of the condition number: above this, H + εI is singular to double precision.
+_SINGULAR = 0.25 / np.finfo(np.float64).eps
 
 
 @dataclass(frozen=True)
@@ -112,23 +105,25 @@ class Solver:
         self.max_refinements = max_refinements
         self.plan: Plan = make_plan(problem, self.damping)
         self._norm_bound = abs(self.damping)
-        self._norm_is_final = False
+        self._norm_bound_seen = self._norm_is_final = False
         self._factorization: Factorization | None = None
-        self._ladder = self._escalation(self.plan.choice if method == "auto" else method)
+        self._ladder: list[tuple[str, Factor]] = self._escalation(self.plan.choice if method == "auto" else method)
         self._climb()
 
-    def _escalation(self, method: str) -> list[tuple[str, Callable[[Problem, float], Factorization]]]:
-        """Methods to try, in order: the one asked for, then the robust ones that fit."""
-        ladder: list[tuple[str, Callable[[Problem, float], Factorization]]] = [(method, METHODS[method].factor)]
+    def _escalation(self, method: str) -> list[tuple[str, Factor]]:
+        """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64."""
+        asked: tuple[str, Factor] = (method, METHODS[method].factor)
         if method == "ldu":
+            return [asked]
+        robust: list[tuple[str, Factor]] = [
+            ("banded", METHODS["banded"].factor),
+            ("riccati", riccati.factor_pivoted),
+            ("dense", dense.factor),
+        ]
+        ladder = [asked] + [(name, f) for name, f in robust if self.plan.fits(name) and f is not asked[1]]
+        if self.problem.dtype == torch.float64:
             return ladder
-        if self.plan.fits("banded") and method != "banded":
-            ladder.append(("banded", METHODS["banded"].factor))
-        if self.plan.fits("riccati"):
-            ladder.append(("riccati", riccati.factor_pivoted))
-        if self.plan.fits("dense") and method != "dense":
-            ladder.append(("dense", dense.factor))
-        return ladder
+        return [asked] + [(name, partial(PromotedFactorization, f)) for name, f in ladder if self.plan.fits(name, 2)]
 
     def _climb(self) -> None:
         """Factor by the next method of the ladder that does not meet a singular pivot."""
@@ -175,51 +170,73 @@ class Solver:
         Raises
         ------
         FactorizationError
-            If no method reaches the tolerance.
+            If no method reaches the tolerance, or the solution shows that H + εI is singular to working precision.
+        OverflowError
+            If the solution exceeds the range of the dtype.
         """
+        g, exponents = _scaled(g)
         while True:
-            solution = self._refined(g)
-            if solution.backward_error <= self.tolerance:
-                return solution
-            best = solution
+            x, error, residuals, steps = self._refined(g)
+            if error <= self.tolerance:
+                break
             if not self._ladder:
                 self._fail(
                     f"could not be solved to a backward error of {self.tolerance:.0e}; the best was "
-                    f"{best.backward_error:.1e} by method {best.method!r}",
+                    f"{error:.1e} by method {self.method!r}",
                     None,
                 )
             self._climb()
+        # Columns have norm ≥ ½ or are zero, and a zero one has x = 0.
+        if x.numel() and self._norm_bound * float((x.norm(dim=0) / g.norm(dim=0).clamp_min(0.5)).max()) > _SINGULAR:
+            self._fail("is singular to working precision", None)
+        x = torch.ldexp(x, exponents)
+        if not bool(torch.isfinite(x).all()):
+            raise OverflowError(f"the solution exceeds the range of {x.dtype}: scale the right-hand side down")
+        residual = float(torch.ldexp(residuals, exponents[0]).max()) if residuals.numel() else 0.0
+        return Solution(x, error, residual, steps, self.method)
 
-    def _refined(self, g: Tensor) -> Solution:
-        x = self.factorization.solve(g)
-        error, residual, r = self._backward_error(g, x)
+    def _refined(self, g: Tensor) -> tuple[Tensor, float, Tensor, int]:
+        """x, its backward error, residual norms and refinement steps, for right-hand sides of size one."""
+        if not self._norm_bound_seen and g.numel():
+            self._raise_norm_bound(self._product(g[:, :1]), g[:, :1].norm(dim=0))
+            self._norm_bound_seen = True
+        x = self.factorization.solve(g).to(g.dtype)
+        error, residuals, r = self._backward_error(g, x)
         steps = 0
         while not error <= self.tolerance and steps < self.max_refinements and math.isfinite(error):
-            candidate = x + self.factorization.solve(r)
-            new_error, new_residual, new_r = self._backward_error(g, candidate)
+            candidate = x + self.factorization.solve(r).to(g.dtype)
+            new_error, new_residuals, new_r = self._backward_error(g, candidate)
             steps += 1
             if not new_error < error:
                 break
             stalled = new_error > 0.5 * error
-            x, error, residual, r = candidate, new_error, new_residual, new_r
+            x, error, residuals, r = candidate, new_error, new_residuals, new_r
             if stalled:
                 break
-        return Solution(x, error, residual, steps, self.method)
+        return x, error, residuals, steps
 
-    def _backward_error(self, g: Tensor, x: Tensor) -> tuple[float, float, Tensor]:
-        product = self.problem.hessian_product(x, self.damping)
-        r = g - product
-        size_x, size_g, size_r = x.norm(dim=0), g.norm(dim=0), r.norm(dim=0)
-        growth = product.norm(dim=0) / torch.where(size_x > 0, size_x, torch.ones_like(size_x))
+    def _product(self, x: Tensor) -> Tensor:
+        """(H + εI) x without the factors, in the precision of the factors."""
+        problem = self.factorization.problem
+        return problem.hessian_product(x.to(problem.dtype), self.damping)
+
+    def _raise_norm_bound(self, product: Tensor, size: Tensor) -> None:
+        growth = product.norm(dim=0) / torch.where(size > 0, size, torch.ones_like(size))
         bound = float(growth.max()) if growth.numel() else 0.0
         if bound > self._norm_bound and math.isfinite(bound):
             self._norm_bound = bound
+
+    def _backward_error(self, g: Tensor, x: Tensor) -> tuple[float, Tensor, Tensor]:
+        product = self._product(x)
+        r = g - product
+        size_x, size_g, size_r = x.norm(dim=0), g.norm(dim=0), r.norm(dim=0)
+        self._raise_norm_bound(product, size_x)
         error = self._ratio(size_r, size_x, size_g)
         if not error <= self.tolerance and not self._norm_is_final:
             self._norm_bound = max(self._norm_bound, self.problem.norm - abs(self.damping))
             self._norm_is_final = True
             error = self._ratio(size_r, size_x, size_g)
-        return error, float(size_r.max()) if size_r.numel() else 0.0, r
+        return error, size_r, r
 
     def _ratio(self, size_r: Tensor, size_x: Tensor, size_g: Tensor) -> float:
         scale = self._norm_bound * size_x + size_g
@@ -265,6 +282,15 @@ class Solver:
             if float(r.norm()) <= self.tolerance * (norm * float(x.norm()) + float(g.norm())):
                 return trial
         return None
+
+
+def _scaled(g: Tensor) -> tuple[Tensor, Tensor]:
+    """g with its columns scaled to size one by powers of two, and their exponents; norms then neither under- nor overflow."""
+    if not g.numel():
+        return g, torch.zeros(1, g.shape[1], dtype=torch.int32, device=g.device)
+    largest = 1000 if g.dtype == torch.float64 else 120
+    exponents = torch.frexp(g.abs().amax(0, keepdim=True)).exponent.clamp(-largest, largest)
+    return torch.ldexp(g, -exponents), exponents
 
 
 def checked_damping(damping: float) -> float:

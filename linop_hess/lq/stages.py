@@ -44,6 +44,15 @@ class Stacked:
         """Return the single stage at `position`, as a stack of one."""
         return self.take(slice(position, position + 1))
 
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the stack with its floating-point arrays in another dtype."""
+        changed: dict[str, Tensor | Stacked] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Stacked) or (isinstance(value, Tensor) and value.is_floating_point()):
+                changed[field.name] = value.to(dtype)
+        return replace(self, **changed)
+
     def first_not_finite(self) -> int | None:
         """Position of the first stage with a NaN or Inf in its arrays, or None."""
         for field in fields(self):
