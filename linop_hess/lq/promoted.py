@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from linop_hess.lq.problem import Problem
 from linop_hess.lq.factorization import Factorization
+from linop_hess.lq.problem import Problem
 
 
 class PromotedFactorization:

@@ -285,7 +285,7 @@ class Solver:
 
 
 def _scaled(g: Tensor) -> tuple[Tensor, Tensor]:
-    """g with its columns scaled to size one by powers of two, and their exponents; norms then neither under- nor overflow."""
+    """Scale the columns to size one by powers of two, so that norms neither under- nor overflow; also the exponents."""
     if not g.numel():
         return g, torch.zeros(1, g.shape[1], dtype=torch.int32, device=g.device)
     largest = 1000 if g.dtype == torch.float64 else 120
