@@ -13,10 +13,11 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from linop_hess.lq.bands import BandMatrix
-from linop_hess.lq.condensed import condense, picked, picked_split, segment_groups
+from linop_hess.lq.condensed import condense
 from linop_hess.lq.cost import Cost
 from linop_hess.lq.layout import Slots
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.segments import loads, put_controls
 from linop_hess.lq.singular import SingularPivotError
 
 
@@ -24,14 +25,13 @@ class _Layout:
     """Where each segment's s, λ and δ⁺ lie in the band system."""
 
     def __init__(self, problem: Problem) -> None:
-        self.groups = segment_groups(problem)
-        count = sum(group.segments.size for group in self.groups)
+        self.groups = problem.segment_groups
+        count = sum(group.count for group in self.groups)
         self.r = np.zeros(count, dtype=np.int64)
         self.n = np.zeros(count, dtype=np.int64)
         for group in self.groups:
-            self.r[group.segments] = picked_split(problem, group).r
-            last = problem.blocks[group.blocks[-1]]
-            self.n[group.segments] = np.where(group.segments == count - 1, 0, last.n_out)
+            self.r[group.segments] = group.r
+            self.n[group.segments] = np.where(group.segments == count - 1, 0, group.n_out)
         sizes = self.r + 2 * self.n
         self.start = np.concatenate([[0], np.cumsum(sizes)])
         before = np.concatenate([[0], self.n[:-1]])
@@ -74,10 +74,7 @@ class BandedFactorization:
         kl = layout.bandwidth
         band = BandMatrix(layout.order, 3 * kl + 1, 2 * kl, problem.numpy_dtype)
         for group in layout.groups:
-            try:
-                blocks = condense(problem, group, self.damping)
-            except ZeroDivisionError:
-                raise SingularPivotError(int(group.stages[0])) from None
+            blocks = condense(group, self.damping)
             S, E, Z, F, R = (block.numpy() for block in (blocks.S, blocks.E, blocks.Z, blocks.F, blocks.R))
             s = layout.start[group.segments]
             state = layout.state_before[group.segments]
@@ -102,35 +99,19 @@ class BandedFactorization:
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k)."""
-        problem, layout, damping = self.problem, self._layout, self.damping
+        layout, damping = self._layout, self.damping
         rhs = g.new_zeros(layout.order, g.shape[1])
-        hidden: list[Tensor | None] = []
-        for group in layout.groups:
-            split = picked_split(problem, group)
-            mine = problem.x_slots[group.blocks[0]].take(group.positions[:, 0]).gather(g)
-            visible = split.Qt(mine)
-            Slots(layout.start[group.segments], split.r).put(rhs, visible)
-            hidden.append(mine - split.Q(visible) if split.complement else None)
-            rest = hidden[-1]
-            if rest is not None and not group.is_first:
-                stage = picked(problem, group, 0)
-                load = stage.Bt(rest)
-                if load is not None:
-                    Slots(layout.state_before[group.segments], stage.n_in).add(rhs, load / -damping)
+        load = [loads(group, g, damping) for group in layout.groups]
+        for group, part in zip(layout.groups, load, strict=True):
+            Slots(layout.start[group.segments], group.r).put(rhs, part.visible)
+            if part.state is not None:
+                Slots(layout.state_before[group.segments], group.n_in).add(rhs, -part.state)
         y = self._solve_band(rhs)
         x = torch.empty_like(g)
-        for group, rest in zip(layout.groups, hidden, strict=True):
-            split = picked_split(problem, group)
-            s = Slots(layout.start[group.segments], split.r).gather(y)
-            mine = split.Q(s)
-            if rest is not None:
-                if not group.is_first:
-                    stage = picked(problem, group, 0)
-                    pull = stage.B(Slots(layout.state_before[group.segments], stage.n_in).gather(y))
-                    if pull is not None:
-                        rest = rest - split.project_out(pull)
-                mine = mine + rest / damping
-            problem.x_slots[group.blocks[0]].take(group.positions[:, 0]).put(x, mine)
+        for group, part in zip(layout.groups, load, strict=True):
+            s = Slots(layout.start[group.segments], group.r).gather(y)
+            d = Slots(layout.state_before[group.segments], group.n_in).gather(y) if group.n_in else None
+            put_controls(x, group, part, s, d, damping)
         return x
 
     def _solve_band(self, rhs: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from linop_hess.lq.dense_stages import DenseStages
 from linop_hess.lq.layout import Slots
+from linop_hess.lq.segments import SegmentGroup, segment_groups
 from linop_hess.lq.stages import Stages
 from linop_hess.lq.transition import Transition
 
@@ -163,6 +164,11 @@ class Problem:
     def stages(self) -> list[Stages]:
         """Every stage by itself, views into the stacks."""
         return [self.blocks[b].at(int(k)) for b, k in self.order]
+
+    @cached_property
+    def segment_groups(self) -> list[SegmentGroup]:
+        """The chain cut into segments, those of the same make-up together."""
+        return segment_groups(self)
 
     @cached_property
     def transition(self) -> Transition:

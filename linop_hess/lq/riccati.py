@@ -1,14 +1,13 @@
-"""Method "riccati": the backward recursion over stages, with level-3 BLAS and delayed pivots. For wide stages.
+"""Method "riccati": the backward recursion over segments, with level-3 BLAS and delayed pivots. For wide chains.
 
-The cost-to-go of a stage is ½ δᵀVδ + δᵀYc + ½ cᵀΛc, c being directions whose pivot was too small to divide by. With
+The cost-to-go of a segment is ½ δᵀVδ + δᵀYc + ½ cᵀΛc, c being directions whose pivot was too small to divide by. With
 u = (s, c) the unknowns at hand,
 
     K_uu = [εI + QᵀAQ + RᵀVR, RᵀY; YᵀR, Λ],   K_uδ = [QᵀB + RᵀVF; YᵀF],   V ← C + FᵀVF − (1/ε)Bᵀ(I−QQᵀ)B − K_δu K_uu⁻¹ K_uδ.
 
 K_uu is factored as T θ Tᵀ. Should its smallest pivot be far below |ε| (the trailing block of H + εI is nearly singular although
-H + εI need not be), its eigenvectors are taken instead, those of eigenvalues below a tenth of |ε| are carried to the stage
-before, and only the others are eliminated; the first stage eliminates everything. Every step is a congruence, so the θ of all stages have
-the inertia of H + εI.
+H + εI need not be), its eigenvectors of eigenvalues below a tenth of |ε| are carried to the segment before, and only the others are
+eliminated; the first segment eliminates everything. Every step is a congruence, so the θ of all segments have the inertia of H + εI.
 """
 
 from __future__ import annotations
@@ -20,50 +19,27 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.cost import Cost
+from linop_hess.lq.pivots import Eigenpivots, pivots_of
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.rangesplit import RangeSplit
+from linop_hess.lq.pullback import Segment, segments_of
+from linop_hess.lq.segments import in_order, loads, put_controls
 from linop_hess.lq.singular import SingularPivotError
-from linop_hess.lq.stages import Stages
 from linop_hess.lq.symmetric import Congruence
-
-# Every stage has pivots of the size of ε by nature (controls its output does not see), so a pivot is small only where it
-# is far below |ε|, and then far below the largest of its stage too.
-DELAY = 0.1
-SUSPECT = 0.01
-_SMALL = 1e-4
-
-
-@dataclass(frozen=True)
-class Eigenpivots:
-    """Pivots of a stage by eigenvectors: eliminated ones (U, θ) and delayed ones (W, μ)."""
-
-    U: Tensor
-    theta: Tensor
-    W: Tensor
-    mu: Tensor
-
-    def whiten(self, X: Tensor) -> Tensor:
-        """Uᵀ X."""
-        return self.U.mT @ X
-
-    def unwhiten_adjoint(self, Y: Tensor) -> Tensor:
-        """U Y."""
-        return self.U @ Y
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.U.nbytes + self.W.nbytes
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one stage with controls leaves behind for the solves."""
+    """What one segment leaves behind for the solves."""
 
-    position: int
+    segment: Segment
     pivots: Congruence | Eigenpivots
     cross: Tensor  # T⁻¹ K_uδ, (eliminated, n_in)
-    carried_in: int  # size of c that came from the stage after
+    carried_in: int  # size of c that came from the segment after
+
+    @property
+    def delayed(self) -> int:
+        """Size of c that goes to the segment before."""
+        return self.pivots.delayed if isinstance(self.pivots, Eigenpivots) else 0
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +49,11 @@ class Step:
 
 class RiccatiFactorization:
     """Block LDLᵀ of H + εI along the chain.
+
+    Attributes
+    ----------
+    steps : list of Step
+        One per segment, in the order of the chain.
 
     Raises
     ------
@@ -85,161 +66,86 @@ class RiccatiFactorization:
     def __init__(self, problem: Problem, damping: float, *, always_pivot: bool = False) -> None:
         self.problem = problem
         self.damping = damping
-        self._always_pivot = always_pivot
-        self._splits = [block.split if block.p else None for block in problem.blocks]
-        self.steps: list[Step] = []
-        self._factor()
+        self._order = in_order(problem.segment_groups)
+        self.steps = self._factor(always_pivot)
 
-    def split_of(self, l: int) -> RangeSplit:
-        """Return the range split of stage l."""
-        block, position = self.problem.order[l]
-        split = self._splits[block]
-        assert split is not None
-        return split if self.problem.blocks[block].count == 1 else split.at(int(position))
-
-    def _factor(self) -> None:
-        problem = self.problem
+    def _factor(self, always_pivot: bool) -> list[Step]:
+        groups = self.problem.segment_groups
+        segments = [segments_of(group, self.damping) for group in groups]
         V: Tensor | None = None
-        Y, mu = self._nothing_carried(int(problem.n_out[-1]))
-        for l in range(problem.length - 1, problem.first - 1, -1):
-            stage = problem.stages[l]
-            first = l == problem.first
-            if not problem.p[l]:
-                V, Y = stage.pull_back(V), stage.Ft(Y[None])[0]
-                continue
-            V, Y, mu = self._eliminate(l, stage, V, Y, mu, first)
-
-    def _nothing_carried(self, n: int) -> tuple[Tensor, Tensor]:
-        empty = torch.zeros(n, 0, dtype=self.problem.dtype, device=self.problem.device)
-        return empty, torch.zeros(0, dtype=empty.dtype, device=empty.device)
-
-    def _eliminate(
-        self, l: int, stage: Stages, V: Tensor | None, Y: Tensor, mu: Tensor, first: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        damping = self.damping
-        split = self.split_of(l)
-        if split.complement and damping == 0.0:
-            raise SingularPivotError(l)
-        m = mu.numel()
-        n_in = 0 if first else stage.n_in
-        VR = None if V is None else split.Rt(V[None]).mT.contiguous()
-        K, cross = self._own_blocks(stage, split, VR, n_in)
-        if m:
-            coupling = split.Rt(Y[None])[0]
-            K = torch.cat([torch.cat([K, coupling], 1), torch.cat([coupling.mT, torch.diag(mu)], 1)])
-            carried = stage.Ft(Y[None])[0].mT[:, :n_in]
-            cross = torch.cat([cross, carried])
-        pivots = self._pivots(K, l, first)
-        white = pivots.whiten(cross)
-        self.steps.append(Step(l, pivots, white, m))
-        if first:
-            return None, K.new_zeros(0, 0), K.new_zeros(0)
-        V = stage.pull_back(V)
-        gram = split.B_complement_gram() if split.complement else None
-        if V is None:
-            V = K.new_zeros(n_in, n_in)
-        if gram is not None:
-            V.add_(gram[0], alpha=-1.0 / damping)
-        V.addmm_(white.mT, white / pivots.theta[:, None], alpha=-1.0)
-        if isinstance(pivots, Eigenpivots):
-            return V, cross.mT @ pivots.W, pivots.mu
-        Y, mu = self._nothing_carried(n_in)
-        return V, Y, mu
-
-    def _own_blocks(self, stage: Stages, split: RangeSplit, VR: Tensor | None, n_in: int) -> tuple[Tensor, Tensor]:
-        """K_uu and K_uδ for u = s alone."""
-        K = torch.zeros(split.r, split.r, dtype=stage.dtype, device=stage.device) if VR is None else split.Rt(VR)[0]
-        K.diagonal().add_(self.damping)
-        A = split.A_range()
-        if A is not None:
-            K += A[0]
-        cross = K.new_zeros(n_in, split.r) if VR is None or not n_in else stage.Ft(VR)[0]
-        B = split.B_range() if n_in else None
-        if B is not None:
-            cross += B[0].mT
-        return K, cross.mT
-
-    def _pivots(self, K: Tensor, l: int, first: bool) -> Congruence | Eigenpivots:
-        if not bool(torch.isfinite(K).all()):
-            raise SingularPivotError(l)
-        if first or not self._always_pivot or not K.numel():
-            congruence = Congruence.of(K)
-            size = congruence.theta.abs()
-            if first:
-                if size.numel() and float(size.min()) == 0.0:
-                    raise SingularPivotError(l)
-                return congruence
-            if not size.numel() or float(size.min()) > self._small(SUSPECT, float(size.max())):
-                return congruence
-        values, vectors = torch.linalg.eigh(K)
-        keep = values.abs() > self._small(DELAY, float(values.abs().max()))
-        return Eigenpivots(vectors[:, keep], values[keep], vectors[:, ~keep], values[~keep])
-
-    def _small(self, fraction: float, largest: float) -> float:
-        """What counts as a small pivot among those of a stage."""
-        small = _SMALL * largest
-        return min(small, fraction * abs(self.damping)) if self.damping else 1e-4 * small
+        carried: tuple[Tensor, Tensor] | None = None
+        steps: list[Step] = []
+        for count, (g, k) in enumerate(reversed(self._order), 1):
+            segment = segments[g][k]
+            K, cross, V = segment.pull_back(V)
+            if carried is not None:
+                K, cross = _with_carried(segment, K, cross, *carried)
+            try:
+                pivots = pivots_of(K, self.damping, last=count == len(self._order), always_pivot=always_pivot)
+            except ArithmeticError:
+                raise SingularPivotError(int(groups[g].stages[k])) from None
+            white = pivots.whiten(cross)
+            V.addmm_(white.mT, white / pivots.theta[:, None], alpha=-1.0)
+            steps.append(Step(segment, pivots, white, 0 if carried is None else carried[1].numel()))
+            carried = None
+            if isinstance(pivots, Eigenpivots) and pivots.W is not None and pivots.mu is not None and pivots.delayed:
+                carried = cross.mT @ pivots.W, pivots.mu
+        return steps[::-1]
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k)."""
-        problem, damping = self.problem, self.damping
+        groups, damping = self.problem.segment_groups, self.damping
         x = torch.zeros_like(g)
-        if not self.steps:
-            return x
-        offsets = problem.x_offsets
-        v = g.new_zeros(int(problem.n_out[-1]), g.shape[1])
-        w = g.new_zeros(0, g.shape[1])
-        held: dict[int, tuple[Tensor, Tensor | None]] = {}
-        steps = {step.position: step for step in self.steps}
-        for l in range(problem.length - 1, problem.first - 1, -1):
-            stage = problem.stages[l]
-            step = steps.get(l)
-            if step is None:
-                v = stage.Ft(v[None])[0]
-                continue
-            split = self.split_of(l)
-            mine = g[offsets[l] : offsets[l + 1]][None]
-            visible = split.Qt(mine)
-            rest = mine - split.Q(visible) if split.complement else None
-            load = torch.cat([visible[0] - split.Rt(v[None])[0], -w])
-            white = step.pivots.whiten(load)
-            held[l] = white, rest
-            if l == problem.first:
-                break
-            v = stage.Ft(v[None])[0].addmm(step.cross.mT, white / step.pivots.theta[:, None])
-            if rest is not None:
-                pull = stage.Bt(rest)
-                if pull is not None:
-                    v = v + pull[0] / damping
-            w = -step.pivots.W.mT @ load if isinstance(step.pivots, Eigenpivots) else w[:0]
+        load = [loads(group, g, damping) for group in groups]
+        visible = [part.visible.unbind() for part in load]
+        push = [None if part.state is None else part.state.unbind() for part in load]
+        white = self._backward(visible, push)
+        s: list[list[Tensor]] = [[] for _ in groups]
+        states: list[list[Tensor]] = [[] for _ in groups]
         d: Tensor | None = None
         c = g.new_zeros(0, g.shape[1])
-        for l in range(problem.first, problem.length):
-            stage = problem.stages[l]
-            step = steps.get(l)
-            if step is None:
-                d = stage.F(d[None])[0] if d is not None else None
-                continue
-            split = self.split_of(l)
-            white, rest = held[l]
+        for (group, _), step, half in zip(self._order, self.steps, white, strict=True):
             if d is not None:
-                white = white - step.cross @ d
-            u = step.pivots.unwhiten_adjoint(white / step.pivots.theta[:, None])
-            if isinstance(step.pivots, Eigenpivots):
+                states[group].append(d)
+                half = half - step.cross @ d
+            u = step.pivots.unwhiten_adjoint(half / step.pivots.theta[:, None])
+            if step.delayed:
+                assert isinstance(step.pivots, Eigenpivots) and step.pivots.W is not None
                 u = u + step.pivots.W @ c
-            s, c = u[: split.r], u[split.r :]
-            mine = split.Q(s[None])
-            if rest is not None:
-                if d is not None:
-                    pull = stage.B(d[None])
-                    if pull is not None:
-                        rest = rest - split.project_out(pull)
-                mine = mine + rest / damping
-            x[offsets[l] : offsets[l + 1]] = mine[0]
-            if l < problem.length - 1:
-                after = split.R(s[None])[0]
-                d = after if d is None else stage.F(d[None])[0] + after
+            r = step.segment.r
+            if step.carried_in:
+                u, c = u[:r], u[r:]
+            s[group].append(u)
+            d = step.segment.forward(u, d)
+        for part, group_, s_, d_ in zip(load, groups, s, states, strict=True):
+            put_controls(x, group_, part, torch.stack(s_), torch.stack(d_) if d_ else None, damping)
         return x
+
+    def _backward(self, visible: list[tuple[Tensor, ...]], push: list[tuple[Tensor, ...] | None]) -> list[Tensor]:
+        """T⁻¹ of the loads on (s, c), segment by segment."""
+        white: list[Tensor] = []
+        v: Tensor | None = None
+        w: Tensor | None = None
+        for (group, k), step in zip(reversed(self._order), reversed(self.steps), strict=True):
+            load, after = visible[group][k], None
+            if v is not None:
+                seen, after = step.segment.adjoint(v)
+                load = load - seen
+            if w is not None:
+                load = torch.cat([load, -w])
+            half = step.pivots.whiten(load)
+            white.append(half)
+            v = step.cross.mT @ (half / step.pivots.theta[:, None])
+            if after is not None:
+                v += after
+            mine = push[group]
+            if mine is not None:
+                v += mine[k]
+            w = None
+            if step.delayed:
+                assert isinstance(step.pivots, Eigenpivots) and step.pivots.W is not None
+                w = -step.pivots.W.mT @ load
+        return white[::-1]
 
     @property
     def nbytes(self) -> int:
@@ -249,7 +155,15 @@ class RiccatiFactorization:
     @property
     def delayed(self) -> dict[int, int]:
         """Number of directions delayed at each stage that delayed any."""
-        return {s.position: s.pivots.mu.numel() for s in self.steps if isinstance(s.pivots, Eigenpivots)}
+        starts = np.flatnonzero(self.problem.p)
+        return {int(l): step.delayed for l, step in zip(starts, self.steps, strict=True) if step.delayed}
+
+
+def _with_carried(segment: Segment, K: Tensor, cross: Tensor, Y: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """K_uu and K_uδ with the directions c that came from the segment after."""
+    coupling, carried = segment.adjoint(Y)
+    K = torch.cat([torch.cat([K, coupling], 1), torch.cat([coupling.mT, torch.diag(mu)], 1)])
+    return K, torch.cat([cross, carried.mT])
 
 
 def factor(problem: Problem, damping: float) -> RiccatiFactorization:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
-from linop_hess.lq import banded, dense, ldu, riccati
+from linop_hess.lq import banded, dense, ldu, pivots, riccati
 from tests.lq.problems import Blocks, backward_error, random_blocks
 
 CERTIFIED = ["banded", "riccati", "dense"]
@@ -141,8 +141,8 @@ def test_delayed_pivots_change_nothing(shape, delay, monkeypatch):
     blocks = random_blocks(*SHAPES[shape], seed=23)
     H, problem = blocks.hessian(), blocks.problem()
     g = right_hand_side(len(H))
-    monkeypatch.setattr(riccati, "DELAY", delay)
-    monkeypatch.setattr(riccati, "_SMALL", 0.9)
+    monkeypatch.setattr(pivots, "DELAY", delay)
+    monkeypatch.setattr(pivots, "_SMALL", 0.9)
     factors = riccati.factor_pivoted(problem, 0.04)
     x = factors.solve(torch.from_numpy(g)).numpy()
     assert backward_error(H, 0.04, x, g) <= 1e-12

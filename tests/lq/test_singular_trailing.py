@@ -9,7 +9,7 @@ import torch
 
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
-from linop_hess.lq import riccati
+from linop_hess.lq import pivots, riccati
 from tests.lq.problems import Blocks, backward_error, random_blocks
 
 DELTAS = [1e-6, 1e-10, 1e-13, 0.0]
@@ -109,7 +109,7 @@ def test_riccati_delays_few_directions(found, n, p, with_A, l, delta):
 @pytest.mark.parametrize(("n", "p", "with_A", "l"), cases())
 def test_without_delay_the_error_grows(found, n, p, with_A, l, monkeypatch):
     """The sweep is a real one: the same recursion that never delays loses what δ says."""
-    monkeypatch.setattr(riccati, "SUSPECT", 0.0)
+    monkeypatch.setattr(pivots, "SUSPECT", 0.0)
     errors = {}
     for delta in (1e-6, 1e-10):
         blocks, damping = near_singular(found, n, p, with_A, l, delta)

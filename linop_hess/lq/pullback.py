@@ -1,0 +1,125 @@
+"""What the backward recursion asks of one segment: the congruence of a cost-to-go by it, and products with it.
+
+With ½ δ⁺ᵀ V δ⁺ the cost after the segment, that before it is the quadratic form of T = [S, E; Eᵀ, Z] + [R, F]ᵀ V [R, F] in (s, δ).
+Narrow segments are condensed to dense blocks; wide ones keep the structure of their stages.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from linop_hess.lq.condensed import condense
+from linop_hess.lq.segments import SegmentGroup
+from linop_hess.lq.singular import SingularPivotError
+
+# Dense blocks cost more flops and fewer calls; below this size the calls are what takes the time.
+_NARROW = 160
+
+
+class Segment(ABC):
+    """One segment, r visible controls, states of n_in before and n_out after."""
+
+    r: int
+
+    @abstractmethod
+    def pull_back(self, V: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """T's blocks (r, r), (r, n_in) and (n_in, n_in), the last in memory of its own; V None stands for zero."""
+
+    @abstractmethod
+    def adjoint(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(Rᵀ v, Fᵀ v) for v of shape (n_out, k)."""
+
+    @abstractmethod
+    def forward(self, s: Tensor, d: Tensor | None) -> Tensor:
+        """F δ + R s; d None stands for zero."""
+
+
+class DenseSegment(Segment):
+    """A segment as dense blocks W = [R, F] and T₀ = [S, E; Eᵀ, Z]."""
+
+    def __init__(self, W: Tensor, T: Tensor, r: int) -> None:
+        self._W, self._Wt, self._T, self.r = W, W.mT, T, r
+
+    def pull_back(self, V: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        T = self._T if V is None else torch.addmm(self._T, self._Wt @ V, self._W)
+        r = self.r
+        return T[:r, :r], T[:r, r:], T[r:, r:] if V is not None else T[r:, r:].clone()
+
+    def adjoint(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        both = self._Wt @ v
+        return both[: self.r], both[self.r :]
+
+    def forward(self, s: Tensor, d: Tensor | None) -> Tensor:
+        return self._W[:, : self.r] @ s if d is None else self._W @ torch.cat([s, d])
+
+
+class StagesSegment(Segment):
+    """A segment as the stages it is made of."""
+
+    def __init__(self, group: SegmentGroup, position: int, damping: float) -> None:
+        self._steps = [stage.at(position) for stage in group.steps]
+        self._split = group.split.at(position)
+        self._damping = damping
+        self._n_in = group.n_in
+        self.r = group.r
+        if self._split.complement and damping == 0.0:
+            raise SingularPivotError(int(group.stages[position]))
+
+    def pull_back(self, V: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        control, split, n_in = self._steps[0], self._split, self._n_in
+        for stage in reversed(self._steps[1:]):
+            V = stage.pull_back(V)
+        VR = None if V is None else split.Rt(V[None]).mT.contiguous()
+        K = torch.zeros(self.r, self.r, dtype=control.dtype, device=control.device) if VR is None else split.Rt(VR)[0]
+        K.diagonal().add_(self._damping)
+        A = split.A_range()
+        if A is not None:
+            K += A[0]
+        cross = K.new_zeros(n_in, self.r) if VR is None or not n_in else control.Ft(VR)[0]
+        B = split.B_range() if n_in else None
+        if B is not None:
+            cross += B[0].mT
+        if not n_in:
+            return K, cross.mT, K.new_zeros(0, 0)
+        V = control.pull_back(V)
+        if V is None:
+            V = K.new_zeros(n_in, n_in)
+        gram = split.B_complement_gram() if split.complement else None
+        if gram is not None:
+            V.add_(gram[0], alpha=-1.0 / self._damping)
+        return K, cross.mT, V
+
+    def adjoint(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        y = v[None]
+        for stage in reversed(self._steps[1:]):
+            y = stage.Ft(y)
+        seen = self._split.Rt(y)[0]
+        return seen, self._steps[0].Ft(y)[0] if self._n_in else v.new_zeros(0, v.shape[1])
+
+    def forward(self, s: Tensor, d: Tensor | None) -> Tensor:
+        y = self._split.R(s[None])
+        if d is not None:
+            y = y + self._steps[0].F(d[None])
+        for stage in self._steps[1:]:
+            y = stage.F(y)
+        return y[0]
+
+
+def segments_of(group: SegmentGroup, damping: float) -> list[Segment]:
+    """Return the segments of a group, dense where they are narrow.
+
+    Raises
+    ------
+    SingularPivotError
+        If damping = 0 and there are controls that the output does not see.
+    """
+    widest = max(stage.n_out for stage in group.steps)
+    if group.r + group.n_in + widest > _NARROW:
+        return [StagesSegment(group, k, damping) for k in range(group.count)]
+    blocks = condense(group, damping)
+    W = torch.cat([blocks.R, blocks.F], 2)
+    T = torch.cat([torch.cat([blocks.S, blocks.E], 2), torch.cat([blocks.E.mT, blocks.Z], 2)], 1)
+    return [DenseSegment(w, t, group.r) for w, t in zip(W.unbind(), T.unbind(), strict=True)]
