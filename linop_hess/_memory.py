@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+from pathlib import Path
 
 
 def available_bytes() -> int:
-    """Bytes this machine can still give, without swapping."""
+    """Bytes this process can still have without swapping: what the machine has left, and its container's limit."""
+    return min(_machine(), _container())
+
+
+def _machine() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
@@ -20,7 +26,33 @@ def available_bytes() -> int:
         return 1 << 62
 
 
-def require(nbytes: float, what: str) -> None:
+def _container() -> int:
+    """Room below the limit of the control group (version 2) that this process runs in."""
+    folder, limit = _limited_group()
+    if folder is None:
+        return 1 << 62
+    try:
+        used = int((folder / "memory.current").read_text())
+        lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        reclaimable = next((int(value) for key, value in lines if key == "inactive_file"), 0)
+    except (OSError, ValueError):
+        return 1 << 62
+    return max(limit - used + reclaimable, 0)
+
+
+@cache
+def _limited_group() -> tuple[Path | None, int]:
+    """The control group's folder and its limit in bytes; None where there is no limit."""
+    try:
+        own = next(line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::")
+        folder = Path("/sys/fs/cgroup") / own.lstrip("/")
+        folder = folder if (folder / "memory.max").exists() else Path("/sys/fs/cgroup")
+        return folder, int((folder / "memory.max").read_text())  # "max" is no number: no limit
+    except (OSError, ValueError, StopIteration):
+        return None, 0
+
+
+def require(nbytes: float, what: str, available: int | None = None) -> None:
     """Raise unless `nbytes` more can be allocated.
 
     Parameters
@@ -29,13 +61,16 @@ def require(nbytes: float, what: str) -> None:
         The estimate.
     what : str
         What needs it, for the message.
+    available : int, optional
+        What there is, if that is known already.
 
     Raises
     ------
     MemoryError
         With the estimate and what is available; nothing has been allocated.
     """
-    available = available_bytes()
+    if available is None:
+        available = available_bytes()
     if nbytes > available:
         raise MemoryError(
             f"{what} needs about {nbytes / 2**30:.3g} GiB, but only {available / 2**30:.3g} GiB is available; "

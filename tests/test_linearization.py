@@ -44,7 +44,7 @@ def network(name: str, dtype: torch.dtype = torch.float64):
         "activation last": lambda: nn.Sequential(*make_mlp([3, 4, 3], gain=1.3), nn.Tanh()),
         "curved in its parameters": lambda: nn.Sequential(*make_mlp([3, 4], gain=1.3), Quadratic(4), nn.Linear(4, 3).double()),
         "normalized": lambda: nn.Sequential(*make_mlp([3, 4], gain=1.3), nn.LayerNorm(4).double(), *make_mlp([4, 3])),
-        "convolution": lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)).double(),
+        "convolution": lambda: convolutional(),
         "saturated": lambda: saturated(),
     }[name]()  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -52,6 +52,10 @@ def network(name: str, dtype: torch.dtype = torch.float64):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, dtype=torch.float64))
     return model.to(dtype), curved, x.to(dtype), y
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)).double()
 
 
 def saturated() -> nn.Module:

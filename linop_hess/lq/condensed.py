@@ -1,14 +1,15 @@
 """Segments with all that can be eliminated exactly gone, as dense blocks.
 
-Without the hidden controls and the states between its stages a segment is
+Without the hidden controls and the states between its stages a segment is, with u = (s, δ),
 
-    ½ sᵀ S s + sᵀ E δ + ½ δᵀ Z δ,        δ⁺ = F δ + R s.
+    ½ uᵀ T u,        δ⁺ = W u,        T = [S, E; Eᵀ, Z],        W = [R, F].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from linop_hess.lq.segments import SegmentGroup, identity
@@ -17,53 +18,59 @@ from linop_hess.lq.singular import SingularPivotError
 
 @dataclass(frozen=True)
 class Condensed:
-    """The blocks of a group of K segments."""
+    """The blocks of a group of K segments but for the damping."""
 
-    S: Tensor  # (K, r, r)
-    E: Tensor  # (K, r, n_in)
-    Z: Tensor  # (K, n_in, n_in)
-    F: Tensor  # (K, n_out, n_in)
-    R: Tensor  # (K, n_out, r)
+    r: int
+    curvature: Tensor  # T at ε = 0 without the hidden controls, (K, r + n_in, r + n_in)
+    gram: Tensor | None  # Bᵀ(I − QQᵀ)B of the hidden controls, (K, n_in, n_in)
+    W: Tensor  # (K, n_out, r + n_in)
+
+    def T(self, damping: float) -> Tensor:
+        """T at a damping, (K, r + n_in, r + n_in)."""
+        T = self.curvature.clone()
+        T.diagonal(dim1=1, dim2=2)[:, : self.r].add_(damping)
+        if self.gram is not None:
+            T[:, self.r :, self.r :].sub_(self.gram, alpha=1.0 / damping)
+        return T
 
 
-def condense(group: SegmentGroup, damping: float) -> Condensed:
-    """Compute the condensed blocks of a group of segments.
+def condensed(group: SegmentGroup, damping: float) -> Condensed:
+    """Return the condensed blocks of a group, computed once for all dampings.
 
     Raises
     ------
     SingularPivotError
         If damping = 0 and there are controls that the output does not see.
     """
-    control, split, n_in = group.steps[0], group.split, group.n_in
-    K, r = group.count, group.r
-    eye = identity(group)
-    S = damping * eye
+    if group.split.complement and damping == 0.0:
+        raise SingularPivotError(int(group.stages[0]))
+    if "condensed" not in group.__dict__:
+        group.__dict__["condensed"] = _condense(group)
+    blocks: Condensed = group.__dict__["condensed"]
+    return blocks
+
+
+def _condense(group: SegmentGroup) -> Condensed:
+    control, split, n_in, r = group.steps[0], group.split, group.n_in, group.r
+    W = split.R(identity(group))
+    T = W.new_zeros(group.count, r + n_in, r + n_in)
+    gram: Tensor | None = None
     A = split.A_range()
     if A is not None:
-        S = S + A
-    R = split.R(eye)
+        T[:, :r, :r] = A
     if n_in:
-        F = control.dense_F()
+        W = torch.cat([W, control.dense_F()], 2)
         B = split.B_range()
-        E = R.new_zeros(K, r, n_in) if B is None else B
+        if B is not None:
+            T[:, :r, r:] = B
+            T[:, r:, :r] = B.mT
         C = control.dense_C()
-        Z = R.new_zeros(K, n_in, n_in) if C is None else C
-    else:
-        F, E, Z = R.new_zeros(K, control.n_out, 0), R.new_zeros(K, r, 0), R.new_zeros(K, 0, 0)
-    if split.complement:
-        if damping == 0.0:
-            raise SingularPivotError(int(group.stages[0]))
-        gram = split.B_complement_gram() if n_in else None
-        if gram is not None:
-            Z = Z - gram / damping
+        if C is not None:
+            T[:, r:, r:] = C
+        gram = split.B_complement_gram() if split.complement else None
     for stage in group.steps[1:]:
-        CR = stage.C(R)
-        if CR is not None:
-            S = S + R.mT @ CR
-            CF = stage.C(F) if n_in else None
-            if CF is not None:
-                E = E + R.mT @ CF
-                Z = Z + F.mT @ CF
-        R = stage.F(R)
-        F = stage.F(F) if n_in else R.new_zeros(K, stage.n_out, 0)
-    return Condensed(S, E, Z, F, R)
+        curved = stage.C(W)
+        if curved is not None:
+            T.baddbmm_(W.mT, curved)
+        W = stage.F(W)
+    return Condensed(r, T, gram, W)

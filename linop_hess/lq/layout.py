@@ -20,20 +20,22 @@ class Slots:
         First index of each piece, ascending.
     size : int
         Length of every piece.
+
+    Attributes
+    ----------
+    count : int
+        Number of pieces K.
     """
 
     def __init__(self, starts: np.ndarray, size: int) -> None:
         self.starts = np.asarray(starts, dtype=np.int64)
         self.size = int(size)
+        self.count = int(self.starts.size)
+        self._begin = int(self.starts[0]) if self.count else 0
         steps = np.diff(self.starts)
         even = steps.size == 0 or bool((steps == steps[0]).all())
         self._step = (int(steps[0]) if steps.size else max(self.size, 1)) if even else None
         self._index: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        """Number of pieces K."""
-        return int(self.starts.size)
 
     def take(self, which: np.ndarray) -> Slots:
         """Return the slots of a subset of the pieces."""
@@ -53,7 +55,7 @@ class Slots:
         return flat.as_strided(
             (self.count, self.size, flat.shape[1]),
             (self._step * row, row, column),
-            flat.storage_offset() + int(self.starts[0]) * row,
+            flat.storage_offset() + self._begin * row,
         )
 
     def gather(self, flat: Tensor) -> Tensor:

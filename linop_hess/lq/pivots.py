@@ -7,7 +7,6 @@ divide by are delayed: carried to the stage before, with their values μ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,28 +21,6 @@ _SMALL = 1e-4
 
 # Up to this size eigenvectors cost no more than the calls of a Bunch-Kaufman factorization.
 _NARROW = 64
-
-
-class Pivots(Protocol):
-    """K = T θ Tᵀ on the eliminated directions, K = W μ Wᵀ on the delayed ones."""
-
-    @property
-    def theta(self) -> Tensor:
-        """Pivots of the eliminated directions."""
-        ...
-
-    def whiten(self, X: Tensor) -> Tensor:
-        """T⁻¹ X."""
-        ...
-
-    def unwhiten_adjoint(self, Y: Tensor) -> Tensor:
-        """T⁻ᵀ Y."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +77,7 @@ def pivots_of(K: Tensor, damping: float, *, last: bool, always_pivot: bool = Fal
             raise ArithmeticError("NaN or Inf in a pivot")
         congruence = Congruence.of(K)
         smallest, largest = _extremes(congruence.theta)
-        if smallest > (0.0 if last else _small(SUSPECT, largest, damping)):
+        if smallest > 0.0 if last else not is_suspect(smallest, largest, damping):
             return congruence
         if last:
             raise ZeroDivisionError("a pivot is zero")
@@ -115,10 +92,15 @@ def pivots_of(K: Tensor, damping: float, *, last: bool, always_pivot: bool = Fal
         if smallest == 0.0:
             raise ZeroDivisionError("a pivot is zero")
         return Eigenpivots(vectors, values)
-    if smallest > _small(SUSPECT, largest, damping) and not always_pivot:
+    if not always_pivot and not is_suspect(smallest, largest, damping):
         return Eigenpivots(vectors, values)
     keep = values.abs() > _small(DELAY, largest, damping)
     return Eigenpivots(vectors[:, keep], values[keep], vectors[:, ~keep], values[~keep])
+
+
+def is_suspect(smallest: float, largest: float, damping: float) -> bool:
+    """Whether the smallest |θ| of a pivot block is so small, or NaN, that its eigenvectors should be looked at."""
+    return not smallest > _small(SUSPECT, largest, damping)
 
 
 def _extremes(theta: Tensor) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from linop_hess._memory import available_bytes
 from linop_hess.lq import banded, dense, ldu, riccati
@@ -13,6 +14,8 @@ METHODS = {"banded": banded, "riccati": riccati, "dense": dense, "ldu": ldu}
 """The methods by name: modules with `factor(problem, damping)` and `estimate(problem)`."""
 
 _CHOSEN_AMONG = ("banded", "riccati", "dense")
+
+_costs: WeakKeyDictionary[Problem, dict[str, Cost]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ def make_plan(problem: Problem, damping: float) -> Plan:
     Plan
     """
     available = available_bytes()
-    costs = {name: module.estimate(problem) for name, module in METHODS.items()}
+    if problem not in _costs:
+        _costs[problem] = {name: module.estimate(problem) for name, module in METHODS.items()}
+    costs = _costs[problem]
     able = [m for m in _CHOSEN_AMONG if not costs[m].why_not]
     fitting = [m for m in able if costs[m].nbytes <= available]
     choice = min(fitting or able, key=lambda m: costs[m].seconds if fitting else costs[m].nbytes)

@@ -248,12 +248,20 @@ class Problem:
         return out.add_(x, alpha=damping) if damping else out
 
     @cached_property
+    def rough_norm(self) -> float:
+        """A lower bound of ‖H‖₂ from one product with a random vector."""
+        return self._norm_by_powers(1)
+
+    @cached_property
     def norm(self) -> float:
         """‖H‖₂ to within some per cent, from below, by power iteration on a fixed start."""
+        return self._norm_by_powers(8)
+
+    def _norm_by_powers(self, steps: int) -> float:
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.size, 1, generator=generator, dtype=torch.float64).to(self.dtype).to(self.device)
         norm = 0.0
-        for _ in range(8):
+        for _ in range(steps):
             v = self.hessian_product(v / v.norm())
             norm = max(norm, float(v.norm()))
             if norm == 0.0:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from linop_hess.lq.condensed import condense
+from linop_hess.lq.condensed import condensed
 from linop_hess.lq.segments import SegmentGroup
 from linop_hess.lq.singular import SingularPivotError
 
@@ -108,6 +108,11 @@ class StagesSegment(Segment):
         return y[0]
 
 
+def is_narrow(group: SegmentGroup) -> bool:
+    """Whether the segments of a group are condensed to dense blocks."""
+    return group.r + group.n_in + max(stage.n_out for stage in group.steps) <= _NARROW
+
+
 def segments_of(group: SegmentGroup, damping: float) -> list[Segment]:
     """Return the segments of a group, dense where they are narrow.
 
@@ -116,10 +121,7 @@ def segments_of(group: SegmentGroup, damping: float) -> list[Segment]:
     SingularPivotError
         If damping = 0 and there are controls that the output does not see.
     """
-    widest = max(stage.n_out for stage in group.steps)
-    if group.r + group.n_in + widest > _NARROW:
+    if not is_narrow(group):
         return [StagesSegment(group, k, damping) for k in range(group.count)]
-    blocks = condense(group, damping)
-    W = torch.cat([blocks.R, blocks.F], 2)
-    T = torch.cat([torch.cat([blocks.S, blocks.E], 2), torch.cat([blocks.E.mT, blocks.Z], 2)], 1)
-    return [DenseSegment(w, t, group.r) for w, t in zip(W.unbind(), T.unbind(), strict=True)]
+    blocks = condensed(group, damping)
+    return [DenseSegment(w, t, group.r) for w, t in zip(blocks.W.unbind(), blocks.T(damping).unbind(), strict=True)]

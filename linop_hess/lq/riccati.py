@@ -12,39 +12,22 @@ eliminated; the first segment eliminates everything. Every step is a congruence,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from linop_hess.lq.cost import Cost
-from linop_hess.lq.pivots import Eigenpivots, pivots_of
+from linop_hess.lq.pivots import Eigenpivots, is_suspect, pivots_of
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.pullback import Segment, segments_of
-from linop_hess.lq.segments import in_order, loads, put_controls
+from linop_hess.lq.pullback import Segment, is_narrow, segments_of
+from linop_hess.lq.segments import Loads, in_order, loads, put_controls
 from linop_hess.lq.singular import SingularPivotError
-from linop_hess.lq.symmetric import Congruence
+from linop_hess.lq.steps import PackedStep, Step, WhitenedStep, pivot_sizes
 
-
-@dataclass(frozen=True)
-class Step:
-    """What one segment leaves behind for the solves."""
-
-    segment: Segment
-    pivots: Congruence | Eigenpivots
-    cross: Tensor  # T⁻¹ K_uδ, (eliminated, n_in)
-    carried_in: int  # size of c that came from the segment after
-
-    @property
-    def delayed(self) -> int:
-        """Size of c that goes to the segment before."""
-        return self.pivots.delayed if isinstance(self.pivots, Eigenpivots) else 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.pivots.nbytes + self.cross.nbytes
+# Up to this many directions a step is kept packed.
+_NARROW = 64
 
 
 class RiccatiFactorization:
@@ -67,29 +50,48 @@ class RiccatiFactorization:
         self.problem = problem
         self.damping = damping
         self._order = in_order(problem.segment_groups)
-        self.steps = self._factor(always_pivot)
+        self._segments = [segments_of(group, damping) for group in problem.segment_groups]
+        steps = None if always_pivot else self._factor_packed()
+        self.steps: Sequence[Step] = steps if steps is not None else self._factor_pivoted(always_pivot)
 
-    def _factor(self, always_pivot: bool) -> list[Step]:
-        groups = self.problem.segment_groups
-        segments = [segments_of(group, self.damping) for group in groups]
+    def _factor_packed(self) -> list[Step] | None:
+        """Eliminate all directions of narrow segments at once; None if some pivot turns out too small for that."""
+        if any(group.r > _NARROW for group in self.problem.segment_groups):
+            return None
+        V: Tensor | None = None
+        steps: list[PackedStep] = []
+        for g, k in reversed(self._order):
+            segment = self._segments[g][k]
+            K, cross, V = segment.pull_back(V)
+            steps.append(PackedStep.of(segment, K, cross))
+            V.addmm_(cross.mT, steps[-1].gain, alpha=-1.0)
+        steps.reverse()
+        for l, (smallest, largest) in enumerate(pivot_sizes(steps)):
+            if is_suspect(smallest, largest, self.damping) if l else not smallest > 0.0:
+                return None
+        return list(steps)
+
+    def _factor_pivoted(self, always_pivot: bool) -> list[Step]:
+        """Delay the directions whose pivots are too small."""
         V: Tensor | None = None
         carried: tuple[Tensor, Tensor] | None = None
         steps: list[Step] = []
         for count, (g, k) in enumerate(reversed(self._order), 1):
-            segment = segments[g][k]
+            segment = self._segments[g][k]
             K, cross, V = segment.pull_back(V)
             if carried is not None:
                 K, cross = _with_carried(segment, K, cross, *carried)
             try:
                 pivots = pivots_of(K, self.damping, last=count == len(self._order), always_pivot=always_pivot)
             except ArithmeticError:
-                raise SingularPivotError(int(groups[g].stages[k])) from None
+                raise SingularPivotError(int(self.problem.segment_groups[g].stages[k])) from None
             white = pivots.whiten(cross)
             V.addmm_(white.mT, white / pivots.theta[:, None], alpha=-1.0)
-            steps.append(Step(segment, pivots, white, 0 if carried is None else carried[1].numel()))
+            step = WhitenedStep(segment, pivots, white, 0 if carried is None else carried[1].numel())
+            steps.append(step)
             carried = None
-            if isinstance(pivots, Eigenpivots) and pivots.W is not None and pivots.mu is not None and pivots.delayed:
-                carried = cross.mT @ pivots.W, pivots.mu
+            if isinstance(pivots, Eigenpivots) and pivots.mu is not None and step.delayed:
+                carried = cross.mT @ step.delayed_directions, pivots.mu
         return steps[::-1]
 
     def solve(self, g: Tensor) -> Tensor:
@@ -97,55 +99,45 @@ class RiccatiFactorization:
         groups, damping = self.problem.segment_groups, self.damping
         x = torch.zeros_like(g)
         load = [loads(group, g, damping) for group in groups]
-        visible = [part.visible.unbind() for part in load]
-        push = [None if part.state is None else part.state.unbind() for part in load]
-        white = self._backward(visible, push)
+        held = self._backward(load)
         s: list[list[Tensor]] = [[] for _ in groups]
         states: list[list[Tensor]] = [[] for _ in groups]
         d: Tensor | None = None
-        c = g.new_zeros(0, g.shape[1])
-        for (group, _), step, half in zip(self._order, self.steps, white, strict=True):
+        c: Tensor | None = None
+        for (group, _), step, mine in zip(self._order, self.steps, held, strict=True):
             if d is not None:
                 states[group].append(d)
-                half = half - step.cross @ d
-            u = step.pivots.unwhiten_adjoint(half / step.pivots.theta[:, None])
-            if step.delayed:
-                assert isinstance(step.pivots, Eigenpivots) and step.pivots.W is not None
-                u = u + step.pivots.W @ c
-            r = step.segment.r
+            u = step.forward(mine, d, c if step.delayed else None)
             if step.carried_in:
-                u, c = u[:r], u[r:]
+                u, c = u[: step.segment.r], u[step.segment.r :]
             s[group].append(u)
             d = step.segment.forward(u, d)
-        for part, group_, s_, d_ in zip(load, groups, s, states, strict=True):
-            put_controls(x, group_, part, torch.stack(s_), torch.stack(d_) if d_ else None, damping)
+        for part, which, s_, d_ in zip(load, groups, s, states, strict=True):
+            put_controls(x, which, part, torch.stack(s_), torch.stack(d_) if d_ else None, damping)
         return x
 
-    def _backward(self, visible: list[tuple[Tensor, ...]], push: list[tuple[Tensor, ...] | None]) -> list[Tensor]:
-        """T⁻¹ of the loads on (s, c), segment by segment."""
-        white: list[Tensor] = []
+    def _backward(self, load: list[Loads]) -> list[Tensor]:
+        """What each step holds for the forward sweep."""
+        visible = [part.visible.unbind() for part in load]
+        push = [None if part.state is None else part.state.unbind() for part in load]
+        held: list[Tensor] = []
         v: Tensor | None = None
         w: Tensor | None = None
         for (group, k), step in zip(reversed(self._order), reversed(self.steps), strict=True):
-            load, after = visible[group][k], None
+            mine, after, pushed = visible[group][k], None, push[group]
             if v is not None:
                 seen, after = step.segment.adjoint(v)
-                load = load - seen
+                mine = mine - seen
             if w is not None:
-                load = torch.cat([load, -w])
-            half = step.pivots.whiten(load)
-            white.append(half)
-            v = step.cross.mT @ (half / step.pivots.theta[:, None])
+                mine = torch.cat([mine, w])
+            half, v = step.backward(mine)
+            held.append(half)
             if after is not None:
                 v += after
-            mine = push[group]
-            if mine is not None:
-                v += mine[k]
-            w = None
-            if step.delayed:
-                assert isinstance(step.pivots, Eigenpivots) and step.pivots.W is not None
-                w = -step.pivots.W.mT @ load
-        return white[::-1]
+            if pushed is not None:
+                v += pushed[k]
+            w = step.delayed_directions.mT @ mine if step.delayed and isinstance(step, WhitenedStep) else None
+        return held[::-1]
 
     @property
     def nbytes(self) -> int:
@@ -177,16 +169,19 @@ def factor_pivoted(problem: Problem, damping: float) -> RiccatiFactorization:
 
 
 def estimate(problem: Problem) -> Cost:
-    """Flops (4⅔ n³ a stage when all its blocks are n wide), bytes and seconds."""
+    """Flops (4⅔ n³ a segment when all its blocks are n wide), bytes and seconds."""
+    flops = seconds = numbers = widest = 0.0
+    for group in problem.segment_groups:
+        K, r, n = group.count, float(group.r), float(group.n_in)
+        flops += K * (r**3 * 2 / 3 + 2 * r**2 * n + 2 * r * n**2)
+        done = r**3 / 3 + r**2 * n + 2 * r * n**2
+        if is_narrow(group):
+            seconds += K * (5e-5 + done / 1e10)
+            numbers += K * (2 * (r + n) ** 2 + group.n_out * (r + n) + n**2)
+        else:
+            m = max(min(r, n), 1.0)
+            seconds += K * (2.5e-4 + done * (m + 300) / (5e10 * m))
+        numbers += K * (r**2 + 2 * r * n)
+        widest = max(widest, r, n, *(float(stage.n_out) for stage in group.steps))
     item = problem.numpy_dtype.itemsize
-    visible = np.array([float(block.split.r) if block.p else 0.0 for block in problem.blocks])
-    with_controls = np.flatnonzero(problem.p)
-    r = visible[problem.order[with_controls, 0]]
-    n = np.where(with_controls == problem.first, 0, problem.n_in[with_controls]).astype(float)
-    flops = r**3 * 2 / 3 + 2 * r**2 * n + 2 * r * n**2
-    done = r**3 / 3 + r**2 * n + 2 * r * n**2
-    rate = np.where(np.maximum(r, n) > 256, 5e10, 1e10)
-    widest = float(max(r.max(initial=0), problem.n_out.max(), problem.n_in[problem.first :].max(initial=0)))
-    seconds = float((done / rate).sum()) + 4e-4 * with_controls.size + 5e-5 * problem.length
-    nbytes = item * float((r**2 + r * n).sum())
-    return Cost(float(flops.sum()), nbytes + 8.0 * item * widest**2, seconds)
+    return Cost(flops, item * (numbers + 8 * widest**2), 5e-4 + seconds)

@@ -126,17 +126,17 @@ def loads(group: SegmentGroup, g: Tensor, damping: float) -> Loads:
     return Loads(visible, hidden, None if push is None else push / damping)
 
 
-def put_controls(
-    x: Tensor, group: SegmentGroup, load: Loads, s: Tensor, d: Tensor | None, damping: float
-) -> None:
+def put_controls(x: Tensor, group: SegmentGroup, load: Loads, s: Tensor, d: Tensor | None, damping: float) -> None:
     """Write x = Q s + (g⊥ − (I − QQᵀ)B δ)/ε of a group into x of shape (N, k); s is (K, r, k), d (K, n_in, k)."""
-    mine = group.split.Q(s)
-    if load.hidden is not None:
+    if load.hidden is None:
+        mine = group.split.Q(s)
+    else:
         rest = load.hidden
         pull = group.steps[0].B(d) if d is not None and group.n_in else None
         if pull is not None:
-            rest = rest - group.split.project_out(pull)
-        mine = mine + rest / damping
+            rest = rest - pull
+            s = s + group.split.Qt(pull) / damping
+        mine = group.split.Q(s) + rest / damping
     group.x_slots.put(x, mine)
 
 

@@ -104,8 +104,8 @@ class Solver:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
         self.max_refinements = max_refinements
         self.plan: Plan = make_plan(problem, self.damping)
-        self._norm_bound = abs(self.damping)
-        self._norm_bound_seen = self._norm_is_final = False
+        self._norm_bound = max(abs(self.damping), problem.rough_norm - abs(self.damping))
+        self._norm_is_final = False
         self._factorization: Factorization | None = None
         self._ladder: list[tuple[str, Factor]] = self._escalation(self.plan.choice if method == "auto" else method)
         self._climb()
@@ -146,7 +146,7 @@ class Solver:
         cost = self.plan.costs[method]
         if cost.why_not:
             raise ValueError(f'method "{method}" cannot be used here: {cost.why_not}')
-        require(cost.nbytes, f'method "{method}" for {self.problem.size} parameters')
+        require(cost.nbytes, f'method "{method}" for {self.problem.size} parameters', self.plan.available)
 
     @property
     def method(self) -> str:
@@ -190,16 +190,13 @@ class Solver:
         if x.numel() and self._norm_bound * float((x.norm(dim=0) / g.norm(dim=0).clamp_min(0.5)).max()) > _SINGULAR:
             self._fail("is singular to working precision", None)
         x = torch.ldexp(x, exponents)
-        if not bool(torch.isfinite(x).all()):
+        if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
             raise OverflowError(f"the solution exceeds the range of {x.dtype}: scale the right-hand side down")
         residual = float(torch.ldexp(residuals, exponents[0]).max()) if residuals.numel() else 0.0
         return Solution(x, error, residual, steps, self.method)
 
     def _refined(self, g: Tensor) -> tuple[Tensor, float, Tensor, int]:
         """x, its backward error, residual norms and refinement steps, for right-hand sides of size one."""
-        if not self._norm_bound_seen and g.numel():
-            self._raise_norm_bound(self._product(g[:, :1]), g[:, :1].norm(dim=0))
-            self._norm_bound_seen = True
         x = self.factorization.solve(g).to(g.dtype)
         error, residuals, r = self._backward_error(g, x)
         steps = 0
@@ -220,28 +217,25 @@ class Solver:
         problem = self.factorization.problem
         return problem.hessian_product(x.to(problem.dtype), self.damping)
 
-    def _raise_norm_bound(self, product: Tensor, size: Tensor) -> None:
-        growth = product.norm(dim=0) / torch.where(size > 0, size, torch.ones_like(size))
-        bound = float(growth.max()) if growth.numel() else 0.0
-        if bound > self._norm_bound and math.isfinite(bound):
-            self._norm_bound = bound
-
     def _backward_error(self, g: Tensor, x: Tensor) -> tuple[float, Tensor, Tensor]:
         product = self._product(x)
         r = g - product
-        size_x, size_g, size_r = x.norm(dim=0), g.norm(dim=0), r.norm(dim=0)
-        self._raise_norm_bound(product, size_x)
+        residuals = r.norm(dim=0)
+        sizes = torch.stack([residuals, product.norm(dim=0), x.norm(dim=0), g.norm(dim=0)]).cpu().numpy()
+        size_r, size_product, size_x, size_g = sizes
+        growth = size_product[size_x > 0] / size_x[size_x > 0]
+        if growth.size and math.isfinite(bound := float(growth.max())):
+            self._norm_bound = max(self._norm_bound, bound)
         error = self._ratio(size_r, size_x, size_g)
         if not error <= self.tolerance and not self._norm_is_final:
             self._norm_bound = max(self._norm_bound, self.problem.norm - abs(self.damping))
             self._norm_is_final = True
             error = self._ratio(size_r, size_x, size_g)
-        return error, size_r, r
+        return error, residuals, r
 
-    def _ratio(self, size_r: Tensor, size_x: Tensor, size_g: Tensor) -> float:
+    def _ratio(self, size_r: np.ndarray, size_x: np.ndarray, size_g: np.ndarray) -> float:
         scale = self._norm_bound * size_x + size_g
-        ratio = torch.where(scale > 0, size_r / torch.where(scale > 0, scale, 1.0), size_r)
-        error = float(ratio.max()) if ratio.numel() else 0.0
+        error = float(np.divide(size_r, scale, out=size_r.copy(), where=scale > 0).max(initial=0.0))
         return error if math.isfinite(error) else math.inf
 
     def _fail(self, what: str, stage: int | None) -> None:

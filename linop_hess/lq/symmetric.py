@@ -46,6 +46,12 @@ class Congruence:
             empty = torch.zeros(0, dtype=torch.int64, device=S.device)
             return cls(S, empty, S.new_zeros(0), empty, S.new_zeros(0, 2, 2))
         packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
+        return cls.from_packed(packed, pivots)
+
+    @classmethod
+    def from_packed(cls, packed: Tensor, pivots: Tensor) -> Congruence:
+        """Unpack what `torch.linalg.ldl_factor` gives."""
+        S = packed
         ipiv = pivots.cpu().numpy()
         lower = np.asfortranarray(packed.cpu().numpy())
         syconv = lapack.dsyconv if S.dtype == torch.float64 else lapack.ssyconv
@@ -110,6 +116,22 @@ class Congruence:
         size = self.theta.abs()
         largest = float(size.max())
         return float(size.min()) / largest if largest > 0 and np.isfinite(largest) else 0.0
+
+
+def packed_pivots(packed: Tensor, pivots: Tensor) -> Tensor:
+    """θ of K factorizations by `torch.linalg.ldl_factor`, packed (K, n, n) and pivots (K, n), as (K, n)."""
+    theta = packed.diagonal(dim1=1, dim2=2).clone()
+    second = pivots < 0
+    if not bool(second.any()):
+        return theta
+    # The entries of 2×2 pivots come in pairs, so the odd ones among the negative entries of a row begin one.
+    begins = (second & (second.cumsum(1) % 2 == 1))[:, :-1]
+    a, b, off = theta[:, :-1][begins], theta[:, 1:][begins], packed.diagonal(-1, 1, 2)[begins]
+    middle, radius = (a + b) / 2, torch.hypot((a - b) / 2, off)
+    larger = torch.where(middle < 0, middle - radius, middle + radius)
+    theta[:, :-1][begins] = larger
+    theta[:, 1:][begins] = a * (b / larger) - off * (off / larger)
+    return theta
 
 
 def _starts_pair(ipiv: np.ndarray) -> np.ndarray:
