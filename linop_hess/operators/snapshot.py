@@ -41,8 +41,9 @@ def select_parameters(model: Any, params: Iterable[str] | None) -> list[str]:
     named = dict(model.named_parameters())
     chosen = _chosen_names(named, params)
     if not chosen:
-        what = "params names none" if params is not None else "the model has none that requires a gradient"
-        raise ValueError(f"a curvature operator needs at least one trainable parameter; {what}.")
+        frozen = f"all {len(named)} of the model are frozen: call model.requires_grad_(True)"
+        what = "params names none" if params is not None else frozen if named else "the model has none"
+        raise ValueError(f"second derivatives need at least one trainable parameter; {what}.")
     for name in chosen:
         if isinstance(named[name], UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet. Run the model once before building the operator.")

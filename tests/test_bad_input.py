@@ -1,0 +1,194 @@
+"""Bad input of `linearize` and of what it returns: a typed error that says what to do, and nothing lost."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as f
+
+import linop_hess as lh
+from linop_hess.errors import FactorizationError, UnsupportedModelError
+from tests.helpers import make_batch, make_mlp
+
+
+@pytest.fixture
+def setting():
+    return make_mlp([3, 4, 3], seed=1), *make_batch(3, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def lin():
+    return lh.linearize(make_mlp([3, 4, 3], seed=1), f.cross_entropy, *make_batch(3, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda v: v[:-1], ValueError, "shape"),
+        (lambda v: np.append(v, 1.0), ValueError, "shape"),
+        (lambda v: v[:, None, None], ValueError, "shape"),
+        (lambda v: v + 1j, TypeError, "real"),
+        (lambda v: np.where(np.arange(v.size) == 2, np.nan, v), ValueError, "NaN or Inf"),
+        (lambda v: np.where(np.arange(v.size) == 2, np.inf, v), ValueError, "NaN or Inf"),
+        (lambda v: v.astype(str), TypeError, "numbers"),
+        (lambda v: torch.from_numpy(v).float(), TypeError, "torch.float64"),
+    ],
+)
+def test_operands(lin, change, error, match):
+    v = change(np.ones(lin.H.shape[0]))
+    inverse = lin.inverse(0.1)
+    for use in (lambda: lin.H @ v, lambda: lin.D_x @ v, lambda: inverse @ v, lambda: inverse.solve(v)):
+        with pytest.raises(error, match=match):
+            use()
+
+
+def test_integer_operand_is_cast(lin):
+    ones = np.ones(lin.H.shape[0], dtype=int)
+    np.testing.assert_array_equal(lin.inverse(0.1) @ ones, lin.inverse(0.1) @ ones.astype(float))
+
+
+def test_integer_inputs(setting):
+    model, x, y = setting
+    with pytest.raises(TypeError, match="no embedding .*cast them to torch.float64"):
+        lh.linearize(model, f.cross_entropy, x.long(), y)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "match"),
+    [
+        (lambda x: x.numpy(), TypeError, "must be a torch tensor"),
+        (lambda x: x.float(), TypeError, "torch.float32.*torch.float64"),
+        (lambda x: x + 0j, TypeError, "complex"),
+        (lambda x: x / 0, ValueError, "NaN or Inf"),
+        (lambda x: x.to("meta"), ValueError, "on meta"),
+    ],
+)
+def test_inputs(setting, x, error, match):
+    model, inputs, y = setting
+    with pytest.raises(error, match=match):
+        lh.linearize(model, f.cross_entropy, x(inputs), y)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "match"),
+    [
+        (lambda o, t: f.cross_entropy(o, t, reduction="none"), ValueError, r"scalar tensor, got shape \(4,\)"),
+        (lambda o, t: 1.0, ValueError, "scalar tensor, got float"),
+        (lambda o, t: torch.tensor(2.0, dtype=torch.float64), ValueError, "depend"),
+        (lambda o, t: o.detach().sum(), ValueError, "depend"),
+        (lambda o, t: (o.sum() - o.sum()).log(), ValueError, "the loss is -inf"),
+        (lambda o, t: (o.sum() - o.sum()).sqrt(), ValueError, "NaN or Inf"),
+        ("mse", TypeError, "callable"),
+    ],
+)
+def test_losses(setting, loss, error, match):
+    model, x, y = setting
+    with pytest.raises(error, match=match):
+        lh.linearize(model, loss, x, y)
+
+
+def test_derivatives_that_are_not_finite_name_the_layer():
+    class Root(nn.Module):
+        def forward(self, x):
+            return (x - x).sqrt() + x
+
+    model = nn.Sequential(*make_mlp([3, 4]), Root(), *make_mlp([4, 3]))
+    with pytest.raises(ValueError, match=r"NaN or Inf.*Root"):
+        lh.linearize(model, f.cross_entropy, *make_batch(3, 3, 4))
+
+
+def test_parameters_that_are_not_finite_name_the_layer(setting):
+    model, x, y = setting
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN|nan"):
+        lh.linearize(model, f.cross_entropy, x, y)
+
+
+def test_nothing_to_train(setting):
+    model, x, y = setting
+    with pytest.raises(ValueError, match="at least one trainable parameter"):
+        lh.linearize(nn.Sequential(nn.Tanh()), f.cross_entropy, x, y)
+    with pytest.raises(ValueError, match="at least one"):
+        lh.linearize(model, f.cross_entropy, x, y, params=[])
+    with pytest.raises(ValueError, match="no parameter 9.weight"):
+        lh.linearize(model, f.cross_entropy, x, y, params=["9.weight"])
+    with pytest.raises(TypeError, match="string"):
+        lh.linearize(model, f.cross_entropy, x, y, params="0.weight")
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        lh.linearize(model, f.cross_entropy, x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(setting, dtype):
+    model, x, y = setting
+    with pytest.raises(TypeError, match=f"{dtype}.*torch.float32 or"):
+        lh.linearize(model.to(dtype), f.cross_entropy, x.to(dtype), y)
+
+
+def test_not_a_module(setting):
+    _, x, y = setting
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        lh.linearize(torch.tanh, f.cross_entropy, x, y)
+
+
+@pytest.mark.parametrize(
+    ("layer", "match"),
+    [
+        (nn.Dropout(0.5), r"layer '2' \(Dropout\) is in training mode and random: call model.eval\(\)"),
+        (
+            nn.BatchNorm1d(4).double(),
+            r"layer '2' \(BatchNorm1d\) depends on the statistics of its batch: call model.eval",
+        ),
+    ],
+)
+def test_layers_in_training_mode(layer, match):
+    model = nn.Sequential(*make_mlp([3, 4]), nn.Tanh(), layer, *make_mlp([4, 3])).train()
+    with pytest.raises(UnsupportedModelError, match=match):
+        lh.linearize(model, f.cross_entropy, *make_batch(3, 3, 4))
+    lh.linearize(model.eval(), f.cross_entropy, *make_batch(3, 3, 4))
+
+
+def test_shared_parameters():
+    linear = nn.Linear(3, 3).double()
+    tied = nn.Linear(3, 3, bias=False).double()
+    tied.weight = linear.weight
+    overlapping = nn.Linear(3, 3, bias=False).double()
+    overlapping.weight = nn.Parameter(linear.weight.detach().t())
+    for other in (linear, tied, overlapping):
+        with pytest.raises(UnsupportedModelError, match="shares its storage|more than one|used twice|two"):
+            lh.linearize(nn.Sequential(linear, nn.Tanh(), other), f.cross_entropy, *make_batch(3, 3, 4))
+
+
+def test_random_loss(setting):
+    model, x, y = setting
+    with pytest.raises(UnsupportedModelError, match="another value each time"):
+        lh.linearize(model, lambda o, t: f.cross_entropy(o, t) * torch.rand(()), x, y)
+
+
+def test_model_that_fails_says_so_itself(setting):
+    model, x, y = setting
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        lh.linearize(model, f.cross_entropy, x[:, :2], y)
+
+
+def test_nothing_is_left_behind_by_an_error(setting):
+    model, x, y = setting
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="scalar"):
+        lh.linearize(model, lambda o, t: o, x, y)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters()) and not x.requires_grad
+    lh.linearize(model, f.cross_entropy, x, y)
+
+
+def test_singular_hessian_names_a_damping_that_works():
+    model = make_mlp([3, 4, 2], nn.ReLU, seed=6)
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    lin = lh.linearize(model, f.cross_entropy, *make_batch(3, 2, 5))
+    g = np.ones(lin.H.shape[0])
+    with pytest.raises(FactorizationError, match="damping=0 .*damping=.*works") as caught:
+        lin.inverse(0.0).solve(g)
+    assert lin.inverse(caught.value.suggested_damping).solve(g).backward_error <= 1e-14
