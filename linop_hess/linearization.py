@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from linop_hess.chain.build import Chain, build_chain
 from linop_hess.chain.flatten import is_float
+from linop_hess.lq.convexity import count_up_to, smallest_convex_damping
 from linop_hess.lq.plan import Plan, make_plan
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.solver import checked_damping
@@ -239,6 +240,46 @@ class Linearization:
     def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
         return HessianInverse(self.problem, damping, method, tolerance=tolerance)
+
+    def count_eigenvalues(self, a: float, b: float) -> int:
+        """Count the eigenvalues of H in (a, b], from two inertias.
+
+        Parameters
+        ----------
+        a, b : float
+            An end that is an eigenvalue to rounding is moved up by 1e-9‖H‖, so that it is counted at b and not at a.
+
+        Raises
+        ------
+        ValueError
+            If an end is NaN or infinite, or a > b.
+        """
+        if not (np.isfinite(a) and np.isfinite(b) and a <= b):
+            raise ValueError(f"an interval (a, b] needs finite a <= b, got a={a!r}, b={b!r}")
+        with torch.no_grad():
+            return count_up_to(self.problem, b) - count_up_to(self.problem, a) if a < b else 0
+
+    def smallest_convex_damping(self, margin: float = 0.0, rtol: float = 1e-3) -> float:
+        """Return the least damping ε for which H + εI is positive definite, by bisection on inertia.
+
+        Parameters
+        ----------
+        margin : float
+            What to add, relatively.
+        rtol : float
+            The result is above the least damping by at most this, relatively.
+
+        Returns
+        -------
+        float
+            Where H is positive semidefinite, 1e-9‖H‖.
+        """
+        if not (margin >= 0.0 and 0.0 < rtol < 1.0):
+            raise ValueError(
+                f"margin must be at least 0 and rtol between 0 and 1, got margin={margin!r}, rtol={rtol!r}"
+            )
+        with torch.no_grad():
+            return (1.0 + margin) * smallest_convex_damping(self.problem, rtol)
 
     def verify(self, probes: int = 2) -> float:
         """Compare `H` with double-backward products on random vectors.

@@ -7,6 +7,8 @@ depth. For narrow chains nothing is faster; the work grows with the cube of the 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from scipy.linalg import lapack
@@ -123,6 +125,12 @@ class BandedFactorization:
         if info != 0:
             raise ValueError(f"LAPACK gbtrs refused its argument {-info}")
         return torch.from_numpy(np.ascontiguousarray(solution))
+
+    def logabsdet(self) -> float:
+        """Logarithm of |det(H + εI)|, that of the band matrix and one ε for each hidden control."""
+        hidden = sum(group.split.complement * group.count for group in self._layout.groups)
+        pivots = np.abs(self._lu[2 * self._layout.bandwidth], dtype=np.float64) if self._layout.order else np.ones(0)
+        return math.fsum(np.log(pivots)) + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
 
     @property
     def nbytes(self) -> int:

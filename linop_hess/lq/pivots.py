@@ -51,7 +51,9 @@ class Eigenpivots:
         return self.U.nbytes + (0 if self.W is None else self.W.nbytes)
 
 
-def pivots_of(K: Tensor, damping: float, *, last: bool, always_pivot: bool = False) -> Congruence | Eigenpivots:
+def pivots_of(
+    K: Tensor, damping: float, *, last: bool, always_pivot: bool = False, caution: float = 1.0
+) -> Congruence | Eigenpivots:
     """Factor a pivot block (its lower triangle is read).
 
     Parameters
@@ -63,6 +65,8 @@ def pivots_of(K: Tensor, damping: float, *, last: bool, always_pivot: bool = Fal
         Whether no stage is left to delay to, so that everything is eliminated.
     always_pivot : bool
         Whether to take eigenvectors in any case.
+    caution : float
+        What to multiply by the sizes below which a pivot is small.
 
     Raises
     ------
@@ -77,7 +81,7 @@ def pivots_of(K: Tensor, damping: float, *, last: bool, always_pivot: bool = Fal
             raise ArithmeticError("NaN or Inf in a pivot")
         congruence = Congruence.of(K)
         smallest, largest = _extremes(congruence.theta)
-        if smallest > 0.0 if last else not is_suspect(smallest, largest, damping):
+        if smallest > 0.0 if last else not is_suspect(smallest, largest, caution * damping):
             return congruence
         if last:
             raise ZeroDivisionError("a pivot is zero")
@@ -92,9 +96,9 @@ def pivots_of(K: Tensor, damping: float, *, last: bool, always_pivot: bool = Fal
         if smallest == 0.0:
             raise ZeroDivisionError("a pivot is zero")
         return Eigenpivots(vectors, values)
-    if not always_pivot and not is_suspect(smallest, largest, damping):
+    if not always_pivot and not is_suspect(smallest, largest, caution * damping):
         return Eigenpivots(vectors, values)
-    keep = values.abs() > _small(DELAY, largest, damping)
+    keep = values.abs() > _small(DELAY, largest, caution * damping)
     return Eigenpivots(vectors[:, keep], values[keep], vectors[:, ~keep], values[~keep])
 
 

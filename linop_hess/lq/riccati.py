@@ -13,6 +13,7 @@ eliminated; the first segment eliminates everything. Every step is a congruence,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -46,8 +47,9 @@ class RiccatiFactorization:
 
     method = "riccati"
 
-    def __init__(self, problem: Problem, damping: float, *, always_pivot: bool = False) -> None:
+    def __init__(self, problem: Problem, damping: float, *, always_pivot: bool = False, caution: float = 1.0) -> None:
         self.problem = problem
+        self._caution = caution
         self.damping = damping
         self._order = in_order(problem.segment_groups)
         self._segments = [segments_of(group, damping) for group in problem.segment_groups]
@@ -67,7 +69,7 @@ class RiccatiFactorization:
             V.addmm_(cross.mT, steps[-1].gain, alpha=-1.0)
         steps.reverse()
         for l, (smallest, largest) in enumerate(pivot_sizes(steps)):
-            if is_suspect(smallest, largest, self.damping) if l else not smallest > 0.0:
+            if is_suspect(smallest, largest, self._caution * self.damping) if l else not smallest > 0.0:
                 return None
         return list(steps)
 
@@ -82,7 +84,8 @@ class RiccatiFactorization:
             if carried is not None:
                 K, cross = _with_carried(segment, K, cross, *carried)
             try:
-                pivots = pivots_of(K, self.damping, last=count == len(self._order), always_pivot=always_pivot)
+                last = count == len(self._order)
+                pivots = pivots_of(K, self.damping, last=last, always_pivot=always_pivot, caution=self._caution)
             except ArithmeticError:
                 raise SingularPivotError(int(self.problem.segment_groups[g].stages[k])) from None
             white = pivots.whiten(cross)
@@ -96,28 +99,11 @@ class RiccatiFactorization:
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k)."""
-        groups, damping = self.problem.segment_groups, self.damping
-        x = torch.zeros_like(g)
-        load = [loads(group, g, damping) for group in groups]
-        held = self._backward(load)
-        s: list[list[Tensor]] = [[] for _ in groups]
-        states: list[list[Tensor]] = [[] for _ in groups]
-        d: Tensor | None = None
-        c: Tensor | None = None
-        for (group, _), step, mine in zip(self._order, self.steps, held, strict=True):
-            if d is not None:
-                states[group].append(d)
-            u = step.forward(mine, d, c if step.delayed else None)
-            if step.carried_in:
-                u, c = u[: step.segment.r], u[step.segment.r :]
-            s[group].append(u)
-            d = step.segment.forward(u, d)
-        for part, which, s_, d_ in zip(load, groups, s, states, strict=True):
-            put_controls(x, which, part, torch.stack(s_), torch.stack(d_) if d_ else None, damping)
-        return x
+        load = [loads(group, g, self.damping) for group in self.problem.segment_groups]
+        return self.forward(load, self.backward(load))
 
-    def _backward(self, load: list[Loads]) -> list[Tensor]:
-        """What each step holds for the forward sweep."""
+    def backward(self, load: Sequence[Loads]) -> list[Tensor]:
+        """Eliminate from the last segment to the first: what each step holds for the forward sweep."""
         visible = [part.visible.unbind() for part in load]
         push = [None if part.state is None else part.state.unbind() for part in load]
         held: list[Tensor] = []
@@ -138,6 +124,39 @@ class RiccatiFactorization:
                 v += pushed[k]
             w = step.delayed_directions.mT @ mine if step.delayed and isinstance(step, WhitenedStep) else None
         return held[::-1]
+
+    def forward(self, load: Sequence[Loads], held: Sequence[Tensor]) -> Tensor:
+        """Substitute from the first segment to the last: x, shape (N, k)."""
+        groups, damping = self.problem.segment_groups, self.damping
+        s: list[list[Tensor]] = [[] for _ in groups]
+        states: list[list[Tensor]] = [[] for _ in groups]
+        d: Tensor | None = None
+        c: Tensor | None = None
+        for (group, _), step, mine in zip(self._order, self.steps, held, strict=True):
+            if d is not None:
+                states[group].append(d)
+            u = step.forward(mine, d, c if step.delayed else None)
+            if step.carried_in:
+                u, c = u[: step.segment.r], u[step.segment.r :]
+            s[group].append(u)
+            d = step.segment.forward(u, d)
+        x = torch.zeros(
+            self.problem.size, load[0].visible.shape[-1], dtype=self.problem.dtype, device=self.problem.device
+        )
+        for part, which, s_, d_ in zip(load, groups, s, states, strict=True):
+            put_controls(x, which, part, torch.stack(s_), torch.stack(d_) if d_ else None, damping)
+        return x
+
+    def in_order(self, load: Sequence[Loads]) -> list[Tensor]:
+        """Return the loads on visible controls, segment by segment."""
+        visible = [part.visible.unbind() for part in load]
+        return [visible[group][k] for group, k in self._order]
+
+    def whitened(self) -> RiccatiFactorization:
+        """Return the same factors with every pivot block as T θ Tᵀ."""
+        other = copy(self)
+        other.steps = [step.whitened() for step in self.steps]
+        return other
 
     @property
     def nbytes(self) -> int:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess._memory import require
+from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
+from linop_hess.lq import banded
+from linop_hess.lq.block_ldl import BlockLDL, Inertia, SegmentReport
+from linop_hess.lq.convexity import smallest_convex_damping
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.singular import SingularPivotError
 from linop_hess.lq.solver import Solution, Solver
 from linop_hess.operators.base import Operator
 from linop_hess.operators.convert import as_tensor, to_numpy
@@ -115,6 +123,111 @@ class HessianInverse(Operator):
             x = x.clone() if isinstance(g, Tensor) else to_numpy(x)
         return Solution(x, solution.backward_error, solution.residual_norm, solution.refinement_steps, solution.method)
 
+    @cached_property
+    def _ldl(self) -> BlockLDL:
+        solver = self._solver
+        cost = solver.plan.costs["riccati"]
+        require(2 * cost.nbytes, f"the block LDLᵀ factorization for {self.shape[0]} parameters", solver.plan.available)
+        try:
+            with torch.no_grad():
+                return BlockLDL(solver.problem, self.damping)
+        except SingularPivotError as error:
+            where = "" if error.stage is None else f" (met at stage {solver.problem.name(error.stage)})"
+            raise FactorizationError(
+                f"H + damping·I with damping={self.damping:g} has no block LDLᵀ factorization{where}: it is singular to working "
+                "precision, or damping is zero and there are parameters that the batch does not see; use another damping",
+                damping=self.damping,
+            ) from None
+
+    def inertia(self) -> Inertia:
+        """Numbers of negative, zero and positive eigenvalues of H + εI.
+
+        Exact unless an eigenvalue lies within rounding of zero: pivots below 1e-14 times max(‖H‖, |ε|) are counted as zero.
+
+        Returns
+        -------
+        Inertia
+
+        Raises
+        ------
+        FactorizationError
+            If H + εI is singular to working precision.
+        """
+        return self._ldl.inertia()
+
+    @property
+    def is_positive_definite(self) -> bool:
+        """Whether all eigenvalues of H + εI are positive."""
+        return self.inertia().positive == self.shape[0]
+
+    def slogdet(self) -> tuple[float, float]:
+        """Sign and logarithm of the absolute value of det(H + εI).
+
+        The sign is that of the inertia. The logarithm is taken from a band LU where one fits, which is accurate as far as H determines it;
+        on chains too wide for that from the block LDLᵀ, which may lose some digits more at ε far below ‖H‖.
+
+        Raises
+        ------
+        FactorizationError
+            If H + εI is singular to working precision.
+        """
+        sign, logarithm = self._ldl.slogdet()
+        costs = self._solver.plan.costs
+        if self._solver.plan.fits("banded", 2) and costs["banded"].seconds <= 100 * costs["riccati"].seconds:
+            problem = self._ldl.problem
+            logarithm = banded.factor(problem, self.damping).logabsdet()
+        return sign, logarithm
+
+    def factor_report(self) -> list[SegmentReport]:
+        """Pivot extremes, hidden controls and delayed directions of each segment of the chain."""
+        return self._ldl.report()
+
+    def positive(self) -> PositiveOperator:
+        """Return L⁻ᵀ|D|⁻¹L⁻¹ where H + εI = L D Lᵀ: positive definite, a legal `M` for cg and minres.
+
+        It equals the inverse where that is positive definite. Preconditioned by it H + εI has eigenvalues ±1, so that MINRES stops
+        after two iterations.
+        """
+        return PositiveOperator(self._ldl, self)
+
+    def quadratic_form(self, v: Any) -> float | np.ndarray:
+        """Return vᵀ (H + εI)⁻¹ v for v of shape (N,), or those of the columns of v of shape (N, k); v as in `solve`."""
+        x = self.solve(v).x
+        x, v = (np.asarray(a.cpu() if isinstance(a, Tensor) else a, dtype=np.float64) for a in (x, v))
+        forms = np.einsum("i...,i...->...", x, v)
+        return float(forms) if forms.ndim == 0 else forms
+
+    def sample(self, k: int = 1, generator: torch.Generator | None = None) -> np.ndarray:
+        """Draw k samples of the normal distribution with mean zero and covariance (H + εI)⁻¹.
+
+        Parameters
+        ----------
+        k : int
+        generator : torch.Generator, optional
+            The same state gives the same samples.
+
+        Returns
+        -------
+        ndarray, shape (N, k)
+
+        Raises
+        ------
+        NotPositiveDefiniteError
+            If H + εI is not positive definite; it names the inertia and a damping that works.
+        """
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 0:
+            raise ValueError(f"k must be a number of samples, got {k!r}")
+        found = self.inertia()
+        if found.positive < self.shape[0]:
+            damping = smallest_convex_damping(self._solver.problem, 0.01)
+            raise NotPositiveDefiniteError(
+                f"samples need a positive definite H + damping·I; with damping={self.damping:g} it has {found.negative} negative "
+                f"and {found.zero} zero eigenvalues; damping={1.01 * damping:.2e} works"
+            )
+        xi = torch.randn(self.shape[0], k, generator=generator, dtype=torch.float64).to(self.device)
+        with torch.no_grad():
+            return to_numpy(self._ldl.color(xi).to(self.torch_dtype))
+
     def with_damping(self, damping: float) -> HessianInverse:
         """Factor again with another damping; derivatives are not computed again.
 
@@ -128,3 +241,16 @@ class HessianInverse(Operator):
         """
         solver = self._solver
         return HessianInverse(solver.problem, damping, solver.requested, tolerance=solver.tolerance)
+
+
+class PositiveOperator(Operator):
+    """The positive definite operator of `HessianInverse.positive`."""
+
+    symmetric = True
+
+    def __init__(self, factors: BlockLDL, inverse: HessianInverse) -> None:
+        super().__init__(inverse.shape, inverse.torch_dtype, inverse.device)
+        self._factors = factors
+
+    def _apply(self, X: Tensor) -> Tensor:
+        return self._factors.positive(X)

@@ -1,0 +1,178 @@
+"""What the block LDLᵀ factors of H + εI know besides solutions: inertia, determinant, a positive operator, samples.
+
+The recursion of method "riccati" is a congruence H + εI = L D Lᵀ with D the pivots θ of all segments and one ε for each hidden control, and
+|det L| = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linop_hess.lq import riccati
+from linop_hess.lq.problem import Problem
+from linop_hess.lq.segments import Loads, loads
+from linop_hess.lq.steps import PackedStep, Step, WhitenedStep
+from linop_hess.lq.symmetric import packed_pivots
+
+# A pivot below this times max(‖H‖, |ε|) counts as zero.
+ZERO = 1e-14
+
+# A pivot far smaller than ε costs the determinant digits that refinement gives back to solves; so delay already from here times ε/10.
+CAUTION = 1000.0
+
+
+@dataclass(frozen=True)
+class Inertia:
+    """Numbers of negative, zero and positive eigenvalues."""
+
+    negative: int
+    zero: int
+    positive: int
+
+
+@dataclass(frozen=True)
+class SegmentReport:
+    """The pivots of one segment.
+
+    Attributes
+    ----------
+    stage : int
+        Its stage with controls, 0-based.
+    pivots : int
+        Number of directions eliminated here, hidden controls not counted.
+    hidden : int
+        Number of hidden controls, whose pivot is ε.
+    delayed : int
+        Number of directions carried to the segment before.
+    smallest, largest : float
+        Extremes of |θ| (0 where there is no pivot).
+    """
+
+    stage: int
+    pivots: int
+    hidden: int
+    delayed: int
+    smallest: float
+    largest: float
+
+
+class BlockLDL:
+    """H + εI = L D Lᵀ along the chain, in float64.
+
+    Parameters
+    ----------
+    problem : Problem
+    damping : float
+
+    Raises
+    ------
+    SingularPivotError
+        If H + εI is singular to working precision, or ε = 0 and there are hidden controls.
+    """
+
+    def __init__(self, problem: Problem, damping: float) -> None:
+        self.problem = problem if problem.dtype == torch.float64 else problem.to(torch.float64)
+        self.damping = damping
+        self._factors = riccati.RiccatiFactorization(self.problem, damping, caution=CAUTION)
+        starts = np.flatnonzero(self.problem.p)
+        hidden = np.zeros(starts.size, dtype=np.int64)
+        for group in self.problem.segment_groups:
+            hidden[group.segments] = group.split.complement
+        self._starts, self._hidden = starts, hidden
+
+    @cached_property
+    def _theta(self) -> list[Tensor]:
+        """The pivots of each segment."""
+        return _pivots(self._factors.steps)
+
+    @cached_property
+    def _whitened(self) -> riccati.RiccatiFactorization:
+        return self._factors.whitened()
+
+    def inertia(self) -> Inertia:
+        """Count signs of the pivots; those below `ZERO` times max(‖H‖, |ε|) count as zero."""
+        theta = torch.cat(self._theta) if self._theta else torch.zeros(0)
+        scale = max(self.problem.norm, abs(self.damping))
+        zero = int((theta.abs() <= ZERO * scale).sum())
+        negative = int((theta < -ZERO * scale).sum())
+        positive = theta.numel() - zero - negative
+        hidden = int(self._hidden.sum())
+        if self.damping > 0:
+            positive += hidden
+        else:
+            negative += hidden
+        return Inertia(negative, zero, positive)
+
+    def slogdet(self) -> tuple[float, float]:
+        """Sign and logarithm of the absolute value of the determinant."""
+        theta = torch.cat(self._theta) if self._theta else torch.zeros(0)
+        hidden = int(self._hidden.sum())
+        odd = (int((theta < 0).sum()) + (hidden if self.damping < 0 else 0)) % 2
+        total = math.fsum(theta.abs().log().tolist())
+        return -1.0 if odd else 1.0, total + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
+
+    def report(self) -> list[SegmentReport]:
+        """Return the pivots of each segment in the order of the chain."""
+        rows = []
+        for stage, hidden, step, theta in zip(
+            self._starts, self._hidden, self._factors.steps, self._theta, strict=True
+        ):
+            low, high = theta.abs().aminmax() if theta.numel() else (0.0, 0.0)
+            rows.append(SegmentReport(int(stage), theta.numel(), int(hidden), step.delayed, float(low), float(high)))
+        return rows
+
+    def positive(self, g: Tensor) -> Tensor:
+        """(L|D|Lᵀ)⁻¹ g for g of shape (N, k): symmetric positive definite, (H + εI)⁻¹ where that is."""
+        dtype = g.dtype
+        load = self._loads(g.to(torch.float64))
+        white = self._whitened.backward(load)
+        held = [part * theta.sign()[:, None] for part, theta in zip(white, self._whitened_theta, strict=True)]
+        sign = math.copysign(1.0, self.damping)
+        return self._whitened.forward([_hidden_scaled(part, sign) for part in load], held).to(dtype)
+
+    def color(self, xi: Tensor) -> Tensor:
+        """L⁻ᵀ D^(−½) ξ for ξ of shape (N, k), of covariance (H + εI)⁻¹ where ξ is white; D must be positive."""
+        load = self._loads(xi.to(torch.float64))
+        theta = self._whitened_theta
+        # As many directions are eliminated as there are visible controls, though delays move them between segments.
+        white = torch.cat(self._factors.in_order(load)).split([part.numel() for part in theta])
+        held = [part * pivots.sqrt()[:, None] for part, pivots in zip(white, theta, strict=True)]
+        root = math.sqrt(abs(self.damping))
+        return self._whitened.forward([_hidden_scaled(part, root) for part in load], held).to(xi.dtype)
+
+    @property
+    def _whitened_theta(self) -> list[Tensor]:
+        return [step.pivots.theta for step in self._whitened.steps if isinstance(step, WhitenedStep)]
+
+    def _loads(self, g: Tensor) -> list[Loads]:
+        return [loads(group, g, self.damping) for group in self.problem.segment_groups]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the factors."""
+        return self._factors.nbytes
+
+
+def _hidden_scaled(load: Loads, factor: float) -> Loads:
+    return load if load.hidden is None else replace(load, hidden=load.hidden * factor)
+
+
+def _pivots(steps: Sequence[Step]) -> list[Tensor]:
+    packed = [step for step in steps if isinstance(step, PackedStep)]
+    if len(packed) < len(steps):
+        return [step.whitened().pivots.theta for step in steps]
+    theta: dict[int, Tensor] = {}
+    for r in {step.packed.shape[0] for step in packed}:
+        mine = [k for k, step in enumerate(packed) if step.packed.shape[0] == r]
+        rows = packed_pivots(
+            torch.stack([packed[k].packed for k in mine]), torch.stack([packed[k].interchanges for k in mine])
+        )
+        theta.update(zip(mine, rows.unbind(), strict=True))
+    return [theta[k] for k in range(len(packed))]

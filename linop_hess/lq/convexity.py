@@ -1,0 +1,80 @@
+"""Eigenvalue counts and the smallest convex damping of a problem, from inertia."""
+
+from __future__ import annotations
+
+from linop_hess.errors import FactorizationError
+from linop_hess.lq.block_ldl import BlockLDL, Inertia
+from linop_hess.lq.problem import Problem
+from linop_hess.lq.singular import SingularPivotError
+
+# A shift closer to an eigenvalue than rounding allows is moved by this much of ‖H‖.
+NUDGE = 1e-9
+
+
+def inertia(problem: Problem, damping: float) -> Inertia:
+    """Inertia of H + εI.
+
+    Raises
+    ------
+    FactorizationError
+        If H + εI is singular to working precision.
+    """
+    try:
+        return BlockLDL(problem, damping).inertia()
+    except SingularPivotError as error:
+        raise FactorizationError(
+            f"H + damping·I with damping={damping:g} is singular to working precision, so its inertia is not to be had; "
+            f"move damping by {NUDGE * problem.norm:.1e}",
+            damping=damping,
+            stage=None if error.stage is None else problem.name(error.stage),
+            suggested_damping=damping + NUDGE * problem.norm,
+        ) from None
+
+
+def count_up_to(problem: Problem, b: float) -> int:
+    """Count the eigenvalues λ ≤ b of H; where b is an eigenvalue to rounding, those up to b + NUDGE·‖H‖."""
+    moved = b
+    for _ in range(2):
+        try:
+            found = inertia(problem, -moved)
+        except FactorizationError:
+            moved = b + NUDGE * problem.norm
+            continue
+        if not found.zero:
+            return found.negative
+        moved = b + NUDGE * problem.norm
+    found = inertia(problem, -moved)
+    return found.negative + found.zero
+
+
+def smallest_convex_damping(problem: Problem, rtol: float) -> float:
+    """Return the least ε, to a relative tolerance from above, for which H + εI ≻ 0; `NUDGE`·‖H‖ where H is semidefinite.
+
+    Raises
+    ------
+    FactorizationError
+        If no damping up to 1e8·‖H‖ makes H + εI positive definite.
+    """
+    norm = problem.norm
+    low, high = 0.0, NUDGE * norm if norm > 0 else 1.0
+    while not _is_convex(problem, high):
+        low, high = high, 4.0 * high
+        if high > 1e8 * norm:
+            raise FactorizationError("no damping up to 1e8·‖H‖ makes H + damping·I positive definite", damping=high)
+    if low == 0.0:
+        return high
+    while high - low > rtol * high:
+        middle = (low + high) / 2
+        if _is_convex(problem, middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _is_convex(problem: Problem, damping: float) -> bool:
+    try:
+        found = BlockLDL(problem, damping).inertia()
+    except SingularPivotError:
+        return False
+    return found.negative == 0 and found.zero == 0

@@ -1,0 +1,168 @@
+"""What the factors know, against dense eigenvalues, determinants and inverses by LAPACK."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse.linalg import cg, minres
+from torch.nn import functional as f
+
+import linop_hess as lh
+from linop_hess.errors import NotPositiveDefiniteError
+from tests.helpers import make_batch, make_mlp, oracle_hessian
+from tests.test_inverse import random_network, right_hand_sides
+
+
+def inertia_of(eigenvalues):
+    return int((eigenvalues < 0).sum()), int((eigenvalues > 0).sum())
+
+
+@pytest.mark.parametrize("batch_of_seeds", range(4))
+def test_random_networks(batch_of_seeds):
+    indefinite = 0
+    for seed in range(400 + 10 * batch_of_seeds, 410 + 10 * batch_of_seeds):
+        model, loss_fn, x, y = random_network(seed)
+        lin = lh.linearize(model, loss_fn, x, y)
+        H = oracle_hessian(model, loss_fn, x, y)
+        eigenvalues = np.linalg.eigvalsh(H)
+        for damping in (0.5, 1e-3, 1e-6, -1e-3, -0.02):
+            shifted = eigenvalues + damping
+            if np.abs(shifted).min() <= 1e-12 * np.abs(eigenvalues).max():
+                continue
+            inverse = lin.inverse(damping)
+            found = inverse.inertia()
+            assert (found.negative, found.positive) == inertia_of(shifted) and found.zero == 0, (seed, damping)
+            indefinite += found.negative > 0 and found.positive > 0
+            assert inverse.is_positive_definite == (shifted[0] > 0)
+            sign, logdet = inverse.slogdet()
+            # What LAPACK's eigenvalues know: each to N roundings of ‖H‖.
+            doubt = 2 * len(H) * np.finfo(float).eps * np.abs(eigenvalues).max() * (1 / np.abs(shifted)).sum()
+            assert sign == (-1) ** found.negative
+            assert abs(logdet - np.log(np.abs(shifted)).sum()) <= 1e-10 * abs(logdet) + doubt
+    assert indefinite >= 15
+
+
+def test_gauss_newton():
+    model, loss_fn, x, y = random_network(3)
+    lin = lh.linearize(model, loss_fn, x, y)
+    inverse = lin.gauss_newton().inverse(1e-3)
+    assert inverse.is_positive_definite
+    sign, logdet = np.linalg.slogdet(lh.to_dense(lin.gauss_newton()) + 1e-3 * np.eye(lin.problem.size))
+    assert inverse.slogdet()[0] == sign == 1
+    np.testing.assert_allclose(inverse.slogdet()[1], logdet, rtol=1e-10)
+
+
+def setting(seed=2, widths=(3, 5, 4, 4, 3), samples=3):
+    model = make_mlp(list(widths), seed=seed, gain=1.4)
+    x, y = make_batch(widths[0], widths[-1], samples)
+    return lh.linearize(model, f.cross_entropy, x, y), oracle_hessian(model, f.cross_entropy, x, y)
+
+
+@pytest.mark.parametrize("widths", [(3, 5, 4, 4, 3), (3, 30, 30, 3)])
+@pytest.mark.parametrize("damping", [1e-2, -1e-2, 1e-4])
+def test_positive(widths, damping):
+    lin, H = setting(widths=widths)
+    K = H + damping * np.eye(len(H))
+    assert inertia_of(np.linalg.eigvalsh(K))[0] > 0
+    positive = lin.inverse(damping).positive()
+    dense = lh.to_dense(positive)
+    scale = np.abs(dense).max()
+    np.testing.assert_allclose(dense, dense.T, rtol=0, atol=1e-9 * scale)
+    assert np.linalg.eigvalsh((dense + dense.T) / 2)[0] > 0
+    # (dense K)² = I: the preconditioned matrix has eigenvalues ±1.
+    product = dense @ K
+    eigenvalues = np.linalg.eigvals(product)
+    np.testing.assert_allclose(np.abs(eigenvalues), 1, atol=1e-5)
+    g = right_hand_sides(len(H), 1)[:, 0]
+    iterations = []
+    x, info = minres(K, g, M=positive, rtol=1e-10, maxiter=20, callback=lambda x: iterations.append(1))
+    assert info == 0 and len(iterations) <= 3
+    assert np.linalg.norm(g - K @ x) <= 1e-7 * np.linalg.norm(K, 2) * np.linalg.norm(x)
+
+
+def test_positive_is_the_inverse_of_a_definite_matrix():
+    lin, H = setting()
+    damping = 1.1 * -np.linalg.eigvalsh(H)[0]
+    K = H + damping * np.eye(len(H))
+    inverse = lin.inverse(damping)
+    assert inverse.is_positive_definite
+    expected = np.linalg.inv(K)
+    np.testing.assert_allclose(lh.to_dense(inverse.positive()), expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+    g = right_hand_sides(len(H), 1)[:, 0]
+    iterations = []
+    _, info = cg(K, g, M=inverse.positive(), rtol=1e-8, callback=lambda x: iterations.append(1))
+    assert info == 0 and len(iterations) <= 2
+
+
+def test_samples():
+    """Colored unit vectors give L⁻ᵀD^(−½) itself, whose square is the inverse."""
+    lin, H = setting()
+    damping = 1.2 * -np.linalg.eigvalsh(H)[0]
+    inverse = lin.inverse(damping)
+    N = len(H)
+    K = np.linalg.inv(H + damping * np.eye(N))
+    samples = inverse.sample(40_000, torch.Generator().manual_seed(0))
+    assert samples.shape == (N, 40_000) and samples.dtype == np.float64
+    empirical = samples @ samples.T / 40_000
+    assert np.linalg.norm(empirical - K, 2) <= 0.1 * np.linalg.norm(K, 2)
+    again = inverse.sample(40_000, torch.Generator().manual_seed(0))
+    np.testing.assert_array_equal(samples, again)
+    L = np.linalg.cholesky(H + damping * np.eye(N))
+    white = L.T @ samples  # its covariance is the identity
+    assert abs(white @ white.T / 40_000 - np.eye(N)).max() <= 0.05
+
+
+def test_samples_of_an_indefinite_matrix():
+    lin, H = setting()
+    with pytest.raises(NotPositiveDefiniteError, match="negative .*damping=.* works") as caught:
+        lin.inverse(1e-3).sample(1)
+    damping = float(str(caught.value).split("damping=")[-1].split()[0])
+    assert np.linalg.eigvalsh(H)[0] + damping > 0
+    lin.inverse(damping).sample(1)
+    with pytest.raises(ValueError, match="number of samples"):
+        lin.inverse(damping).sample(-1)
+
+
+def test_quadratic_form():
+    lin, H = setting()
+    V = right_hand_sides(len(H), 3)
+    expected = np.diag(V.T @ np.linalg.solve(H + 0.1 * np.eye(len(H)), V))
+    inverse = lin.inverse(0.1)
+    np.testing.assert_allclose(inverse.quadratic_form(V), expected, rtol=1e-10)
+    assert isinstance(inverse.quadratic_form(V[:, 0]), float)
+
+
+def test_factor_report():
+    lin, H = setting()
+    report = lin.inverse(1e-2).factor_report()
+    assert [row.stage for row in report] == [0, 2, 4, 6]
+    assert sum(row.pivots + row.hidden for row in report) == len(H)
+    assert all(0 < row.smallest <= row.largest for row in report)
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_count_eigenvalues(seed):
+    lin, H = setting(seed)
+    eigenvalues = np.linalg.eigvalsh(H)
+    ends = np.array([eigenvalues[0] - 1, -0.05, -1e-3, 1e-3, 0.03, 0.2, eigenvalues[-1] + 1])
+    for a, b in zip(ends[:-1], ends[1:], strict=True):
+        assert lin.count_eigenvalues(a, b) == ((eigenvalues > a) & (eigenvalues <= b)).sum()
+    assert lin.count_eigenvalues(ends[0], ends[-1]) == len(H)
+    assert lin.count_eigenvalues(0.1, 0.1) == 0
+    near = np.abs(eigenvalues) <= 1e-10
+    assert lin.count_eigenvalues(-1e-6, 0.0) == (near | ((eigenvalues > -1e-6) & (eigenvalues <= 0))).sum()
+    for a, b in ((1.0, 0.0), (np.nan, 1.0), (0.0, np.inf)):
+        with pytest.raises(ValueError, match="finite a <= b"):
+            lin.count_eigenvalues(a, b)
+
+
+def test_smallest_convex_damping():
+    lin, H = setting()
+    least = -np.linalg.eigvalsh(H)[0]
+    found = lin.smallest_convex_damping()
+    assert least < found <= 1.0011 * least
+    assert lin.inverse(found).is_positive_definite
+    np.testing.assert_allclose(lin.smallest_convex_damping(margin=0.5), 1.5 * found)
+    with pytest.raises(ValueError, match="margin"):
+        lin.smallest_convex_damping(margin=-1)
+    linear = lh.linearize(make_mlp([3, 2]), f.cross_entropy, *make_batch(3, 2, 9))
+    assert 0 < linear.smallest_convex_damping() <= 1e-8 * np.linalg.norm(lh.to_dense(linear.H), 2)
