@@ -166,3 +166,81 @@ def test_smallest_convex_damping():
         lin.smallest_convex_damping(margin=-1)
     linear = lh.linearize(make_mlp([3, 2]), f.cross_entropy, *make_batch(3, 2, 9))
     assert 0 < linear.smallest_convex_damping() <= 1e-8 * np.linalg.norm(lh.to_dense(linear.H), 2)
+
+
+@pytest.mark.parametrize("batch_of_seeds", range(3))
+def test_diagonal_and_blocks(batch_of_seeds):
+    for seed in range(500 + 10 * batch_of_seeds, 510 + 10 * batch_of_seeds):
+        model, loss_fn, x, y = random_network(seed)
+        lin = lh.linearize(model, loss_fn, x, y)
+        H = oracle_hessian(model, loss_fn, x, y)
+        for damping in (0.5, 1e-2, 1e-4, -0.02):
+            K = H + damping * np.eye(len(H))
+            expected = np.linalg.inv(K)
+            # Measured: κ·1e-14, and up to 20 times that at the smallest damping.
+            factor = 40 if damping == 1e-4 else 1
+            atol = (1e-13 + factor * 1e-14 * np.linalg.cond(K)) * np.abs(expected).max()
+            inverse = lin.inverse(damping)
+            np.testing.assert_allclose(inverse.diagonal(), np.diag(expected), rtol=0, atol=atol)
+            np.testing.assert_allclose(inverse.trace(), np.trace(expected), rtol=0, atol=len(H) * atol)
+            start = 0
+            for block in inverse.block_diagonal():
+                stop = start + len(block)
+                np.testing.assert_allclose(block, expected[start:stop, start:stop], rtol=0, atol=atol)
+                start = stop
+            assert start == len(H)
+
+
+def test_diagonal_of_other_layers_and_wide_ones():
+    from tests.test_linearization import network
+
+    for name in ("curved in its parameters", "normalized", "convolution", "activation first"):
+        lin = lh.linearize(*network(name))
+        K = lh.to_dense(lin.damped(0.3))
+        expected = np.linalg.inv(K)
+        atol = 1e-14 * np.linalg.cond(K) * np.abs(expected).max()
+        np.testing.assert_allclose(lin.inverse(0.3).diagonal(), np.diag(expected), rtol=0, atol=atol)
+    lin, H = setting(widths=(3, 24, 24, 3), samples=4)
+    expected = np.linalg.inv(H + 1e-2 * np.eye(len(H)))
+    scale = np.linalg.cond(H + 1e-2 * np.eye(len(H))) * np.abs(expected).max()
+    np.testing.assert_allclose(lin.inverse(1e-2).diagonal(), np.diag(expected), rtol=0, atol=1e-14 * scale)
+
+
+def test_diagonal_with_delayed_directions(monkeypatch):
+    from linop_hess.lq import block_ldl, pivots
+
+    lin, H = setting()
+    monkeypatch.setattr(block_ldl, "CAUTION", 1e6)
+    monkeypatch.setattr(pivots, "_SMALL", 0.5)
+    inverse = lin.inverse(1e-2)
+    assert sum(row.delayed for row in inverse.factor_report()) > 3
+    expected = np.diag(np.linalg.inv(H + 1e-2 * np.eye(len(H))))
+    np.testing.assert_allclose(inverse.diagonal(), expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+    eigenvalues = np.linalg.eigvalsh(H) + 1e-2
+    assert (inverse.inertia().negative, inverse.inertia().positive) == inertia_of(eigenvalues)
+
+
+def test_diagonal_is_not_trusted(monkeypatch):
+    """A wrong entry among the largest is found by a certified solve."""
+    from linop_hess.lq.block_ldl import BlockLDL
+
+    lin, _ = setting()
+    genuine = BlockLDL.diagonal
+    monkeypatch.setattr(BlockLDL, "diagonal", lambda self: 1.001 * genuine(self))
+    with pytest.raises(ArithmeticError, match="certified solves"):
+        lin.inverse(1e-2).trace()
+
+
+def test_single_precision():
+    """Everything is computed in float64 inside."""
+    model, loss_fn, x, y = random_network(102, torch.float32)
+    lin = lh.linearize(model, loss_fn, x, y)
+    inverse = lin.inverse(1e-2)
+    K = lh.to_dense(lin.H).astype(np.float64)
+    K = (K + K.T) / 2 + 1e-2 * np.eye(len(K))
+    assert (inverse.inertia().negative, inverse.inertia().positive) == inertia_of(np.linalg.eigvalsh(K))
+    expected = np.diag(np.linalg.inv(K))
+    assert inverse.diagonal().dtype == np.float32
+    atol = 1e-6 * np.linalg.cond(K) * np.abs(expected).max()
+    np.testing.assert_allclose(inverse.diagonal(), expected, rtol=0, atol=atol)
+    assert inverse.positive().dtype == np.float32

@@ -245,3 +245,27 @@ class BilinearSplit(RangeSplit):
         gap = torch.eye(self.i, dtype=Qw.dtype, device=Qw.device) - Qw @ Qw.mT
         gram = (self.beta @ self.beta.mT)[:, :, None, :, None] * gap[:, None, :, None, :]
         return gram.reshape(K, b * self.i, b * self.i)
+
+    def covariance_diagonal(self, stage: Stages, ss: Tensor, sd: Tensor, dd: Tensor, damping: float) -> Tensor:
+        """Diagonal of the covariance of x, row by row of [W, w₀], without a p × p block."""
+        rank, o, i = self.basis.shape[2], self.o, self.i
+        q = self.basis[0]
+        of_rows = ss.reshape(rank, o, rank, o).diagonal(dim1=1, dim2=3)  # (rank, rank, o)
+        out = torch.einsum("cr,rso,cs->co", q, of_rows, q)
+        if self.complement:
+            out = out + (1.0 - q.square().sum(1))[:, None] / damping
+        if self.complement and self.beta is not None and self.weight and dd.numel():
+            beta = self.beta[0]
+            b = beta.shape[0]
+            gap = torch.eye(q.shape[0], i, dtype=q.dtype, device=q.device) - q @ self._weight_basis[0].mT
+            crossed = torch.einsum("robi,bo->ori", sd.reshape(rank, o, b, i), beta)
+            out = out - 2.0 / damping * torch.einsum("ocr,cr->oc", gap @ crossed.mT, q).mT
+            states = (beta.mT @ dd.reshape(b, i * b * i)).reshape(o, i, b, i)
+            states = torch.einsum("oibj,bo->oij", states, beta)
+            out = out + ((gap @ states) * gap).sum(2).mT / damping**2
+        parts = []
+        if self.weight:
+            parts.append(out[:i].mT.reshape(-1))
+        if self.bias:
+            parts.append(out[-1])
+        return torch.cat(parts)

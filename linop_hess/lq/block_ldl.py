@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq import riccati
+from linop_hess.lq import riccati, selected
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.segments import Loads, loads
 from linop_hess.lq.steps import PackedStep, Step, WhitenedStep
@@ -146,6 +146,14 @@ class BlockLDL:
         held = [part * pivots.sqrt()[:, None] for part, pivots in zip(white, theta, strict=True)]
         root = math.sqrt(abs(self.damping))
         return self._whitened.forward([_hidden_scaled(part, root) for part in load], held).to(xi.dtype)
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of (H + εI)⁻¹, shape (N,)."""
+        return selected.diagonal(self._whitened)
+
+    def blocks(self) -> list[Tensor]:
+        """Diagonal blocks of (H + εI)⁻¹, one per stage with controls."""
+        return selected.blocks(self._whitened)
 
     @property
     def _whitened_theta(self) -> list[Tensor]:

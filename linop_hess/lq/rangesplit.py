@@ -62,6 +62,26 @@ class RangeSplit(Stacked, ABC):
         """(I − QQᵀ) x: (K, p, k) to (K, p, k)."""
         return x - self.Q(self.Qt(x))
 
+    def covariance(self, stage: Stages, ss: Tensor, sd: Tensor, dd: Tensor, damping: float) -> Tensor:
+        """Covariance (p, p) of x = Q s + x⊥, x⊥ = ξ⊥/√ε − (I − QQᵀ)Bδ/ε, of one stage from that of (s, δ)."""
+        if not self.complement:
+            return self._from_range(self._from_range(ss).mT)
+        map_ = self.Q(torch.eye(self.r, dtype=ss.dtype, device=ss.device)[None])[0]
+        joint = ss
+        coupled = stage.dense_B() if dd.numel() else None
+        if coupled is not None:
+            map_ = torch.cat([map_, self.project_out(coupled)[0] / -damping], 1)
+            joint = torch.cat([torch.cat([ss, sd], 1), torch.cat([sd.mT, dd], 1)])
+        gap = self.project_out(torch.eye(stage.p, dtype=ss.dtype, device=ss.device)[None])[0]
+        return map_ @ joint @ map_.mT + gap / damping
+
+    def covariance_diagonal(self, stage: Stages, ss: Tensor, sd: Tensor, dd: Tensor, damping: float) -> Tensor:
+        """Diagonal of `covariance`, (p,)."""
+        return self.covariance(stage, ss, sd, dd, damping).diagonal()
+
+    def _from_range(self, columns: Tensor) -> Tensor:
+        return self.Q(columns[None])[0]
+
 
 @dataclass(frozen=True)
 class IdentitySplit(RangeSplit):

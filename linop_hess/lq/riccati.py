@@ -38,6 +38,8 @@ class RiccatiFactorization:
     ----------
     steps : list of Step
         One per segment, in the order of the chain.
+    order : list of (int, int)
+        The segment group and the position in it of each.
 
     Raises
     ------
@@ -51,7 +53,7 @@ class RiccatiFactorization:
         self.problem = problem
         self._caution = caution
         self.damping = damping
-        self._order = in_order(problem.segment_groups)
+        self.order = in_order(problem.segment_groups)
         self._segments = [segments_of(group, damping) for group in problem.segment_groups]
         steps = None if always_pivot else self._factor_packed()
         self.steps: Sequence[Step] = steps if steps is not None else self._factor_pivoted(always_pivot)
@@ -62,7 +64,7 @@ class RiccatiFactorization:
             return None
         V: Tensor | None = None
         steps: list[PackedStep] = []
-        for g, k in reversed(self._order):
+        for g, k in reversed(self.order):
             segment = self._segments[g][k]
             K, cross, V = segment.pull_back(V)
             steps.append(PackedStep.of(segment, K, cross))
@@ -78,13 +80,13 @@ class RiccatiFactorization:
         V: Tensor | None = None
         carried: tuple[Tensor, Tensor] | None = None
         steps: list[Step] = []
-        for count, (g, k) in enumerate(reversed(self._order), 1):
+        for count, (g, k) in enumerate(reversed(self.order), 1):
             segment = self._segments[g][k]
             K, cross, V = segment.pull_back(V)
             if carried is not None:
                 K, cross = _with_carried(segment, K, cross, *carried)
             try:
-                last = count == len(self._order)
+                last = count == len(self.order)
                 pivots = pivots_of(K, self.damping, last=last, always_pivot=always_pivot, caution=self._caution)
             except ArithmeticError:
                 raise SingularPivotError(int(self.problem.segment_groups[g].stages[k])) from None
@@ -109,7 +111,7 @@ class RiccatiFactorization:
         held: list[Tensor] = []
         v: Tensor | None = None
         w: Tensor | None = None
-        for (group, k), step in zip(reversed(self._order), reversed(self.steps), strict=True):
+        for (group, k), step in zip(reversed(self.order), reversed(self.steps), strict=True):
             mine, after, pushed = visible[group][k], None, push[group]
             if v is not None:
                 seen, after = step.segment.adjoint(v)
@@ -132,7 +134,7 @@ class RiccatiFactorization:
         states: list[list[Tensor]] = [[] for _ in groups]
         d: Tensor | None = None
         c: Tensor | None = None
-        for (group, _), step, mine in zip(self._order, self.steps, held, strict=True):
+        for (group, _), step, mine in zip(self.order, self.steps, held, strict=True):
             if d is not None:
                 states[group].append(d)
             u = step.forward(mine, d, c if step.delayed else None)
@@ -150,7 +152,7 @@ class RiccatiFactorization:
     def in_order(self, load: Sequence[Loads]) -> list[Tensor]:
         """Return the loads on visible controls, segment by segment."""
         visible = [part.visible.unbind() for part in load]
-        return [visible[group][k] for group, k in self._order]
+        return [visible[group][k] for group, k in self.order]
 
     def whitened(self) -> RiccatiFactorization:
         """Return the same factors with every pivot block as T θ Tᵀ."""
