@@ -101,6 +101,8 @@ class RiccatiFactorization:
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k)."""
+        if not self.order:
+            return torch.zeros_like(g)
         load = [loads(group, g, self.damping) for group in self.problem.segment_groups]
         return self.forward(load, self.backward(load))
 
