@@ -247,7 +247,7 @@ class Linearization:
         Parameters
         ----------
         a, b : float
-            An end that is an eigenvalue to rounding is moved up by 1e-9‖H‖, so that it is counted at b and not at a.
+            An end that is an eigenvalue to rounding is moved up by 1e-7‖H‖, so that it is counted at b and not at a.
 
         Raises
         ------
@@ -272,7 +272,7 @@ class Linearization:
         Returns
         -------
         float
-            Where H is positive semidefinite, 1e-9‖H‖.
+            Where H is positive semidefinite, 1e-7‖H‖.
         """
         if not (margin >= 0.0 and 0.0 < rtol < 1.0):
             raise ValueError(

@@ -192,3 +192,9 @@ def test_singular_hessian_names_a_damping_that_works():
     with pytest.raises(FactorizationError, match="damping=0 .*damping=.*works") as caught:
         lin.inverse(0.0).solve(g)
     assert lin.inverse(caught.value.suggested_damping).solve(g).backward_error <= 1e-14
+
+
+def test_loss_with_a_weight_penalty(setting):
+    model, x, y = setting
+    with pytest.raises(UnsupportedModelError, match="besides the model's output"):
+        lh.linearize(model, lambda o, t: f.cross_entropy(o, t) + sum((p**2).sum() for p in model.parameters()), x, y)

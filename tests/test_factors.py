@@ -26,7 +26,7 @@ def test_random_networks(batch_of_seeds):
         eigenvalues = np.linalg.eigvalsh(H)
         for damping in (0.5, 1e-3, 1e-6, -1e-3, -0.02):
             shifted = eigenvalues + damping
-            if np.abs(shifted).min() <= 1e-12 * np.abs(eigenvalues).max():
+            if np.abs(shifted).min() <= 1e-12 * np.abs(eigenvalues).max() or abs(damping) < 1e-7 * eigenvalues[-1]:
                 continue
             inverse = lin.inverse(damping)
             found = inverse.inertia()
@@ -165,7 +165,7 @@ def test_smallest_convex_damping():
     with pytest.raises(ValueError, match="margin"):
         lin.smallest_convex_damping(margin=-1)
     linear = lh.linearize(make_mlp([3, 2]), f.cross_entropy, *make_batch(3, 2, 9))
-    assert 0 < linear.smallest_convex_damping() <= 1e-8 * np.linalg.norm(lh.to_dense(linear.H), 2)
+    assert 0 < linear.smallest_convex_damping() <= 1e-6 * np.linalg.norm(lh.to_dense(linear.H), 2)
 
 
 @pytest.mark.parametrize("batch_of_seeds", range(3))
@@ -244,3 +244,9 @@ def test_single_precision():
     atol = 1e-6 * np.linalg.cond(K) * np.abs(expected).max()
     np.testing.assert_allclose(inverse.diagonal(), expected, rtol=0, atol=atol)
     assert inverse.positive().dtype == np.float32
+
+
+def test_inertia_refuses_a_damping_lost_in_rounding():
+    lin, _ = setting()
+    with pytest.raises(lh.errors.FactorizationError, match="lost in rounding"):
+        lin.inverse(1e-10).inertia()

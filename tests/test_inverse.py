@@ -420,3 +420,20 @@ def test_damping_far_above_and_below_the_hessian(setting):
         except FactorizationError:
             continue
         assert backward_error(H, 1e-14, X, g) <= 1e-14
+
+
+@pytest.mark.parametrize("gap", [1e-5, 1e-8, 1e-13])
+def test_shift_that_leaves_almost_nothing(gap):
+    """H + damping·I is gap·I: |damping| is no bound of its norm."""
+    Q = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    model = nn.Sequential(nn.Linear(5, 3, bias=False)).double()
+    lin = lh.linearize(model, nn.MSELoss(reduction="sum"), Q, torch.zeros(5, 3, dtype=torch.float64))
+    g = right_hand_sides(15, 1)
+    K = lh.to_dense(lin.H) - (2 - gap) * np.eye(15)
+    for method in CERTIFIED:
+        try:
+            x = lin.inverse(-(2 - gap), method) @ g
+        except FactorizationError:
+            continue
+        error = np.linalg.norm(g - K @ x) / (np.linalg.norm(K, 2) * np.linalg.norm(x) + np.linalg.norm(g))
+        assert error <= 1e-13, (method, error)

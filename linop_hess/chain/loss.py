@@ -39,7 +39,7 @@ def linearize_loss(loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, tar
     ValueError
         If the loss is not a scalar, or NaN or Inf, or its derivatives are.
     UnsupportedModelError
-        If it gives another value each time.
+        If it gives another value each time, or uses parameters besides the model's output.
     """
     with double_backward("the loss"):
         u = output.detach().clone().requires_grad_()
@@ -49,6 +49,7 @@ def linearize_loss(loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, tar
                 "the loss does not depend on the model's output: loss_fn(output, target) must compute it from output, "
                 "without detach() or .item()"
             )
+        _refuse_other_parameters(value, u)
         if not torch.equal(value, loss_fn(u, target).reshape(())):
             raise UnsupportedModelError("loss_fn gives another value each time; remove its randomness")
         (gradient,) = torch.autograd.grad(value, u, create_graph=True, allow_unused=True, materialize_grads=True)
@@ -59,6 +60,24 @@ def linearize_loss(loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, tar
             raise ValueError(f"the {what} of the loss with respect to the model's output holds NaN or Inf")
     assert_symmetric(C, "the loss")
     return float(value.detach()), CostStage(row, C)
+
+
+def _refuse_other_parameters(value: Tensor, u: Tensor) -> None:
+    """Refuse a loss whose graph reaches leaves other than the output, such as a weight penalty."""
+    seen: set[Any] = set()
+    queue = [value.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not u:
+            raise UnsupportedModelError(
+                f"loss_fn uses a parameter of shape {tuple(leaf.shape)} besides the model's output, which a chain cannot hold; "
+                "take it out of loss_fn (a penalty ½ε‖x‖² is damping=ε)"
+            )
+        queue.extend(following for following, _ in node.next_functions)
 
 
 def checked_loss(value: Any) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess.errors import FactorizationError
 from linop_hess.lq import riccati, selected
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.segments import Loads, loads
@@ -23,6 +24,9 @@ from linop_hess.lq.symmetric import packed_pivots
 
 # A pivot below this times max(‖H‖, |ε|) counts as zero.
 ZERO = 1e-14
+
+# The pivots carry errors of eps·‖H‖²/ε, so below this times ‖H‖ the sign of an ε is not certain.
+SMALLEST = 1e-7
 
 # A pivot far smaller than ε costs the determinant digits that refinement gives back to solves; so delay already from here times ε/10.
 CAUTION = 1000.0
@@ -97,7 +101,14 @@ class BlockLDL:
         return self._factors.whitened()
 
     def inertia(self) -> Inertia:
-        """Count signs of the pivots; those below `ZERO` times max(‖H‖, |ε|) count as zero."""
+        """Count signs of the pivots; those below `ZERO` times max(‖H‖, |ε|) count as zero.
+
+        Raises
+        ------
+        FactorizationError
+            If |ε| is below `SMALLEST`·‖H‖ and there are hidden controls.
+        """
+        self._refuse_tiny_damping()
         theta = torch.cat(self._theta) if self._theta else torch.zeros(0)
         scale = max(self.problem.norm, abs(self.damping))
         zero = int((theta.abs() <= ZERO * scale).sum())
@@ -111,12 +122,22 @@ class BlockLDL:
         return Inertia(negative, zero, positive)
 
     def slogdet(self) -> tuple[float, float]:
-        """Sign and logarithm of the absolute value of the determinant."""
+        """Sign and logarithm of the absolute value of the determinant; errors as of `inertia`."""
+        self._refuse_tiny_damping()
         theta = torch.cat(self._theta) if self._theta else torch.zeros(0)
         hidden = int(self._hidden.sum())
         odd = (int((theta < 0).sum()) + (hidden if self.damping < 0 else 0)) % 2
         total = math.fsum(theta.abs().log().tolist())
         return -1.0 if odd else 1.0, total + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
+
+    def _refuse_tiny_damping(self) -> None:
+        smallest = SMALLEST * self.problem.norm
+        if self._hidden.any() and abs(self.damping) < 0.99 * smallest:
+            raise FactorizationError(
+                f"at damping={self.damping:g} signs of pivots are lost in rounding; it must be at least {smallest:.1e} in size",
+                damping=self.damping,
+                suggested_damping=smallest,
+            )
 
     def report(self) -> list[SegmentReport]:
         """Return the pivots of each segment in the order of the chain."""

@@ -8,7 +8,7 @@ from linop_hess.lq.problem import Problem
 from linop_hess.lq.singular import SingularPivotError
 
 # A shift closer to an eigenvalue than rounding allows is moved by this much of ‖H‖.
-NUDGE = 1e-9
+NUDGE = 1e-7
 
 
 def inertia(problem: Problem, damping: float) -> Inertia:

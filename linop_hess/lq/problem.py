@@ -248,24 +248,28 @@ class Problem:
         return out.add_(x, alpha=damping) if damping else out
 
     @cached_property
-    def rough_norm(self) -> float:
-        """A lower bound of ‖H‖₂ from one product with a random vector."""
-        return self._norm_by_powers(1)
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """A random unit vector v and Hv, each of shape (N, 1)."""
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.size, 1, generator=generator, dtype=torch.float64).to(self.dtype).to(self.device)
+        v = v / v.norm()
+        return v, self.hessian_product(v)
 
     @cached_property
     def norm(self) -> float:
-        """‖H‖₂ to within some per cent, from below, by power iteration on a fixed start."""
-        return self._norm_by_powers(8)
+        """‖H‖₂ to within some per cent, from below."""
+        return self.damped_norm(0.0)
 
-    def _norm_by_powers(self, steps: int) -> float:
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.size, 1, generator=generator, dtype=torch.float64).to(self.dtype).to(self.device)
-        norm = 0.0
-        for _ in range(steps):
-            v = self.hessian_product(v / v.norm())
-            norm = max(norm, float(v.norm()))
+    def damped_norm(self, damping: float) -> float:
+        """‖H + εI‖₂ to within some per cent, from below, by power iteration on a fixed start."""
+        v, product = self.probe
+        v = product + damping * v
+        norm = float(v.norm())
+        for _ in range(7):
             if norm == 0.0:
                 break
+            v = self.hessian_product(v / v.norm(), damping)
+            norm = max(norm, float(v.norm()))
         return norm
 
     def to(self, dtype: torch.dtype) -> Problem:

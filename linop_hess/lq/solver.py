@@ -104,7 +104,8 @@ class Solver:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
         self.max_refinements = max_refinements
         self.plan: Plan = make_plan(problem, self.damping)
-        self._norm_bound = max(abs(self.damping), problem.rough_norm - abs(self.damping))
+        v, product = problem.probe
+        self._norm_bound = float((product + self.damping * v).norm())
         self._norm_is_final = False
         self._factorization: Factorization | None = None
         self._ladder: list[tuple[str, Factor]] = self._escalation(self.plan.choice if method == "auto" else method)
@@ -228,7 +229,7 @@ class Solver:
             self._norm_bound = max(self._norm_bound, bound)
         error = self._ratio(size_r, size_x, size_g)
         if not error <= self.tolerance and not self._norm_is_final:
-            self._norm_bound = max(self._norm_bound, self.problem.norm - abs(self.damping))
+            self._norm_bound = max(self._norm_bound, self.problem.damped_norm(self.damping))
             self._norm_is_final = True
             error = self._ratio(size_r, size_x, size_g)
         return error, residuals, r
