@@ -2,7 +2,7 @@
 
 from linop_hess import errors, krylov, lq, plot
 from linop_hess.linearization import Linearization, linearize
-from linop_hess.lq.block_ldl import Inertia
+from linop_hess.lq.signs import Inertia
 from linop_hess.lq.solver import Solution
 from linop_hess.operators import GaussNewton, Hessian, to_dense
 from linop_hess.operators.inverse import HessianInverse

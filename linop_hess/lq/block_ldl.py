@@ -19,26 +19,15 @@ from linop_hess.errors import FactorizationError
 from linop_hess.lq import riccati, selected
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.segments import Loads, loads
+from linop_hess.lq.signs import ZERO, Inertia, hidden_inertia, inertia_of
 from linop_hess.lq.steps import PackedStep, Step, WhitenedStep
 from linop_hess.lq.symmetric import packed_pivots
-
-# A pivot below this times max(‖H‖, |ε|) counts as zero.
-ZERO = 1e-14
 
 # The pivots carry errors of eps·‖H‖²/ε, so below this times ‖H‖ the sign of an ε is not certain.
 SMALLEST = 1e-7
 
 # A pivot far smaller than ε costs the determinant digits that refinement gives back to solves; so delay already from here times ε/10.
 CAUTION = 1000.0
-
-
-@dataclass(frozen=True)
-class Inertia:
-    """Numbers of negative, zero and positive eigenvalues."""
-
-    negative: int
-    zero: int
-    positive: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,7 @@ class BlockLDL:
     """
 
     def __init__(self, problem: Problem, damping: float) -> None:
-        self.problem = problem if problem.dtype == torch.float64 else problem.to(torch.float64)
+        self.problem = problem.in_float64
         self.damping = damping
         self._factors = riccati.RiccatiFactorization(self.problem, damping, caution=CAUTION)
         starts = np.flatnonzero(self.problem.p)
@@ -109,26 +98,15 @@ class BlockLDL:
             If |ε| is below `SMALLEST`·‖H‖ and there are hidden controls.
         """
         self._refuse_tiny_damping()
-        theta = torch.cat(self._theta) if self._theta else torch.zeros(0)
-        scale = max(self.problem.norm, abs(self.damping))
-        zero = int((theta.abs() <= ZERO * scale).sum())
-        negative = int((theta < -ZERO * scale).sum())
-        positive = theta.numel() - zero - negative
-        hidden = int(self._hidden.sum())
-        if self.damping > 0:
-            positive += hidden
-        else:
-            negative += hidden
-        return Inertia(negative, zero, positive)
+        zero_below = ZERO * max(self.problem.norm, abs(self.damping))
+        return inertia_of(self._theta, zero_below) + hidden_inertia(int(self._hidden.sum()), self.damping)
 
-    def slogdet(self) -> tuple[float, float]:
-        """Sign and logarithm of the absolute value of the determinant; errors as of `inertia`."""
+    def logabsdet(self) -> float:
+        """Logarithm of |det(H + εI)|; errors as of `inertia`."""
         self._refuse_tiny_damping()
         theta = torch.cat(self._theta) if self._theta else torch.zeros(0)
         hidden = int(self._hidden.sum())
-        odd = (int((theta < 0).sum()) + (hidden if self.damping < 0 else 0)) % 2
-        total = math.fsum(theta.abs().log().tolist())
-        return -1.0 if odd else 1.0, total + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
+        return math.fsum(theta.abs().log().tolist()) + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
 
     def _refuse_tiny_damping(self) -> None:
         smallest = SMALLEST * self.problem.norm

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 from linop_hess.errors import FactorizationError
-from linop_hess.lq.block_ldl import BlockLDL, Inertia
+from linop_hess.lq.block_ldl import BlockLDL
+from linop_hess.lq.lockstep import Lockstep, serves
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.signs import ZERO, Inertia
 from linop_hess.lq.singular import SingularPivotError
 
 # A shift closer to an eigenvalue than rounding allows is moved by this much of ‖H‖.
 NUDGE = 1e-7
+
+
+_locksteps: WeakKeyDictionary[Problem, Lockstep | None] = WeakKeyDictionary()
+
+
+def _inertia(problem: Problem, damping: float) -> Inertia:
+    """Inertia of H + εI, in lockstep where the chain is long and that is certain, else by the block LDLᵀ."""
+    problem = problem.in_float64
+    if problem not in _locksteps:
+        _locksteps[problem] = Lockstep(problem) if serves(problem) else None
+    lockstep = _locksteps[problem]
+    found = None if lockstep is None else lockstep.inertia(damping, ZERO * max(problem.norm, abs(damping)))
+    return BlockLDL(problem, damping).inertia() if found is None else found
 
 
 def inertia(problem: Problem, damping: float) -> Inertia:
@@ -20,7 +37,7 @@ def inertia(problem: Problem, damping: float) -> Inertia:
         If H + εI is singular to working precision.
     """
     try:
-        return BlockLDL(problem, damping).inertia()
+        return _inertia(problem, damping)
     except SingularPivotError as error:
         raise FactorizationError(
             f"H + damping·I with damping={damping:g} is singular to working precision, so its inertia is not to be had; "
@@ -74,7 +91,7 @@ def smallest_convex_damping(problem: Problem, rtol: float) -> float:
 
 def _is_convex(problem: Problem, damping: float) -> bool:
     try:
-        found = BlockLDL(problem, damping).inertia()
+        found = _inertia(problem, damping)
     except SingularPivotError:
         return False
     return found.negative == 0 and found.zero == 0

@@ -276,6 +276,11 @@ class Problem:
         """Return the problem in another floating-point dtype."""
         return Problem([block.to(dtype) for block in self.blocks], self.order, self.names)
 
+    @cached_property
+    def in_float64(self) -> Problem:
+        """The problem in float64, itself where it is."""
+        return self if self.dtype == torch.float64 else self.to(torch.float64)
+
     def with_curvature(self, blocks: Sequence[Stages]) -> Problem:
         """Return the problem with other blocks of the same F; M is kept as it is."""
         problem = Problem(blocks, self.order, self.names)

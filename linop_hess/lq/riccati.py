@@ -23,7 +23,7 @@ from linop_hess.lq.cost import Cost
 from linop_hess.lq.pivots import Eigenpivots, is_suspect, pivots_of
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.pullback import Segment, is_narrow, segments_of
-from linop_hess.lq.segments import Loads, in_order, loads, put_controls
+from linop_hess.lq.segments import Loads, loads, order_of, put_controls
 from linop_hess.lq.singular import SingularPivotError
 from linop_hess.lq.steps import PackedStep, Step, WhitenedStep, pivot_sizes
 
@@ -53,7 +53,7 @@ class RiccatiFactorization:
         self.problem = problem
         self._caution = caution
         self.damping = damping
-        self.order = in_order(problem.segment_groups)
+        self.order = [(int(g), int(k)) for g, k in order_of(problem.segment_groups)]
         self._segments = [segments_of(group, damping) for group in problem.segment_groups]
         steps = None if always_pivot else self._factor_packed()
         self.steps: Sequence[Step] = steps if steps is not None else self._factor_pivoted(always_pivot)

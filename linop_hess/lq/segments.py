@@ -140,14 +140,14 @@ def put_controls(x: Tensor, group: SegmentGroup, load: Loads, s: Tensor, d: Tens
     group.x_slots.put(x, mine)
 
 
-def in_order(groups: Sequence[SegmentGroup]) -> list[tuple[int, int]]:
-    """(group, position in it) of every segment of the chain, in order."""
+def order_of(groups: Sequence[SegmentGroup]) -> np.ndarray:
+    """(group, position in it) of every segment of the chain, in order, shape (count, 2)."""
     count = sum(group.count for group in groups)
     of = np.zeros((count, 2), dtype=np.int64)
     for k, group in enumerate(groups):
         of[group.segments, 0] = k
         of[group.segments, 1] = np.arange(group.count)
-    return [(int(a), int(b)) for a, b in of]
+    return of
 
 
 def identity(group: SegmentGroup) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 from linop_hess._memory import require
 from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
 from linop_hess.lq import banded
-from linop_hess.lq.block_ldl import BlockLDL, Inertia, SegmentReport
-from linop_hess.lq.convexity import smallest_convex_damping
+from linop_hess.lq.block_ldl import BlockLDL, SegmentReport
+from linop_hess.lq.convexity import inertia, smallest_convex_damping
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.signs import Inertia
 from linop_hess.lq.singular import SingularPivotError
 from linop_hess.lq.solver import Solution, Solver
 from linop_hess.operators.base import Operator
@@ -145,7 +146,7 @@ class HessianInverse(Operator):
     def inertia(self) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + εI.
 
-        Exact unless an eigenvalue lies within rounding of zero: pivots below 1e-14 times max(‖H‖, |ε|) are counted as zero.
+        Exact unless an eigenvalue lies within rounding of zero: pivots below 1e-15 times max(‖H‖, |ε|) are counted as zero.
 
         Returns
         -------
@@ -156,7 +157,12 @@ class HessianInverse(Operator):
         FactorizationError
             If H + εI is singular to working precision.
         """
-        return self._ldl.inertia()
+        return self._inertia
+
+    @cached_property
+    def _inertia(self) -> Inertia:
+        with torch.no_grad():
+            return inertia(self._solver.problem, self.damping)
 
     @property
     def is_positive_definite(self) -> bool:
@@ -174,12 +180,11 @@ class HessianInverse(Operator):
         FactorizationError
             If H + εI is singular to working precision.
         """
-        sign, logarithm = self._ldl.slogdet()
+        sign = -1.0 if self._inertia.negative % 2 else 1.0
         costs = self._solver.plan.costs
         if self._solver.plan.fits("banded", 2) and costs["banded"].seconds <= 100 * costs["riccati"].seconds:
-            problem = self._ldl.problem
-            logarithm = banded.factor(problem, self.damping).logabsdet()
-        return sign, logarithm
+            return sign, banded.factor(self._solver.problem.in_float64, self.damping).logabsdet()
+        return sign, self._ldl.logabsdet()
 
     def factor_report(self) -> list[SegmentReport]:
         """Pivot extremes, hidden controls and delayed directions of each segment of the chain."""
