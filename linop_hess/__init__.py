@@ -1,6 +1,6 @@
 """The exact inverse of a deep network's Hessian, and every piece of it, as SciPy linear operators."""
 
-from linop_hess import errors, krylov, lq, plot
+from linop_hess import errors, krylov, lq, plot, spectrum
 from linop_hess.linearization import Linearization, linearize
 from linop_hess.lq.signs import Inertia
 from linop_hess.lq.solver import Solution
@@ -19,6 +19,7 @@ __all__ = [
     "linearize",
     "lq",
     "plot",
+    "spectrum",
     "to_dense",
 ]
 __version__ = "0.1.0"

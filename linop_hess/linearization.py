@@ -12,16 +12,14 @@ from torch import Tensor, nn
 
 from linop_hess.chain.build import Chain, build_chain
 from linop_hess.chain.flatten import is_float
-from linop_hess.lq.convexity import count_up_to, smallest_convex_damping
-from linop_hess.lq.plan import Plan, make_plan
+from linop_hess.invertible import GaussNewtonLinearization, Invertible
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.solver import checked_damping
 from linop_hess.operators import pieces
-from linop_hess.operators.algebra import Permutation, damped
-from linop_hess.operators.autograd import Hessian
+from linop_hess.operators.algebra import Permutation
 from linop_hess.operators.base import Operator
-from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.snapshot import select_parameters
+from linop_hess.reference import Reference
 
 
 def linearize(
@@ -82,39 +80,7 @@ def linearize(
     return lin
 
 
-class Reference:
-    """What `Linearization.verify` compares with: the model by autograd, as it was."""
-
-    def __init__(
-        self, model: nn.Module, loss_fn: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any, names: Any
-    ) -> None:
-        self.model, self.loss_fn, self.inputs, self.targets, self.names = model, loss_fn, inputs, targets, names
-        self.versions = self._versions()
-
-    def _versions(self) -> list[tuple[int, ...]]:
-        data = [t for t in (self.inputs, self.targets) if isinstance(t, Tensor)]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *data]
-        return [(t.data_ptr(), t._version) for t in tensors] + [(m.training,) for m in self.model.modules()]
-
-    def hessian(self) -> Hessian:
-        """Return the Hessian by double backward.
-
-        Raises
-        ------
-        RuntimeError
-            If the model changed since.
-        """
-        if self._versions() != self.versions:
-            raise RuntimeError(
-                "the model or its data changed since linearize(): the linearization is still right for what they were, but "
-                "can no longer be compared with them; verify before changing them"
-            )
-        return Hessian(
-            self.model, self.loss_fn, (self.inputs, self.targets), params=self.names, check_deterministic=False
-        )
-
-
-class Linearization:
+class Linearization(Invertible):
     """First and second derivatives of a chain, as operators. Made by `linearize`.
 
     Attributes
@@ -183,15 +149,9 @@ class Linearization:
         """The Hessian, shape (N, N)."""
         return pieces.ChainHessian(self.problem)
 
-    def damped(self, damping: float) -> Operator:
-        """H + damping·I.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If damping is not a finite real number.
-        """
-        return damped(self.H, checked_damping(damping))
+    @property
+    def _matrix(self) -> Operator:
+        return self.H
 
     def augmented(self, damping: float) -> Operator:
         """𝒦 at `damping`, in the unknowns (x, y, z).
@@ -226,60 +186,6 @@ class Linearization:
     def gauss_newton(self) -> GaussNewtonLinearization:
         """Return the generalized Gauss-Newton matrix: of all curvature only the loss's is kept."""
         return GaussNewtonLinearization(self.problem.without_curvature())
-
-    def plan(self, damping: float) -> Plan:
-        """Flops, bytes and modelled time of each method, and the choice of ``method="auto"``; print it.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If damping is not a finite real number.
-        """
-        return make_plan(self.problem, checked_damping(damping))
-
-    def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
-        """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
-        return HessianInverse(self.problem, damping, method, tolerance=tolerance)
-
-    def count_eigenvalues(self, a: float, b: float) -> int:
-        """Count the eigenvalues of H in (a, b], from two inertias.
-
-        Parameters
-        ----------
-        a, b : float
-            An end that is an eigenvalue to rounding is moved up by 1e-7‖H‖, so that it is counted at b and not at a.
-
-        Raises
-        ------
-        ValueError
-            If an end is NaN or infinite, or a > b.
-        """
-        if not (np.isfinite(a) and np.isfinite(b) and a <= b):
-            raise ValueError(f"an interval (a, b] needs finite a <= b, got a={a!r}, b={b!r}")
-        with torch.no_grad():
-            return count_up_to(self.problem, b) - count_up_to(self.problem, a) if a < b else 0
-
-    def smallest_convex_damping(self, margin: float = 0.0, rtol: float = 1e-3) -> float:
-        """Return the least damping ε for which H + εI is positive definite, by bisection on inertia.
-
-        Parameters
-        ----------
-        margin : float
-            What to add, relatively.
-        rtol : float
-            The result is above the least damping by at most this, relatively.
-
-        Returns
-        -------
-        float
-            Where H is positive semidefinite, 1e-7‖H‖.
-        """
-        if not (margin >= 0.0 and 0.0 < rtol < 1.0):
-            raise ValueError(
-                f"margin must be at least 0 and rtol between 0 and 1, got margin={margin!r}, rtol={rtol!r}"
-            )
-        with torch.no_grad():
-            return (1.0 + margin) * smallest_convex_damping(self.problem, rtol)
 
     def verify(self, probes: int = 2) -> float:
         """Compare `H` with double-backward products on random vectors.
@@ -330,28 +236,6 @@ class Linearization:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model, which may not pickle; everything but `verify` survives."""
         return {**self.__dict__, "_reference": None}
-
-
-class GaussNewtonLinearization(pieces.ChainHessian):
-    """The generalized Gauss-Newton matrix of a chain, an operator of shape (N, N), with `damped` and `inverse`."""
-
-    def damped(self, damping: float) -> Operator:
-        """Return this matrix + damping·I.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If damping is not a finite real number.
-        """
-        return damped(self, checked_damping(damping))
-
-    def plan(self, damping: float) -> Plan:
-        """Flops, bytes and modelled time of each method, and the choice of ``method="auto"``."""
-        return make_plan(self.problem, checked_damping(damping))
-
-    def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
-        """(GGN + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
-        return HessianInverse(self.problem, damping, method, tolerance=tolerance)
 
 
 def _check_inputs(model: nn.Module, inputs: Tensor, parameter: Tensor) -> None:

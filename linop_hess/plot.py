@@ -1,4 +1,4 @@
-"""Plots of how solvers converge."""
+"""Plots: how solvers converge, and spectra."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from linop_hess.records import Record
+from linop_hess.spectrum.density import Density
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,6 +92,77 @@ def convergence(
     if title:
         ax.set_title(title, loc="left", fontsize=13, pad=12)
     return cast("Figure", ax.figure)
+
+
+def spectrum(density: Density, ax: Axes | None = None, *, title: str | None = None) -> Figure:
+    """Plot the histogram of a spectrum, negative eigenvalues in one colour and positive ones in another.
+
+    Counts are on a logarithmic axis. The null space has a bar of its own at zero, hatched.
+
+    Parameters
+    ----------
+    density : Density
+        What `linop_hess.spectrum.density` returns.
+    ax : matplotlib Axes, optional
+        Where to draw; a new figure by default.
+    title : str, optional
+        Set above the axes, at the left.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The figure `ax` belongs to; call its ``savefig``.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    from matplotlib.ticker import NullLocator
+
+    ax = _axes(ax)
+    edges, counts = density.edges, density.counts
+    farthest = float(np.abs(edges).max())
+    near = float(np.abs(edges[edges != 0]).min()) if (edges != 0).any() else 1.0
+    symlog = density.scale == "symlog" and near < farthest
+    if symlog:
+        decades = np.log10(farthest / near)
+        ax.set_xscale("symlog", linthresh=near, linscale=max(0.1 * decades, 0.2))
+    signs = (("negative", COLOURS[1], edges[1:] <= 0), ("positive", COLOURS[0], edges[:-1] >= 0))
+    for side, colour, chosen in (*signs, ("either sign", "0.6", (edges[:-1] < 0) & (edges[1:] > 0))):
+        shown = chosen & (counts > 0)
+        if shown.any():
+            label = f"{side}: {int(counts[chosen].sum()):,}"
+            left, width = edges[:-1][shown], np.diff(edges)[shown]
+            ax.bar(left, counts[shown], width, align="edge", color=colour, linewidth=0, label=label)
+    if density.nullity:
+        half = 0.4 * near if symlog else 0.2 * float(np.diff(edges).min())
+        ax.bar(
+            0.0, density.nullity, 2 * half, facecolor="none", edgecolor="0.35", hatch="////", linewidth=0.8,
+            label=f"null space (|λ| ≤ {density.null:.0e}): {density.nullity:,}",
+        )  # fmt: skip
+    ax.set_yscale("log")
+    ax.set_ylim(0.7, 2.0 * max(int(counts.max(initial=1)), density.nullity, 1))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(edges[0] - 0.02 * farthest, edges[-1] + 0.02 * farthest)
+    if symlog:
+        ax.set_xticks(_signed_decades(near, float(edges[0]), float(edges[-1])))
+        ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("eigenvalue")
+    ax.set_ylabel("number of eigenvalues")
+    ax.grid(axis="y", color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4)
+    if title:
+        ax.set_title(title, loc="left", fontsize=13, pad=34)
+    return cast("Figure", ax.figure)
+
+
+def _signed_decades(near: float, low: float, high: float) -> list[float]:
+    """Ticks at powers of a hundred on either side of zero, and zero."""
+    powers = [10.0**k for k in range(int(np.ceil(np.log10(near))), 20, 2)]
+    return [-p for p in powers if -p >= low][::-1] + [0.0] + [p for p in powers if p <= high]
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -1,0 +1,276 @@
+"""Eigenpairs of a chain's Hessian near a shift: inside the spectrum too, each with its residual, their number verified by inertia."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
+from scipy.sparse.linalg import eigsh as arpack
+
+from linop_hess.errors import FactorizationError
+from linop_hess.lq.convexity import NUDGE, count_up_to
+from linop_hess.lq.problem import Problem
+from linop_hess.operators.dense import to_dense
+from linop_hess.operators.inverse import HessianInverse
+from linop_hess.operators.pieces import ChainHessian
+from linop_hess.spectrum.null import NULL, HasSpectrum, nullity
+
+# Up to this order LAPACK's dense solver is as fast, and finds all.
+_SMALL = 300
+
+# Lanczos runs, and ARPACK's restarts in each, before what was found is all that is returned.
+_ROUNDS = 12
+_RESTARTS = 40
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenpairs of H near a shift.
+
+    Attributes
+    ----------
+    values : ndarray, shape (k,)
+        Ascending.
+    vectors : ndarray, shape (N, k)
+        Orthonormal.
+    residuals : ndarray, shape (k,)
+        ‖Hv − λv‖ of each pair: some eigenvalue lies no farther from λ than that.
+    sigma : float
+        The shift used: the one asked for, or, where that is an eigenvalue to rounding, one 1e-7‖H‖ above it; 0 if that is as near.
+    norm : float
+        ‖H‖, estimated from below.
+    nullity : int
+        Number of eigenvalues up to 1e-7‖H‖ in size.
+    missing : tuple of (float, float, int)
+        Intervals (a, b] between the values found that hold more eigenvalues than found there, by inertia, and how many more. Where
+        the null space is farther from the shift than all other values, only as many of it as `k` asks for are found, and the
+        others not called missing.
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+    residuals: np.ndarray
+    sigma: float
+    norm: float
+    nullity: int
+    missing: tuple[tuple[float, float, int], ...]
+
+    def __str__(self) -> str:
+        """Return the pairs as a table."""
+        lines = [f"{'eigenvalue':>24}  residual / ‖H‖"]
+        scale = self.norm or 1.0
+        lines += [f"{v:>24.15e}  {r / scale:.1e}" for v, r in zip(self.values, self.residuals, strict=True)]
+        lines.append(f"of the null space: {self._of_null_space()} of {self.nullity}")
+        lines += [f"missing: {count} in ({a:.6e}, {b:.6e}]" for a, b, count in self.missing]
+        return "\n".join(lines) if self.missing else "\n".join([*lines, "none missing, by inertia"])
+
+    def _of_null_space(self) -> int:
+        return int((np.abs(self.values) <= NULL * self.norm).sum())
+
+
+def eigsh(lin: HasSpectrum, k: int = 6, sigma: float = 0.0, *, tolerance: float = 1e-8, seed: int = 0) -> Eigenpairs:
+    """Find the k eigenvalues of H nearest `sigma`, by shift-invert Lanczos (ARPACK) with the exact inverse.
+
+    What Lanczos misses (it sees one vector of each eigenspace) inertia tells; it is then started again, orthogonal to what is found.
+
+    Parameters
+    ----------
+    lin : Linearization or GaussNewtonLinearization
+    k : int
+        1 ≤ k < N.
+    sigma : float
+    tolerance : float
+        Every residual ‖Hv − λv‖ must be below this times ‖H‖.
+    seed : int
+        Of the start vectors.
+
+    Returns
+    -------
+    Eigenpairs
+
+    Raises
+    ------
+    ValueError, TypeError
+        If k or sigma is not usable.
+    ArithmeticError
+        If a residual exceeds its bound, or Lanczos finds fewer than k pairs.
+    FactorizationError
+        If H − σI can be factored neither at `sigma` nor 1e-7‖H‖ above it.
+
+    Notes
+    -----
+    Computed in float64 whatever the precision of the model.
+    """
+    problem = lin.problem.in_float64
+    N = problem.size
+    _check_k(k, N)
+    if isinstance(sigma, bool) or not isinstance(sigma, int | float | np.integer | np.floating):
+        raise TypeError(f"sigma must be a real number, got {sigma!r}")
+    shift = float(sigma)
+    if not np.isfinite(shift):
+        raise ValueError(f"sigma must be finite, got {sigma!r}")
+    shift = 0.0 if abs(shift) <= NULL * problem.norm else shift
+    finder = _Finder(problem, shift, np.random.default_rng(seed))
+    pairs = finder.small(k) if N <= _SMALL else finder.lanczos(k)
+    bound = tolerance * problem.norm
+    if pairs.residuals.size < k or not (pairs.residuals <= bound).all():
+        raise ArithmeticError(
+            f"found {pairs.residuals.size} of {k} eigenpairs near {sigma:g}, the largest residual "
+            f"{pairs.residuals.max(initial=0.0):.1e} against {bound:.1e}; move sigma, or raise the tolerance"
+        )
+    return pairs
+
+
+def _check_k(k: int, N: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer):
+        raise TypeError(f"k must be an integer, got {k!r}")
+    if not 1 <= k < N:
+        raise ValueError(f"k must be from 1 to N - 1 = {N - 1}, got {k}; for all eigenvalues use numpy.linalg.eigvalsh")
+
+
+def _shifted(problem: Problem, sigma: float) -> tuple[HessianInverse, float]:
+    """(H − σI)⁻¹, at a σ moved by `NUDGE`·‖H‖ where that is singular."""
+    probe = np.random.default_rng(0).standard_normal(problem.size)
+    for moved in (sigma, sigma + NUDGE * problem.norm):
+        try:
+            inverse = HessianInverse(problem, -moved)
+            inverse.solve(probe)
+            return inverse, moved
+        except FactorizationError:
+            if moved != sigma or problem.norm == 0.0:
+                raise
+    raise AssertionError
+
+
+class _Finder:
+    """Collects eigenpairs near σ until inertia agrees."""
+
+    def __init__(self, problem: Problem, sigma: float, rng: np.random.Generator) -> None:
+        self.problem, self.sigma, self.rng = problem, sigma, rng
+        self.H = ChainHessian(problem)
+        self.norm = problem.norm
+        self.vectors = np.zeros((problem.size, 0))
+        self.values = np.zeros(0)
+
+    def small(self, k: int) -> Eigenpairs:
+        """All eigenpairs by LAPACK, the k nearest of them."""
+        dense = to_dense(self.H)
+        self.values, self.vectors = np.linalg.eigh((dense + dense.T) / 2)
+        return self._nearest(k, int((np.abs(self.values) <= NULL * self.norm).sum()), ())
+
+    def lanczos(self, k: int) -> Eigenpairs:
+        """Lanczos, started again as long as inertia tells of more."""
+        zeros = nullity(self.problem)
+        if self.sigma == 0.0:
+            self._add_null_vectors(k, zeros)
+            if self.values.size >= k:
+                return self._nearest(k, zeros, ())
+        self.inverse, self.sigma = _shifted(self.problem, self.sigma)
+        missing: tuple[tuple[float, float, int], ...] = ()
+        wanted = k
+        for _ in range(_ROUNDS):
+            before = self.values.size
+            self._more(wanted)
+            self._add_null_vectors(k, zeros)
+            missing = self._missing(k)
+            found = sum(count for _, _, count in missing) + max(k - self.values.size, 0)
+            if not found or self.values.size == before:
+                break
+            wanted = min(found, k)
+        return self._nearest(k, zeros, missing)
+
+    def _more(self, count: int) -> None:
+        """Add up to `count` eigenpairs orthogonal to those at hand."""
+        V, N = self.vectors, self.problem.size
+
+        def project(x: np.ndarray) -> np.ndarray:
+            return x - V @ (V.T @ x)
+
+        deflated = LinearOperator((N, N), matvec=lambda x: project(self.inverse @ project(x)), dtype=np.float64)
+        count = min(count, N - 1 - V.shape[1])
+        if count < 1:
+            return
+        try:
+            _, new = arpack(deflated, k=count, which="LM", v0=project(self.rng.standard_normal(N)), maxiter=_RESTARTS)
+        except ArpackNoConvergence as error:
+            new = error.eigenvectors
+        self._add(new)
+
+    def _add_null_vectors(self, k: int, zeros: int) -> None:
+        """Add vectors of the null space, of which Lanczos finds few, if it is among the k nearest.
+
+        (τ(H + τI)⁻¹)³ takes what belongs to λ down by (τ/λ)³, so that Hv is below τ whatever lies close to zero.
+        """
+        null = NULL * self.norm
+        nearer = int((np.abs(self.values - self.sigma) < abs(self.sigma) - null).sum())
+        wanted = min(zeros, k - nearer) - int((np.abs(self.values) <= null).sum())
+        if wanted < 1:
+            return
+        tau = 1e-2 * null
+        new = self.rng.standard_normal((self.problem.size, wanted))
+        try:
+            inverse = HessianInverse(self.problem, tau)
+            for _ in range(3):
+                new = tau * (inverse @ (new - self.vectors @ (self.vectors.T @ new)))
+        except FactorizationError:
+            return
+        self._add(new)
+
+    def _add(self, new: np.ndarray) -> None:
+        """Take in new directions: the Ritz pairs of H, whose products the inverse never made, that are eigenpairs."""
+        V = self.vectors
+        for _ in range(2):  # twice is enough for orthogonality
+            new, _ = np.linalg.qr(new - V @ (V.T @ new))
+        both = np.concatenate([V, new], 1)
+        values, turn = np.linalg.eigh(both.T @ (self.H @ both))
+        vectors = both @ turn
+        good = self._residuals(values, vectors) <= 1e-6 * self.norm
+        self.values, self.vectors = values[good], vectors[:, good]
+
+    def _residuals(self, values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(self.H @ vectors - vectors * values, axis=0)
+
+    def _missing(self, k: int) -> tuple[tuple[float, float, int], ...]:
+        """Intervals around the k nearest values at hand with more eigenvalues than found."""
+        nearest = np.sort(np.abs(self.values - self.sigma))[:k]
+        if not nearest.size:
+            return ()
+        null = NULL * self.norm
+        reach = nearest[-1] + 1e-10 * self.norm
+        a, b = self.sigma - reach, self.sigma + reach
+        if a < -null and b > null:
+            parts = [(a, -null), (-null, null), (null, b)]
+        elif b > null >= a:
+            # The null space reaches the edge of what is looked for: any of its vectors will do.
+            parts = [(null, b)]
+        elif a < -null <= b:
+            parts = [(a, -null)]
+        else:
+            parts = [] if -null <= a and b <= null else [(a, b)]
+        return tuple(hole for part in parts for hole in self._holes(*part))
+
+    def _holes(self, a: float, b: float) -> list[tuple[float, float, int]]:
+        inside = np.sort(self.values[(self.values > a) & (self.values <= b)])
+        below = count_up_to(self.problem, a)
+        if count_up_to(self.problem, b) - below == inside.size:
+            return []
+        # Cut between values that are well apart and count in each piece.
+        gaps = np.flatnonzero(np.diff(inside) > 1e-6 * self.norm)
+        cuts = [a, *((inside[gaps] + inside[gaps + 1]) / 2), b]
+        counts = [below, *(count_up_to(self.problem, float(cut)) for cut in cuts[1:])]
+        holes = []
+        for low, high, first, last in zip(cuts[:-1], cuts[1:], counts[:-1], counts[1:], strict=True):
+            more = last - first - int(((inside > low) & (inside <= high)).sum())
+            if more > 0:
+                holes.append((float(low), float(high), more))
+        return holes
+
+    def _nearest(self, k: int, zeros: int, missing: tuple[tuple[float, float, int], ...]) -> Eigenpairs:
+        chosen = np.sort(np.argsort(np.abs(self.values - self.sigma), kind="stable")[:k])
+        values, vectors = self.values[chosen], self.vectors[:, chosen]
+        order = np.argsort(values)
+        values, vectors = values[order], vectors[:, order]
+        return Eigenpairs(
+            values, vectors, self._residuals(values, vectors), self.sigma, self.norm, zeros, tuple(missing)
+        )

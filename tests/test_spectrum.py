@@ -1,0 +1,211 @@
+"""Eigenvalues near a shift, histograms, ends and condition numbers, against LAPACK's."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as f
+
+import linop_hess as lh
+from linop_hess.spectrum import eigenpairs
+from tests.helpers import make_batch, make_mlp, oracle_hessian
+
+
+def setting(widths=(5, 9, 9, 8, 3), samples=3, seed=2, gain=1.4):
+    model = make_mlp(list(widths), seed=seed, gain=gain)
+    x, y = make_batch(widths[0], widths[-1], samples)
+    return lh.linearize(model, f.cross_entropy, x, y), oracle_hessian(model, f.cross_entropy, x, y)
+
+
+def check(pairs, H, sigma, k, tolerance=1e-8):
+    """The values are the k nearest to sigma, the vectors theirs."""
+    eigenvalues = np.linalg.eigvalsh(H)
+    norm = np.abs(eigenvalues).max()
+    assert pairs.values.shape == (k,) and pairs.vectors.shape == (len(H), k)
+    distances = np.sort(np.abs(eigenvalues - sigma))[:k]
+    np.testing.assert_allclose(np.sort(np.abs(pairs.values - sigma)), distances, rtol=0, atol=2e-7 * norm)
+    true = np.linalg.norm(H @ pairs.vectors - pairs.vectors * pairs.values, axis=0)
+    assert true.max() <= tolerance * norm
+    np.testing.assert_allclose(pairs.residuals, true, rtol=0, atol=1e-13 * norm)
+    assert np.abs(pairs.vectors.T @ pairs.vectors - np.eye(k)).max() <= 1e-10
+    assert pairs.missing == ()
+    assert pairs.nullity == (np.abs(eigenvalues) <= 1e-7 * pairs.norm).sum()
+
+
+@pytest.fixture
+def always_lanczos(monkeypatch):
+    monkeypatch.setattr(eigenpairs, "_SMALL", 0)
+
+
+@pytest.mark.parametrize(("sigma", "k"), [(0.1, 6), (-0.1, 6), (0.5, 3), (-2.0, 12), (1e-3, 10), (20.0, 4)])
+def test_near_a_shift(always_lanczos, sigma, k):
+    lin, H = setting()
+    assert np.linalg.eigvalsh(H)[0] < -0.1
+    check(lh.spectrum.eigsh(lin, k, sigma), H, sigma, k)
+
+
+def test_small_matrices_are_dense():
+    lin, H = setting((2, 3, 2))
+    check(lh.spectrum.eigsh(lin, 5, -0.05), H, -0.05, 5)
+
+
+def test_null_space_among_the_nearest(always_lanczos):
+    """Lanczos alone sees one vector of each eigenspace."""
+    lin, H = setting((6, 6, 6, 3), samples=1)
+    eigenvalues = np.linalg.eigvalsh(H)
+    zeros = (np.abs(eigenvalues) <= 1e-12).sum()
+    nearer = (np.abs(eigenvalues - 0.01) < 0.01 - 1e-9).sum()
+    assert zeros > 30 and nearer < 10
+    pairs = lh.spectrum.eigsh(lin, nearer + 12, 0.01)
+    check(pairs, H, 0.01, nearer + 12)
+    assert (np.abs(pairs.values) <= 1e-7 * pairs.norm).sum() == 12
+    assert f"of the null space: 12 of {pairs.nullity}" in str(pairs) and "none missing" in str(pairs)
+
+
+def test_repeated_eigenvalues(always_lanczos):
+    """One linear layer and a squared error: every eigenvalue as often as there are outputs."""
+    model = make_mlp([5, 7], bias=False)
+    x, _ = make_batch(5, 7, 12)
+    lin = lh.linearize(model, f.mse_loss, x, torch.zeros(12, 7, dtype=torch.float64))
+    H = lh.to_dense(lin.H)
+    eigenvalues = np.linalg.eigvalsh(H)
+    assert np.ptp(eigenvalues[-7:]) < 1e-12
+    pairs = lh.spectrum.eigsh(lin, 7, eigenvalues[-1] + 0.1)
+    check(pairs, H, eigenvalues[-1] + 0.1, 7)
+    assert np.ptp(pairs.values) < 1e-12
+
+
+def test_at_an_eigenvalue(always_lanczos):
+    lin, H = setting()
+    eigenvalues = np.linalg.eigvalsh(H)
+    at = float(eigenvalues[-3])
+    pairs = lh.spectrum.eigsh(lin, 3, at)
+    assert abs(pairs.sigma - at) <= 1e-7 * pairs.norm
+    check(pairs, H, at, 3)
+    zero = lh.spectrum.eigsh(lin, 4, 0.0)
+    assert zero.sigma == 0.0
+    check(zero, H, 0.0, 4)
+
+
+def test_what_lanczos_missed_is_told(always_lanczos, monkeypatch):
+    lin, H = setting()
+    eigenvalues = np.linalg.eigvalsh(H)
+    genuine = eigenpairs.arpack
+    monkeypatch.setattr(eigenpairs, "_ROUNDS", 1)
+
+    def forgetful(A, k, **options):
+        if k < 6:
+            return genuine(A, k=k, **options)
+        values, vectors = genuine(A, k=k + 1, **options)
+        return np.delete(values, k // 2), np.delete(vectors, k // 2, axis=1)
+
+    monkeypatch.setattr(eigenpairs, "arpack", forgetful)
+    pairs = lh.spectrum.eigsh(lin, 6, 0.5)
+    ((a, b, count),) = pairs.missing
+    inside = ((eigenvalues > a) & (eigenvalues <= b)).sum()
+    assert count == 1 and inside - ((pairs.values > a) & (pairs.values <= b)).sum() == 1
+    assert "missing: 1 in" in str(pairs)
+    monkeypatch.setattr(eigenpairs, "_ROUNDS", 12)
+    check(lh.spectrum.eigsh(lin, 6, 0.5), H, 0.5, 6)
+
+
+def test_gauss_newton_and_single_precision(always_lanczos):
+    model = make_mlp([4, 6, 6, 3], seed=1, gain=1.3, dtype=torch.float32)
+    lin = lh.linearize(model, f.cross_entropy, *make_batch(4, 3, 4, dtype=torch.float32))
+    G = lh.to_dense(lin.gauss_newton()).astype(float)
+    pairs = lh.spectrum.eigsh(lin.gauss_newton(), 3, 0.7)
+    expected = np.linalg.eigvalsh((G + G.T) / 2)
+    expected = np.sort(expected[np.argsort(np.abs(expected - 0.7))[:3]])
+    np.testing.assert_allclose(pairs.values, expected, atol=1e-5 * np.abs(G).max())
+    low, high = lin.gauss_newton().extreme_eigenvalues()
+    assert abs(low) < 1e-6 * high
+
+
+def test_bad_input():
+    lin, _ = setting((2, 3, 2))
+    for k in (0, -1, lin.problem.size, lin.problem.size + 5):
+        with pytest.raises(ValueError, match="k must be from 1"):
+            lh.spectrum.eigsh(lin, k)
+    for k in (1.5, True, "3"):
+        with pytest.raises(TypeError, match="k must be an integer"):
+            lh.spectrum.eigsh(lin, k)
+    for sigma in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="sigma must be finite"):
+            lh.spectrum.eigsh(lin, 2, sigma)
+    with pytest.raises(TypeError, match="sigma must be a real number"):
+        lh.spectrum.eigsh(lin, 2, 1j)
+    with pytest.raises(ArithmeticError, match="residual"):
+        lh.spectrum.eigsh(lin, 2, 0.1, tolerance=1e-30)
+    for bins in (0, True, [1.0], [0.0, 0.0], [1.0, 0.0], [0.0, np.nan]):
+        with pytest.raises(ValueError, match="bins"):
+            lh.spectrum.density(lin, bins)
+    with pytest.raises(ValueError, match="scale"):
+        lh.spectrum.density(lin, scale="log")
+    with pytest.raises(ValueError, match="rtol"):
+        lin.extreme_eigenvalues(rtol=0)
+
+
+@pytest.mark.parametrize("scale", ["symlog", "linear"])
+@pytest.mark.parametrize("bins", [1, 2, 7, 40])
+def test_density(scale, bins):
+    lin, H = setting()
+    eigenvalues = np.linalg.eigvalsh(H)
+    found = lh.spectrum.density(lin, bins, scale=scale)
+    null = np.abs(eigenvalues) <= found.null
+    assert found.null == 1e-7 * lin.problem.norm and found.nullity == null.sum() > 0
+    assert found.counts.sum() + found.nullity == found.size == len(H)
+    expected = [((eigenvalues > a) & (eigenvalues <= b) & ~null).sum() for a, b in itertools.pairwise(found.edges)]
+    np.testing.assert_array_equal(found.counts, expected)
+    assert bins <= found.counts.size <= bins + 2
+    assert bins == 1 or str(found).count("null space") == 1
+
+
+def test_density_of_given_bins_and_of_a_definite_matrix():
+    lin, H = setting()
+    eigenvalues = np.linalg.eigvalsh(H)
+    edges = [-0.3, -0.01, 1e-3, 0.5]
+    found = lh.spectrum.density(lin, edges)
+    null = np.abs(eigenvalues) <= found.null
+    expected = [((eigenvalues > a) & (eigenvalues <= b) & ~null).sum() for a, b in itertools.pairwise(edges)]
+    np.testing.assert_array_equal(found.counts, expected)
+    model = make_mlp([3, 2], bias=False)
+    x, _ = make_batch(3, 2, 9)
+    definite = lh.linearize(model, f.mse_loss, x, torch.zeros(9, 2, dtype=torch.float64))
+    found = lh.spectrum.density(definite, 5)
+    assert found.counts.sum() == found.size == 6 and found.nullity == 0 and found.edges[0] > 0
+
+
+@pytest.mark.parametrize("widths", [(2, 3, 2), (5, 9, 9, 8, 3)])
+def test_extremes_and_condition_number(widths):
+    lin, H = setting(widths)
+    eigenvalues = np.linalg.eigvalsh(H)
+    np.testing.assert_allclose(lin.extreme_eigenvalues(), eigenvalues[[0, -1]], rtol=1e-9)
+    for damping in (0.1, 1e-3, -0.03):
+        expected = np.linalg.cond(H + damping * np.eye(len(H)), 2)
+        np.testing.assert_allclose(lin.condition_number(damping), expected, rtol=1e-5)
+
+
+def test_extremes_are_not_trusted(monkeypatch):
+    from linop_hess.spectrum import extremes
+
+    lin, H = setting()
+    eigenvalues = np.linalg.eigvalsh(H)
+    monkeypatch.setattr(extremes, "_end", lambda A, which, rtol: eigenvalues[{"SA": 0, "LA": -2}[which]])
+    with pytest.raises(ArithmeticError, match="1 lie outside"):
+        lin.extreme_eigenvalues()
+
+
+def test_plot():
+    pytest.importorskip("matplotlib")
+    lin, _ = setting()
+    for options in ({}, {"scale": "linear"}, {"bins": [-0.1, 0.05, 0.2]}):
+        found = lh.spectrum.density(lin, **options)
+        figure = lh.plot.spectrum(found, title="a spectrum")
+        (ax,) = figure.axes
+        heights = sum(int(bar.get_height()) for bar in ax.patches)
+        assert heights == found.counts.sum() + found.nullity
+        assert [text.get_text().split(":")[0] for text in ax.get_legend().get_texts()][-1].startswith("null space")
+        assert ax.get_yscale() == "log" and ax.get_xscale() == ("linear" if "scale" in options else "symlog")
+        figure.savefig(io.BytesIO())
