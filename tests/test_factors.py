@@ -24,9 +24,9 @@ def test_random_networks(batch_of_seeds):
         lin = lh.linearize(model, loss_fn, x, y)
         H = oracle_hessian(model, loss_fn, x, y)
         eigenvalues = np.linalg.eigvalsh(H)
-        for damping in (0.5, 1e-3, 1e-6, -1e-3, -0.02):
+        for damping in (0.5, 1e-3, 1e-6, 1e-9, -1e-3, -0.02, -1e-10):
             shifted = eigenvalues + damping
-            if np.abs(shifted).min() <= 1e-12 * np.abs(eigenvalues).max() or abs(damping) < 1e-7 * eigenvalues[-1]:
+            if np.abs(shifted).min() <= 1e-12 * np.abs(eigenvalues).max():
                 continue
             inverse = lin.inverse(damping)
             found = inverse.inertia()
@@ -173,20 +173,19 @@ def test_diagonal_and_blocks(batch_of_seeds):
     for seed in range(500 + 10 * batch_of_seeds, 510 + 10 * batch_of_seeds):
         model, loss_fn, x, y = random_network(seed)
         lin = lh.linearize(model, loss_fn, x, y)
-        H = oracle_hessian(model, loss_fn, x, y)
-        for damping in (0.5, 1e-2, 1e-4, -0.02):
+        H = lh.to_dense(lin.H)
+        H = (H + H.T) / 2
+        for damping in (0.5, 1e-2, 1e-4, 1e-6, -0.02):
             K = H + damping * np.eye(len(H))
             expected = np.linalg.inv(K)
-            # Measured: κ·1e-14, and up to 20 times that at the smallest damping.
-            factor = 40 if damping == 1e-4 else 1
-            atol = (1e-13 + factor * 1e-14 * np.linalg.cond(K)) * np.abs(expected).max()
+            atol = (1e-13 + 1e-14 * np.linalg.cond(K)) * np.abs(expected).max()
             inverse = lin.inverse(damping)
             np.testing.assert_allclose(inverse.diagonal(), np.diag(expected), rtol=0, atol=atol)
             np.testing.assert_allclose(inverse.trace(), np.trace(expected), rtol=0, atol=len(H) * atol)
             start = 0
             for block in inverse.block_diagonal():
                 stop = start + len(block)
-                np.testing.assert_allclose(block, expected[start:stop, start:stop], rtol=0, atol=atol)
+                np.testing.assert_allclose(block, expected[start:stop, start:stop], rtol=0, atol=3 * atol)
                 start = stop
             assert start == len(H)
 
@@ -207,11 +206,10 @@ def test_diagonal_of_other_layers_and_wide_ones():
 
 
 def test_diagonal_with_delayed_directions(monkeypatch):
-    from linop_hess.lq import block_ldl, pivots
+    from linop_hess.lq import block_ldl
 
     lin, H = setting()
-    monkeypatch.setattr(block_ldl, "CAUTION", 1e6)
-    monkeypatch.setattr(pivots, "_SMALL", 0.5)
+    monkeypatch.setattr(block_ldl, "GROWTH", 0.1)
     inverse = lin.inverse(1e-2)
     assert sum(row.delayed for row in inverse.factor_report()) > 3
     expected = np.diag(np.linalg.inv(H + 1e-2 * np.eye(len(H))))
@@ -247,6 +245,22 @@ def test_single_precision():
 
 
 def test_inertia_refuses_a_damping_lost_in_rounding():
-    lin, _ = setting()
+    lin, H = setting()
+    found = lin.inverse(1e-11).inertia()
+    assert (found.negative, found.positive) == inertia_of(np.linalg.eigvalsh(H) + 1e-11)
     with pytest.raises(lh.errors.FactorizationError, match="lost in rounding"):
-        lin.inverse(1e-10).inertia()
+        lin.inverse(1e-14).inertia()
+
+
+def test_diagonal_of_a_deep_and_wide_chain():
+    """Its leading blocks are ill-conditioned: with multipliers of any size, the sweep was measured to be wrong by 1e4 of ‖(H + εI)⁻¹‖."""
+    model = make_mlp([64] * 12 + [3], gain=1.2)
+    lin = lh.linearize(model, f.cross_entropy, *make_batch(64, 3, 4))
+    for damping in (0.1, 1e-3):
+        inverse = lin.inverse(damping)
+        diagonal = inverse.diagonal()
+        entries = np.r_[np.argsort(np.abs(diagonal))[-3:], np.arange(0, len(diagonal), 7919)]
+        unit = np.zeros((len(diagonal), entries.size))
+        unit[entries, np.arange(entries.size)] = 1.0
+        solved = (inverse @ unit)[entries, np.arange(entries.size)]
+        np.testing.assert_allclose(diagonal[entries], solved, rtol=0, atol=1e-9 * np.abs(solved).max())

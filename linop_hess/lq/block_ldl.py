@@ -17,17 +17,21 @@ from torch import Tensor
 
 from linop_hess.errors import FactorizationError
 from linop_hess.lq import riccati, selected
+from linop_hess.lq.pivots import BoundedGrowth
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.segments import Loads, loads
 from linop_hess.lq.signs import ZERO, Inertia, hidden_inertia, inertia_of
 from linop_hess.lq.steps import PackedStep, Step, WhitenedStep
 from linop_hess.lq.symmetric import packed_pivots
 
-# The pivots carry errors of eps·‖H‖²/ε, so below this times ‖H‖ the sign of an ε is not certain.
-SMALLEST = 1e-7
+# What small pivots may make of the cost-to-go, in terms of ‖H‖: so little that at most a digit is lost.
+GROWTH = 10.0
 
-# A pivot far smaller than ε costs the determinant digits that refinement gives back to solves; so delay already from here times ε/10.
-CAUTION = 1000.0
+# The largest multiplier of a pivot for selected entries of the inverse: with larger ones that sweep loses digits from stage to stage.
+MULTIPLIER = 2.0
+
+# Below this times ‖H‖ rounding in the pivots that are ε of themselves makes their signs uncertain.
+SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -57,23 +61,22 @@ class SegmentReport:
 
 
 class BlockLDL:
-    """H + εI = L D Lᵀ along the chain, in float64.
+    """H + εI = L D Lᵀ along the chain, in float64; factored when first needed.
+
+    Every method raises `SingularPivotError` if H + εI is singular to working precision, or ε = 0 and there are hidden controls.
 
     Parameters
     ----------
     problem : Problem
     damping : float
-
-    Raises
-    ------
-    SingularPivotError
-        If H + εI is singular to working precision, or ε = 0 and there are hidden controls.
     """
 
     def __init__(self, problem: Problem, damping: float) -> None:
         self.problem = problem.in_float64
         self.damping = damping
-        self._factors = riccati.RiccatiFactorization(self.problem, damping, caution=CAUTION)
+        self._limit = GROWTH * max(self.problem.norm, abs(damping))
+        if _hidden_growth(self.problem, damping) > self._limit:
+            self.problem = self.problem.with_extended_splits()
         starts = np.flatnonzero(self.problem.p)
         hidden = np.zeros(starts.size, dtype=np.int64)
         for group in self.problem.segment_groups:
@@ -81,13 +84,27 @@ class BlockLDL:
         self._starts, self._hidden = starts, hidden
 
     @cached_property
+    def _factors(self) -> riccati.RiccatiFactorization:
+        return riccati.RiccatiFactorization(self.problem, self.damping, rule=BoundedGrowth(self._limit))
+
+    @cached_property
     def _theta(self) -> list[Tensor]:
         """The pivots of each segment."""
         return _pivots(self._factors.steps)
 
     @cached_property
+    def _careful(self) -> riccati.RiccatiFactorization:
+        """Factors with bounded multipliers."""
+        rule = BoundedGrowth(self._limit, MULTIPLIER)
+        return riccati.RiccatiFactorization(self.problem, self.damping, rule=rule).whitened()
+
+    @cached_property
     def _whitened(self) -> riccati.RiccatiFactorization:
         return self._factors.whitened()
+
+    def factor(self) -> None:
+        """Factor now, whatever is asked for next."""
+        assert self._factors is not None
 
     def inertia(self) -> Inertia:
         """Count signs of the pivots; those below `ZERO` times max(‖H‖, |ε|) count as zero.
@@ -148,11 +165,11 @@ class BlockLDL:
 
     def diagonal(self) -> Tensor:
         """Diagonal of (H + εI)⁻¹, shape (N,)."""
-        return selected.diagonal(self._whitened)
+        return selected.diagonal(self._careful)
 
     def blocks(self) -> list[Tensor]:
         """Diagonal blocks of (H + εI)⁻¹, one per stage with controls."""
-        return selected.blocks(self._whitened)
+        return selected.blocks(self._careful)
 
     @property
     def _whitened_theta(self) -> list[Tensor]:
@@ -165,6 +182,13 @@ class BlockLDL:
     def nbytes(self) -> int:
         """Bytes held by the factors."""
         return self._factors.nbytes
+
+
+def _hidden_growth(problem: Problem, damping: float) -> float:
+    """What the elimination of the hidden controls adds to the cost-to-go."""
+    grams = [group.split.B_complement_gram() for group in problem.segment_groups if group.split.coupled and group.n_in]
+    largest = max((float(gram.diagonal(dim1=1, dim2=2).max()) for gram in grams if gram is not None), default=0.0)
+    return largest / abs(damping) if damping else math.inf * (largest > 0.0)
 
 
 def _hidden_scaled(load: Loads, factor: float) -> Loads:

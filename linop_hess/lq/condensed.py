@@ -67,7 +67,7 @@ def _condense(group: SegmentGroup) -> Condensed:
         C = control.dense_C()
         if C is not None:
             T[:, r:, r:] = C
-        gram = split.B_complement_gram() if split.complement else None
+        gram = split.B_complement_gram() if split.coupled else None
     for stage in group.steps[1:]:
         curved = stage.C(W)
         if curved is not None:

@@ -25,7 +25,7 @@ from linop_hess.lq.segments import order_of
 from linop_hess.lq.signs import Inertia, hidden_inertia, inertia_of
 from linop_hess.lq.symmetric import packed_pivots
 
-# What small pivots may make of the cost-to-go, in terms of ‖H‖: its rounding errors move eigenvalues by 1e-12‖H‖ at most.
+# What small pivots may make of the cost-to-go, in terms of ‖H‖: its rounding errors then move eigenvalues by 1e-12‖H‖ at most.
 GROWTH = 5e3
 
 # Fewer segments than this are no slower one after the other.

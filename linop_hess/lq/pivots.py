@@ -6,12 +6,14 @@ divide by are delayed: carried to the stage before, with their values μ.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from linop_hess.lq.symmetric import Congruence
+from linop_hess.lq.symmetric import Congruence, packed_pivots
 
 # Every stage has pivots of the size of ε by nature (controls its output does not see), so a pivot is small only where it
 # is far below |ε|, and then far below the largest of its stage too.
@@ -23,22 +25,24 @@ _SMALL = 1e-4
 _NARROW = 64
 
 
-@dataclass(frozen=True)
-class Eigenpivots:
-    """Pivots by eigenvectors: eliminated ones (U, θ) and delayed ones (W, μ)."""
+class Pivots(ABC):
+    """Some directions of K_uu eliminated, with pivots θ, and the others, if any, delayed: W, with values μ."""
 
-    U: Tensor
-    theta: Tensor
     W: Tensor | None = None
     mu: Tensor | None = None
 
-    def whiten(self, X: Tensor) -> Tensor:
-        """Uᵀ X."""
-        return self.U.mT @ X
+    @property
+    @abstractmethod
+    def theta(self) -> Tensor:
+        """θ."""
 
+    @abstractmethod
+    def whiten(self, X: Tensor) -> Tensor:
+        """T⁻¹ X, (eliminated, k)."""
+
+    @abstractmethod
     def unwhiten_adjoint(self, Y: Tensor) -> Tensor:
-        """U Y."""
-        return self.U @ Y
+        """T⁻ᵀ Y, (n, k)."""
 
     @property
     def delayed(self) -> int:
@@ -46,27 +50,139 @@ class Eigenpivots:
         return 0 if self.mu is None else self.mu.numel()
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes held."""
+
+
+@dataclass(frozen=True)
+class Eigenpivots(Pivots):
+    """Pivots by eigenvectors U of eigenvalues θ."""
+
+    U: Tensor
+    values: Tensor
+    W: Tensor | None = None
+    mu: Tensor | None = None
+
+    @property
+    def theta(self) -> Tensor:
+        return self.values
+
+    def whiten(self, X: Tensor) -> Tensor:
+        return self.U.mT @ X
+
+    def unwhiten_adjoint(self, Y: Tensor) -> Tensor:
+        return self.U @ Y
+
+    @property
+    def nbytes(self) -> int:
         return self.U.nbytes + (0 if self.W is None else self.W.nbytes)
 
 
+@dataclass(frozen=True)
+class CongruencePivots(Pivots):
+    """Pivots by Bunch-Kaufman, all of them."""
+
+    congruence: Congruence
+
+    @property
+    def theta(self) -> Tensor:
+        return self.congruence.theta
+
+    def whiten(self, X: Tensor) -> Tensor:
+        return self.congruence.whiten(X)
+
+    def unwhiten_adjoint(self, Y: Tensor) -> Tensor:
+        return self.congruence.unwhiten_adjoint(Y)
+
+    @property
+    def nbytes(self) -> int:
+        return self.congruence.nbytes
+
+
+class PivotRule(Protocol):
+    """Which pivots may be divided by."""
+
+    def accepts(self, theta: Tensor, white: Tensor) -> bool:
+        """Whether all of T θ Tᵀ may be eliminated, T⁻¹K_uδ being `white`."""
+        ...
+
+    def accepts_packed(self, packed: Tensor, interchanges: Tensor, cross: Tensor, gain: Tensor) -> bool:
+        """The same for each of K steps: LAPACK's factors (K, r, r), (K, r), and K_uδ, K_uu⁻¹K_uδ, (K, r, n)."""
+        ...
+
+    def keeps(self, values: Tensor, Y: Tensor) -> Tensor:
+        """Which eigenvectors to eliminate, by their eigenvalues, and their products with K_uδ, (n, n_in)."""
+        ...
+
+
+@dataclass(frozen=True)
+class SmallPivots:
+    """For solves: pivots far below |ε| are delayed. What a pivot near |ε| costs, refinement gives back."""
+
+    damping: float
+
+    def accepts(self, theta: Tensor, white: Tensor) -> bool:
+        smallest, largest = _extremes(theta)
+        return smallest > self._small(SUSPECT, largest)
+
+    def accepts_packed(self, packed: Tensor, interchanges: Tensor, cross: Tensor, gain: Tensor) -> bool:
+        if not packed.shape[1]:
+            return True
+        low, high = packed_pivots(packed, interchanges).abs().aminmax(dim=1)
+        return all(a > self._small(SUSPECT, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))
+
+    def keeps(self, values: Tensor, Y: Tensor) -> Tensor:
+        return values.abs() > self._small(DELAY, _extremes(values)[1])
+
+    def _small(self, fraction: float, largest: float) -> float:
+        """What counts as a small pivot among those of a stage."""
+        small = _SMALL * largest
+        return min(small, fraction * abs(self.damping)) if self.damping else 1e-4 * small
+
+
+@dataclass(frozen=True)
+class BoundedGrowth:
+    """For all else: pivots are delayed that would make the cost-to-go, or a multiplier, grow beyond its limit."""
+
+    limit: float
+    multiplier: float = float("inf")
+
+    def accepts(self, theta: Tensor, white: Tensor) -> bool:
+        size = theta.abs()[:, None]
+        if not _extremes(theta)[0] > 0.0 or not white.shape[1]:
+            return _extremes(theta)[0] > 0.0
+        grown = white.square() / size
+        return float(grown.sum(0).max()) <= self.limit and float((white.abs() / size).max()) <= self.multiplier
+
+    def accepts_packed(self, packed: Tensor, interchanges: Tensor, cross: Tensor, gain: Tensor) -> bool:
+        if not cross.numel():
+            return True
+        growth = float((cross.abs() * gain.abs()).sum(1).max())
+        return growth <= self.limit and float(gain.abs().max()) <= self.multiplier
+
+    def keeps(self, values: Tensor, Y: Tensor) -> Tensor:
+        size = values.abs()
+        coupling = Y.norm(dim=1)
+        return (coupling.square() <= self.limit * size) & (coupling <= self.multiplier * size) & (size > 0.0)
+
+
 def pivots_of(
-    K: Tensor, damping: float, *, last: bool, always_pivot: bool = False, caution: float = 1.0
-) -> Congruence | Eigenpivots:
-    """Factor a pivot block (its lower triangle is read).
+    K: Tensor, cross: Tensor, rule: PivotRule, *, last: bool, always_pivot: bool = False
+) -> tuple[Pivots, Tensor]:
+    """Factor a pivot block (its lower triangle is read); also T⁻¹ K_uδ.
 
     Parameters
     ----------
     K : Tensor, shape (n, n)
-    damping : float
-        What small is measured by.
+    cross : Tensor, shape (n, n_in)
+        K_uδ.
+    rule : PivotRule
+        Which pivots to delay.
     last : bool
         Whether no stage is left to delay to, so that everything is eliminated.
     always_pivot : bool
         Whether to take eigenvectors in any case.
-    caution : float
-        What to multiply by the sizes below which a pivot is small.
 
     Raises
     ------
@@ -75,16 +191,15 @@ def pivots_of(
     ArithmeticError
         If K holds NaN or Inf.
     """
-    n = K.shape[0]
-    if n > _NARROW and (last or not always_pivot):
+    if K.shape[0] > _NARROW and (last or not always_pivot):
         if not bool(torch.isfinite(K).all()):
             raise ArithmeticError("NaN or Inf in a pivot")
         congruence = Congruence.of(K)
-        smallest, largest = _extremes(congruence.theta)
-        if smallest > 0.0 if last else not is_suspect(smallest, largest, caution * damping):
-            return congruence
-        if last:
+        white = congruence.whiten(cross)
+        if last and not _extremes(congruence.theta)[0] > 0.0:
             raise ZeroDivisionError("a pivot is zero")
+        if last or rule.accepts(congruence.theta, white):
+            return CongruencePivots(congruence), white
     try:
         values, vectors = torch.linalg.eigh(K)
     except torch.linalg.LinAlgError as error:
@@ -92,19 +207,25 @@ def pivots_of(
     smallest, largest = _extremes(values)
     if not smallest < float("inf"):
         raise ArithmeticError("NaN or Inf in a pivot")
-    if last:
-        if smallest == 0.0:
-            raise ZeroDivisionError("a pivot is zero")
-        return Eigenpivots(vectors, values)
-    if not always_pivot and not is_suspect(smallest, largest, caution * damping):
-        return Eigenpivots(vectors, values)
-    keep = values.abs() > _small(DELAY, largest, caution * damping)
-    return Eigenpivots(vectors[:, keep], values[keep], vectors[:, ~keep], values[~keep])
+    if last and smallest == 0.0:
+        raise ZeroDivisionError("a pivot is zero")
+    white = vectors.mT @ cross
+    if last or (not always_pivot and rule.accepts(values, white)):
+        return Eigenpivots(vectors, values), white
+    vectors, white = _turned(values, vectors, white, 10 * K.shape[0] * torch.finfo(K.dtype).eps * largest)
+    keep = rule.keeps(values, white)
+    return Eigenpivots(vectors[:, keep], values[keep], vectors[:, ~keep], values[~keep]), white[keep]
 
 
-def is_suspect(smallest: float, largest: float, damping: float) -> bool:
-    """Whether the smallest |θ| of a pivot block is so small, or NaN, that its eigenvectors should be looked at."""
-    return not smallest > _small(SUSPECT, largest, damping)
+def _turned(values: Tensor, vectors: Tensor, white: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+    """Turn the eigenvectors of each repeated eigenvalue so that as few of them as possible are coupled to the state."""
+    starts = torch.cat([values.new_ones(1, dtype=torch.bool), values.diff() > gap]).nonzero()[:, 0].tolist()
+    for start, stop in zip(starts, [*starts[1:], values.numel()], strict=True):
+        if stop - start > 1:
+            left, _, _ = torch.linalg.svd(white[start:stop])
+            vectors[:, start:stop] = vectors[:, start:stop] @ left
+            white[start:stop] = left.mT @ white[start:stop]
+    return vectors, white
 
 
 def _extremes(theta: Tensor) -> tuple[float, float]:
@@ -113,9 +234,3 @@ def _extremes(theta: Tensor) -> tuple[float, float]:
         return 1.0, 1.0
     low, high = theta.abs().aminmax()
     return float(low), float(high)
-
-
-def _small(fraction: float, largest: float, damping: float) -> float:
-    """What counts as a small pivot among those of a stage."""
-    small = _SMALL * largest
-    return min(small, fraction * abs(damping)) if damping else 1e-4 * small

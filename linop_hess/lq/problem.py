@@ -10,6 +10,7 @@ is free.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -169,6 +170,15 @@ class Problem:
     def segment_groups(self) -> list[SegmentGroup]:
         """The chain cut into segments, those of the same make-up together."""
         return segment_groups(self)
+
+    def with_extended_splits(self) -> Problem:
+        """Return the problem with all controls that are coupled to the state, by G or B, counted as visible."""
+        problem = Problem(self.blocks, self.order, self.names)
+        groups = [replace(group, problem=problem, extended=True) for group in self.segment_groups]
+        for name in {"transition", "probe", "norm"} & self.__dict__.keys():
+            problem.__dict__[name] = self.__dict__[name]
+        problem.__dict__["segment_groups"] = groups
+        return problem
 
     @cached_property
     def transition(self) -> Transition:

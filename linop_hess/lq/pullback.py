@@ -87,7 +87,7 @@ class StagesSegment(Segment):
         V = control.pull_back(V)
         if V is None:
             V = K.new_zeros(n_in, n_in)
-        gram = split.B_complement_gram() if split.complement else None
+        gram = split.B_complement_gram() if split.coupled else None
         if gram is not None:
             V.add_(gram[0], alpha=-1.0 / self._damping)
         return K, cross.mT, V

@@ -30,6 +30,15 @@ class RangeSplit(Stacked, ABC):
     def complement(self) -> int:
         """Dimension of x⊥: p − r."""
 
+    @property
+    def coupled(self) -> bool:
+        """Whether the state may act on x⊥."""
+        return self.complement > 0
+
+    def extended(self, stages: Stages) -> RangeSplit:
+        """Return a split of the same stages whose x⊥ the state does not act on: what B sees of it belongs to s as well."""
+        return self
+
     @abstractmethod
     def Q(self, s: Tensor) -> Tensor:
         """Q s: (K, r, k) to (K, p, k)."""
@@ -68,7 +77,7 @@ class RangeSplit(Stacked, ABC):
             return self._from_range(self._from_range(ss).mT)
         map_ = self.Q(torch.eye(self.r, dtype=ss.dtype, device=ss.device)[None])[0]
         joint = ss
-        coupled = stage.dense_B() if dd.numel() else None
+        coupled = stage.dense_B() if dd.numel() and self.coupled else None
         if coupled is not None:
             map_ = torch.cat([map_, self.project_out(coupled)[0] / -damping], 1)
             joint = torch.cat([torch.cat([ss, sd], 1), torch.cat([sd.mT, dd], 1)])
@@ -144,6 +153,18 @@ class DenseSplit(RangeSplit):
     def Qt(self, x: Tensor) -> Tensor:
         return self.basis.mT @ x
 
+    @property
+    def coupled(self) -> bool:
+        return self.coupling is not None and self.complement > 0
+
+    def extended(self, stages: Stages) -> RangeSplit:
+        if not self.coupled or self.coupling is None:
+            return self
+        whole, _ = torch.linalg.qr(torch.cat([self.basis, self.project_out(self.coupling)], 2))
+        basis = torch.cat([self.basis, whole[:, :, self.r :]], 2)
+        blank = self.image.new_zeros(*self.image.shape[:2], basis.shape[2] - self.r)
+        return FullSplit(basis, torch.cat([self.image, blank], 2), self.coupling)
+
     def R(self, s: Tensor) -> Tensor:
         return self.image @ s
 
@@ -161,6 +182,18 @@ class DenseSplit(RangeSplit):
             return None
         rest = self.project_out(self.coupling)
         return rest.mT @ rest
+
+
+@dataclass(frozen=True)
+class FullSplit(DenseSplit):
+    """A dense split that has the range of B in Q as well."""
+
+    @property
+    def coupled(self) -> bool:
+        return False
+
+    def B_complement_gram(self) -> Tensor | None:
+        return None
 
 
 def dense_range_split(stages: Stages) -> RangeSplit:

@@ -137,6 +137,14 @@ class RearrangedSplit(RangeSplit):
     def complement(self) -> int:
         return self.inner.complement
 
+    @property
+    def coupled(self) -> bool:
+        return self.inner.coupled
+
+    def extended(self, stages: Stages) -> RangeSplit:
+        assert isinstance(stages, RearrangedStages)
+        return replace(self, inner=self.inner.extended(stages.inner))
+
     def Q(self, s: Tensor) -> Tensor:
         return self.inner.Q(s)
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.cost import Cost
-from linop_hess.lq.pivots import Eigenpivots, is_suspect, pivots_of
+from linop_hess.lq.pivots import PivotRule, SmallPivots, pivots_of
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.pullback import Segment, is_narrow, segments_of
 from linop_hess.lq.segments import Loads, loads, order_of, put_controls
 from linop_hess.lq.singular import SingularPivotError
-from linop_hess.lq.steps import PackedStep, Step, WhitenedStep, pivot_sizes
+from linop_hess.lq.steps import PackedStep, Step, WhitenedStep, stacked_by_size
 
 # Up to this many directions a step is kept packed.
 _NARROW = 64
@@ -49,9 +49,11 @@ class RiccatiFactorization:
 
     method = "riccati"
 
-    def __init__(self, problem: Problem, damping: float, *, always_pivot: bool = False, caution: float = 1.0) -> None:
+    def __init__(
+        self, problem: Problem, damping: float, *, always_pivot: bool = False, rule: PivotRule | None = None
+    ) -> None:
         self.problem = problem
-        self._caution = caution
+        self._rule = SmallPivots(damping) if rule is None else rule
         self.damping = damping
         self.order = [(int(g), int(k)) for g, k in order_of(problem.segment_groups)]
         self._segments = [segments_of(group, damping) for group in problem.segment_groups]
@@ -70,10 +72,11 @@ class RiccatiFactorization:
             steps.append(PackedStep.of(segment, K, cross))
             V.addmm_(cross.mT, steps[-1].gain, alpha=-1.0)
         steps.reverse()
-        for l, (smallest, largest) in enumerate(pivot_sizes(steps)):
-            if is_suspect(smallest, largest, self._caution * self.damping) if l else not smallest > 0.0:
-                return None
-        return list(steps)
+        if all(step.regular for step in steps[:1]) and all(
+            self._rule.accepts_packed(*alike) for alike in stacked_by_size(steps[1:])
+        ):
+            return list(steps)
+        return None
 
     def _factor_pivoted(self, always_pivot: bool) -> list[Step]:
         """Delay the directions whose pivots are too small."""
@@ -87,15 +90,14 @@ class RiccatiFactorization:
                 K, cross = _with_carried(segment, K, cross, *carried)
             try:
                 last = count == len(self.order)
-                pivots = pivots_of(K, self.damping, last=last, always_pivot=always_pivot, caution=self._caution)
+                pivots, white = pivots_of(K, cross, self._rule, last=last, always_pivot=always_pivot)
             except ArithmeticError:
                 raise SingularPivotError(int(self.problem.segment_groups[g].stages[k])) from None
-            white = pivots.whiten(cross)
             V.addmm_(white.mT, white / pivots.theta[:, None], alpha=-1.0)
             step = WhitenedStep(segment, pivots, white, 0 if carried is None else carried[1].numel())
             steps.append(step)
             carried = None
-            if isinstance(pivots, Eigenpivots) and pivots.mu is not None and step.delayed:
+            if pivots.mu is not None and step.delayed:
                 carried = cross.mT @ step.delayed_directions, pivots.mu
         return steps[::-1]
 

@@ -33,6 +33,7 @@ class SegmentGroup:
     blocks: tuple[int, ...]  # stacks, control stage first
     positions: np.ndarray  # (K, len(blocks)) positions in those stacks
     is_first: bool  # the chain's first segment, before which δ = 0
+    extended: bool = False  # whether controls that only B sees count as visible
 
     @cached_property
     def steps(self) -> list[Stages]:
@@ -47,7 +48,8 @@ class SegmentGroup:
     def split(self) -> RangeSplit:
         """The range splits of the control stages."""
         block, positions = self.problem.blocks[self.blocks[0]], self.positions[:, 0]
-        return block.split if positions.size == block.count else block.split.take(_as_slice(positions))
+        split = block.split if positions.size == block.count else block.split.take(_as_slice(positions))
+        return split.extended(self.steps[0]) if self.extended else split
 
     @cached_property
     def x_slots(self) -> Slots:
@@ -122,7 +124,7 @@ def loads(group: SegmentGroup, g: Tensor, damping: float) -> Loads:
     if not group.split.complement:
         return Loads(visible, None, None)
     hidden = mine - group.split.Q(visible)
-    push = group.steps[0].Bt(hidden) if group.n_in else None
+    push = group.steps[0].Bt(hidden) if group.n_in and group.split.coupled else None
     return Loads(visible, hidden, None if push is None else push / damping)
 
 
@@ -132,7 +134,7 @@ def put_controls(x: Tensor, group: SegmentGroup, load: Loads, s: Tensor, d: Tens
         mine = group.split.Q(s)
     else:
         rest = load.hidden
-        pull = group.steps[0].B(d) if d is not None and group.n_in else None
+        pull = group.steps[0].B(d) if d is not None and group.n_in and group.split.coupled else None
         if pull is not None:
             rest = rest - pull
             s = s + group.split.Qt(pull) / damping

@@ -7,13 +7,13 @@ lifts to the state before, K_δu K⁻¹ load; in the forward sweep, with u.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from linop_hess.lq.pivots import Eigenpivots
+from linop_hess.lq.pivots import CongruencePivots, Pivots
 from linop_hess.lq.pullback import Segment
 from linop_hess.lq.symmetric import Congruence, packed_pivots
 
@@ -56,7 +56,7 @@ class Step(ABC):
 class WhitenedStep(Step):
     """K = T θ Tᵀ, kept with T⁻¹ K_uδ."""
 
-    pivots: Congruence | Eigenpivots
+    pivots: Pivots
     cross: Tensor  # T⁻¹ K_uδ, (eliminated, n_in)
     arrived: int = 0
 
@@ -76,7 +76,7 @@ class WhitenedStep(Step):
     @property
     def delayed_directions(self) -> Tensor:
         """W, (u, delayed)."""
-        assert isinstance(self.pivots, Eigenpivots) and self.pivots.W is not None
+        assert self.pivots.W is not None
         return self.pivots.W
 
     @property
@@ -85,7 +85,7 @@ class WhitenedStep(Step):
 
     @property
     def delayed(self) -> int:
-        return self.pivots.delayed if isinstance(self.pivots, Eigenpivots) else 0
+        return self.pivots.delayed
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +103,7 @@ class PackedStep(Step):
 
     @classmethod
     def of(cls, segment: Segment, K: Tensor, cross: Tensor) -> PackedStep:
-        """Eliminate all of a pivot block, whatever its pivots: `smallest_pivots` tells."""
+        """Eliminate all of a pivot block, whatever its pivots."""
         packed, interchanges, _ = torch.linalg.ldl_factor_ex(K)
         return cls(segment, packed, interchanges, cross, torch.linalg.ldl_solve(packed, interchanges, cross))
 
@@ -115,23 +115,29 @@ class PackedStep(Step):
         return held if d is None else held - self.gain @ d
 
     def whitened(self) -> WhitenedStep:
-        pivots = Congruence.from_packed(self.packed, self.interchanges)
+        pivots = CongruencePivots(Congruence.from_packed(self.packed, self.interchanges))
         return WhitenedStep(self.segment, pivots, pivots.whiten(self.cross))
+
+    @property
+    def regular(self) -> bool:
+        """Whether no pivot is zero or NaN."""
+        theta = packed_pivots(self.packed[None], self.interchanges[None]).abs()
+        return not theta.numel() or float(theta.min()) > 0.0
 
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.cross.nbytes + self.gain.nbytes
 
 
-def pivot_sizes(steps: Sequence[PackedStep]) -> list[tuple[float, float]]:
-    """Smallest and largest |θ| of each step, NaN where there is a NaN; steps of one size are looked at together."""
-    sizes = [(1.0, 1.0)] * len(steps)
-    for r in {step.packed.shape[0] for step in steps} - {0}:
-        mine = [k for k, step in enumerate(steps) if step.packed.shape[0] == r]
-        theta = packed_pivots(
-            torch.stack([steps[k].packed for k in mine]), torch.stack([steps[k].interchanges for k in mine])
-        ).abs()
-        low, high = theta.aminmax(dim=1)
-        for k, a, b in zip(mine, low.tolist(), high.tolist(), strict=True):
-            sizes[k] = a, b
-    return sizes
+def stacked_by_size(steps: Sequence[PackedStep]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield packed, interchanges, cross and gain of the steps of each size, stacked."""
+    by_size: dict[torch.Size, list[PackedStep]] = {}
+    for step in steps:
+        by_size.setdefault(step.cross.shape, []).append(step)
+    for alike in by_size.values():
+        yield (
+            torch.stack([step.packed for step in alike]),
+            torch.stack([step.interchanges for step in alike]),
+            torch.stack([step.cross for step in alike]),
+            torch.stack([step.gain for step in alike]),
+        )

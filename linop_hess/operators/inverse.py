@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from linop_hess.lq.singular import SingularPivotError
 from linop_hess.lq.solver import Solution, Solver
 from linop_hess.operators.base import Operator
 from linop_hess.operators.convert import as_tensor, to_numpy
+
+_Answer = TypeVar("_Answer")
 
 # By how much of its largest entry the diagonal may differ from certified solves.
 _DIAGONAL = 1e-5
@@ -132,11 +135,14 @@ class HessianInverse(Operator):
         solver = self._solver
         cost = solver.plan.costs["riccati"]
         require(2 * cost.nbytes, f"the block LDLᵀ factorization for {self.shape[0]} parameters", solver.plan.available)
+        return BlockLDL(solver.problem, self.damping)
+
+    def _of_factors(self, question: Callable[[BlockLDL], _Answer]) -> _Answer:
         try:
             with torch.no_grad():
-                return BlockLDL(solver.problem, self.damping)
+                return question(self._ldl)
         except SingularPivotError as error:
-            where = "" if error.stage is None else f" (met at stage {solver.problem.name(error.stage)})"
+            where = "" if error.stage is None else f" (met at stage {self._solver.problem.name(error.stage)})"
             raise FactorizationError(
                 f"H + damping·I with damping={self.damping:g} has no block LDLᵀ factorization{where}: it is singular to working "
                 "precision, or damping is zero and there are parameters that the batch does not see; use another damping",
@@ -172,8 +178,7 @@ class HessianInverse(Operator):
     def slogdet(self) -> tuple[float, float]:
         """Sign and logarithm of the absolute value of det(H + εI).
 
-        The sign is that of the inertia. The logarithm is taken from a band LU where one fits, which is accurate as far as H determines it;
-        on chains too wide for that from the block LDLᵀ, which may lose some digits more at ε far below ‖H‖.
+        The sign is that of the inertia. The logarithm is taken from a band LU where one fits, else from the block LDLᵀ.
 
         Raises
         ------
@@ -183,12 +188,12 @@ class HessianInverse(Operator):
         sign = -1.0 if self._inertia.negative % 2 else 1.0
         costs = self._solver.plan.costs
         if self._solver.plan.fits("banded", 2) and costs["banded"].seconds <= 100 * costs["riccati"].seconds:
-            return sign, banded.factor(self._solver.problem.in_float64, self.damping).logabsdet()
-        return sign, self._ldl.logabsdet()
+            return sign, self._of_factors(lambda ldl: banded.factor(ldl.problem, self.damping).logabsdet())
+        return sign, self._of_factors(BlockLDL.logabsdet)
 
     def factor_report(self) -> list[SegmentReport]:
         """Pivot extremes, hidden controls and delayed directions of each segment of the chain."""
-        return self._ldl.report()
+        return self._of_factors(BlockLDL.report)
 
     def positive(self) -> PositiveOperator:
         """Return L⁻ᵀ|D|⁻¹L⁻¹ where H + εI = L D Lᵀ: positive definite, a legal `M` for cg and minres.
@@ -196,13 +201,14 @@ class HessianInverse(Operator):
         It equals the inverse where that is positive definite. Preconditioned by it H + εI has eigenvalues ±1, so that MINRES stops
         after two iterations.
         """
+        self._of_factors(BlockLDL.factor)
         return PositiveOperator(self._ldl, self)
 
     @cached_property
     def _diagonal(self) -> Tensor:
         """The diagonal in float64, checked at some entries with certified solves."""
         with torch.no_grad():
-            diagonal = self._ldl.diagonal()
+            diagonal = self._of_factors(BlockLDL.diagonal)
             N = self.shape[0]
             spread = torch.linspace(0, N - 1, min(N, 4), device=self.device).long()
             entries = torch.cat([diagonal.abs().topk(min(N, 4)).indices, spread]).unique()
@@ -222,8 +228,8 @@ class HessianInverse(Operator):
     def diagonal(self) -> np.ndarray:
         """Diagonal of the inverse, shape (N,); nothing of size N × N is formed.
 
-        Its error is about 1e-14 times the condition number of H + εI, up to a thousand times that for ε below 1e-4‖H‖. The largest
-        entries and some others are compared with certified solves.
+        Its error is about 1e-14 times the condition number of H + εI. The largest entries and some others are compared with certified
+        solves.
 
         Raises
         ------
@@ -243,8 +249,7 @@ class HessianInverse(Operator):
         widest = float(np.square(self._solver.problem.p.astype(float)).sum())
         require(8 * widest, "the diagonal blocks of the inverse")
         assert self._diagonal.numel() == self.shape[0]  # compared with certified solves, or an error
-        with torch.no_grad():
-            return [to_numpy(block.to(self.torch_dtype)) for block in self._ldl.blocks()]
+        return [to_numpy(block.to(self.torch_dtype)) for block in self._of_factors(BlockLDL.blocks)]
 
     def quadratic_form(self, v: Any) -> float | np.ndarray:
         """Return vᵀ (H + εI)⁻¹ v for v of shape (N,), or those of the columns of v of shape (N, k); v as in `solve`."""
@@ -281,8 +286,7 @@ class HessianInverse(Operator):
                 f"and {found.zero} zero eigenvalues; damping={1.01 * damping:.2e} works"
             )
         xi = torch.randn(self.shape[0], k, generator=generator, dtype=torch.float64).to(self.device)
-        with torch.no_grad():
-            return to_numpy(self._ldl.color(xi).to(self.torch_dtype))
+        return to_numpy(self._of_factors(lambda ldl: ldl.color(xi)).to(self.torch_dtype))
 
     def with_damping(self, damping: float) -> HessianInverse:
         """Factor again with another damping; derivatives are not computed again.
