@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 import numpy as np
 import torch
 
-from linop_hess.lq.convexity import count_up_to, smallest_convex_damping
+from linop_hess.lq.convexity import count_up_to, inertia, smallest_convex_damping
 from linop_hess.lq.plan import Plan, make_plan
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.signs import Inertia
 from linop_hess.lq.solver import checked_damping
 from linop_hess.operators import pieces
 from linop_hess.operators.algebra import damped
@@ -51,6 +52,12 @@ class Invertible(ABC):
     def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
         return HessianInverse(self.problem, damping, method, tolerance=tolerance)
+
+    def inertia(self, damping: float) -> Inertia:
+        """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse."""
+        damping = checked_damping(damping)
+        with torch.no_grad():
+            return inertia(self.problem, damping)
 
     def count_eigenvalues(self, a: float, b: float) -> int:
         """Count the eigenvalues of H in (a, b], from two inertias.

@@ -161,6 +161,17 @@ def test_shared_parameters():
             lh.linearize(nn.Sequential(linear, nn.Tanh(), other), f.cross_entropy, *make_batch(3, 3, 4))
 
 
+def test_parameters_in_one_storage_are_not_shared():
+    """As torch's own vector_to_parameters leaves them."""
+    model = make_mlp([3, 4, 3])
+    x, y = make_batch(3, 3, 4)
+    expected = lh.to_dense(lh.linearize(model, f.cross_entropy, x, y).H)
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1
+    np.testing.assert_array_equal(lh.to_dense(lh.linearize(model, f.cross_entropy, x, y).H), expected)
+
+
 def test_random_loss(setting):
     model, x, y = setting
     with pytest.raises(UnsupportedModelError, match="another value each time"):

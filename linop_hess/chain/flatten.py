@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from linop_hess.chain.convolution import AVERAGE_POOLS, CONVOLUTIONS, AveragePool, Convolution
 from linop_hess.chain.generic import Generic
@@ -43,7 +43,7 @@ def flatten(model: nn.Module, params: Iterable[str]) -> list[Layer]:
     """
     wanted = set(params)
     layers: list[Layer] = []
-    owner: dict[int, str] = {}
+    memory: list[tuple[int, int, str, str]] = []
     pending = [("", model)]
     while pending:
         name, module = pending.pop()
@@ -54,17 +54,34 @@ def flatten(model: nn.Module, params: Iterable[str]) -> list[Layer]:
             continue
         mine = []
         for key, parameter in module.named_parameters():
-            storage = parameter.untyped_storage().data_ptr() if parameter.numel() else id(parameter)
-            if owner.setdefault(storage, name) != name:
-                raise UnsupportedModelError(
-                    f"parameter {key!r} of layer {name!r} shares its storage with layer {owner[storage]!r}; a chain needs "
-                    "parameters of its own in every layer: untie them, or use linop_hess.Hessian"
-                )
+            memory.append((*_memory_of(parameter), name, key))
             if (f"{name}.{key}" if name else key) in wanted:
                 mine.append(key)
         _refuse_random(name, module)
         layers += [Layer(name, module, kind, part) for kind, part in _parts(module, tuple(mine))]
+    _refuse_shared(memory)
     return layers
+
+
+def _refuse_shared(memory: list[tuple[int, int, str, str]]) -> None:
+    """Raise if parameters (first byte, last, layer, key) of two layers overlap."""
+    reach, owner = 0, ""
+    for begin, end, name, key in sorted(memory):
+        if begin < reach and name != owner:
+            raise UnsupportedModelError(
+                f"parameter {key!r} of layer {name!r} shares its storage with layer {owner!r}; a chain needs "
+                "parameters of its own in every layer: untie them, or use linop_hess.Hessian"
+            )
+        if end > reach:
+            reach, owner = end, name
+
+
+def _memory_of(parameter: Tensor) -> tuple[int, int]:
+    """First byte of a tensor and the one after its last; several may lie in one storage without touching."""
+    if not parameter.numel():
+        return 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    return parameter.data_ptr(), parameter.data_ptr() + (reach + 1) * parameter.element_size()
 
 
 def _parts(module: nn.Module, params: tuple[str, ...]) -> list[tuple[Kind, tuple[str, ...]]]:

@@ -43,14 +43,14 @@ def linearize_loss(loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, tar
     """
     with double_backward("the loss"):
         u = output.detach().clone().requires_grad_()
-        value = checked_loss(loss_fn(u, target))
+        value = checked_loss(loss_fn(u.clone(), target))  # which a loss may change in place
         if not value.requires_grad:
             raise ValueError(
                 "the loss does not depend on the model's output: loss_fn(output, target) must compute it from output, "
                 "without detach() or .item()"
             )
         _refuse_other_parameters(value, u)
-        if not torch.equal(value, loss_fn(u, target).reshape(())):
+        if not torch.equal(value, loss_fn(u.clone(), target).reshape(())):
             raise UnsupportedModelError("loss_fn gives another value each time; remove its randomness")
         (gradient,) = torch.autograd.grad(value, u, create_graph=True, allow_unused=True, materialize_grads=True)
         C = _hessian_blocks(gradient, u)

@@ -179,3 +179,14 @@ def test_curvature_of_some_samples_that_vanishes():
     stage = linearize_loss(loss, u, None)[1]
     H = torch.autograd.functional.hessian(lambda v: loss(v, None), u).reshape(60, 60)
     np.testing.assert_allclose(stage.dense_C()[0].numpy(), H.numpy(), rtol=0, atol=1e-13)
+
+
+def test_loss_that_changes_its_argument_in_place():
+    def in_place(output, target):
+        return f.cross_entropy(output.mul_(2.0), target)
+
+    model = make_mlp([3, 4, 3])
+    x, y = make_batch(3, 3, 4)
+    lin = lh.linearize(model, in_place, x, y)
+    expected = oracle_hessian(model, lambda o, t: f.cross_entropy(2.0 * o, t), x, y)
+    np.testing.assert_allclose(lh.to_dense(lin.H), expected, rtol=0, atol=1e-13 * np.abs(expected).max())
