@@ -8,7 +8,7 @@ from torch.nn import functional as f
 
 import linop_hess as lh
 from linop_hess.chain.loss import linearize_loss
-from tests.helpers import differenced_hessian, make_mlp, oracle_gradient, oracle_hessian
+from tests.helpers import differenced_hessian, make_batch, make_mlp, oracle_gradient, oracle_hessian
 
 SAMPLES, CLASSES = 7, 4
 
