@@ -96,6 +96,24 @@ class BilinearSplit(RangeSplit):
         K, k = y.shape[0], y.shape[-1]
         return (self.rho.mT @ y.reshape(K, -1, self.o * k)).reshape(K, self.r, k)
 
+    def gram(self, Y: Tensor, samples: int) -> Tensor:
+        rho, q = self.rho[0], Y.shape[1]
+        if rho.shape[0] != samples:
+            return super().gram(Y, samples)
+        rows = Y.view(samples, self.o, q).mT.reshape(samples * q, self.o)
+        products = (rows @ rows.mT).view(samples, q, samples, q)
+        return (products * (rho @ rho.mT)[:, None, :, None]).reshape(samples * q, samples * q)
+
+    def form_diagonal(self, stage: Stages, Y: Tensor, samples: int, A: Tensor) -> Tensor:
+        rho, q = self.rho[0], Y.shape[1]
+        if rho.shape[0] != samples:
+            return super().form_diagonal(stage, Y, samples, A)
+        rows = Y.view(samples, self.o, q)
+        form = torch.einsum("boq,bqcr,cor->obc", rows, A.view(samples, q, samples, q), rows)
+        inputs = rho @ self.basis[0].mT  # Z̃
+        out = torch.einsum("bi,obc,ci->io", inputs, form, inputs)
+        return self.to_controls(out[None, ..., None]).reshape(-1)
+
     def A_range(self) -> Tensor | None:
         return None
 

@@ -153,6 +153,11 @@ class BlockLDL:
         sign = math.copysign(1.0, self.damping)
         return self._whitened.forward([_hidden_scaled(part, sign) for part in load], held).to(dtype)
 
+    @property
+    def noise(self) -> int:
+        """Size of the white noise that `color` takes: N."""
+        return self.problem.size
+
     def color(self, xi: Tensor) -> Tensor:
         """L⁻ᵀ D^(−½) ξ for ξ of shape (N, k), of covariance (H + εI)⁻¹ where ξ is white; D must be positive."""
         load = self._loads(xi.to(torch.float64))

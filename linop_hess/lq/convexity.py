@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
+from linop_hess._memory import require
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.block_ldl import BlockLDL
+from linop_hess.lq.gram_factors import inertia_in_function_space
 from linop_hess.lq.lockstep import Lockstep, serves
+from linop_hess.lq.plan import make_plan
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.signs import ZERO, Inertia
 from linop_hess.lq.singular import SingularPivotError
@@ -19,13 +22,22 @@ _locksteps: WeakKeyDictionary[Problem, Lockstep | None] = WeakKeyDictionary()
 
 
 def _inertia(problem: Problem, damping: float) -> Inertia:
-    """Inertia of H + εI, in lockstep where the chain is long and that is certain, else by the block LDLᵀ."""
+    """Inertia of H + εI: in lockstep where the chain is long and that is certain, in function space, or by the block LDLᵀ."""
     problem = problem.in_float64
     if problem not in _locksteps:
         _locksteps[problem] = Lockstep(problem) if serves(problem) else None
     lockstep = _locksteps[problem]
-    found = None if lockstep is None else lockstep.inertia(damping, ZERO * max(problem.norm, abs(damping)))
-    return BlockLDL(problem, damping).inertia() if found is None else found
+    zero_below = ZERO * max(problem.norm, abs(damping))
+    found = None if lockstep is None else lockstep.inertia(damping, zero_below)
+    if found is not None:
+        return found
+    plan = make_plan(problem, damping)
+    if plan.choice == "woodbury":
+        return inertia_in_function_space(problem, damping, zero_below)
+    require(
+        2 * plan.costs["riccati"].nbytes, f"the block LDLᵀ factorization for {problem.size} parameters", plan.available
+    )
+    return BlockLDL(problem, damping).inertia()
 
 
 def inertia(problem: Problem, damping: float) -> Inertia:

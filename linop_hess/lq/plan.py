@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from linop_hess._memory import available_bytes
-from linop_hess.lq import banded, dense, ldu, riccati
+from linop_hess.lq import banded, dense, ldu, riccati, woodbury
 from linop_hess.lq.cost import Cost
 from linop_hess.lq.problem import Problem
 
-METHODS = {"banded": banded, "riccati": riccati, "dense": dense, "ldu": ldu}
+METHODS = {"banded": banded, "riccati": riccati, "dense": dense, "woodbury": woodbury, "ldu": ldu}
 """The methods by name: modules with `factor(problem, damping)` and `estimate(problem)`."""
 
-_CHOSEN_AMONG = ("banded", "riccati", "dense")
+_CHOSEN_AMONG = ("banded", "riccati", "dense", "woodbury")
 
 _costs: WeakKeyDictionary[Problem, dict[str, Cost]] = WeakKeyDictionary()
 

@@ -67,6 +67,19 @@ class RangeSplit(Stacked, ABC):
     def B_complement_gram(self) -> Tensor | None:
         """Bᵀ(I − QQᵀ)B, shape (K, n_in, n_in), or None where it is zero."""
 
+    def gram(self, Y: Tensor, samples: int) -> Tensor:
+        """YᵀGGᵀY of one stage, (M, M), the columns of Y (n_out, q) standing for `samples` times as many, M = samples · q.
+
+        Row (b, j) of M is column j of Y with all but the rows of sample b zero.
+        """
+        seen = self.Rt(spread(Y, samples)[None])[0]
+        return seen.mT @ seen
+
+    def form_diagonal(self, stage: Stages, Y: Tensor, samples: int, A: Tensor) -> Tensor:
+        """Diagonal of GᵀYAYᵀG of one stage, (p,), with Y as in `gram`."""
+        X = stage.Gt(spread(Y, samples)[None])[0]
+        return ((X @ A) * X).sum(1)
+
     def project_out(self, x: Tensor) -> Tensor:
         """(I − QQᵀ) x: (K, p, k) to (K, p, k)."""
         return x - self.Q(self.Qt(x))
@@ -90,6 +103,13 @@ class RangeSplit(Stacked, ABC):
 
     def _from_range(self, columns: Tensor) -> Tensor:
         return self.Q(columns[None])[0]
+
+
+def spread(Y: Tensor, samples: int) -> Tensor:
+    """Columns (n, q) standing for those of each sample, as (n, samples · q): column (b, j) is column j in the rows of sample b."""
+    out = Y.new_zeros(samples, Y.shape[0] // samples, samples, Y.shape[1])
+    out.diagonal(dim1=0, dim2=2).copy_(Y.reshape(samples, -1, Y.shape[1]).permute(1, 2, 0))
+    return out.view(Y.shape[0], samples * Y.shape[1])
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Solver:
     problem : Problem
     damping : float
         ε; may be zero or negative.
-    method : {"auto", "banded", "riccati", "dense", "ldu"}
+    method : {"auto", "banded", "riccati", "dense", "woodbury", "ldu"}
     tolerance : float, optional
         Backward error to reach; default 1e-14 in float64, 1e-6 in float32.
     max_refinements : int

@@ -15,6 +15,7 @@ from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
 from linop_hess.lq import banded
 from linop_hess.lq.block_ldl import BlockLDL, SegmentReport
 from linop_hess.lq.convexity import inertia, smallest_convex_damping
+from linop_hess.lq.gram_factors import GramFactors
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.signs import Inertia
 from linop_hess.lq.singular import SingularPivotError
@@ -39,7 +40,7 @@ class HessianInverse(Operator):
         The chain, as `Linearization.inverse` passes it.
     damping : float
         ε; may be zero or negative.
-    method : {"auto", "banded", "riccati", "dense", "ldu"}
+    method : {"auto", "banded", "riccati", "dense", "woodbury", "ldu"}
         How to factor; "auto" follows the cost model of `Linearization.plan`.
     tolerance : float, optional
         Backward error every solve must reach; default 1e-14 in float64 and 1e-6 in float32.
@@ -131,13 +132,15 @@ class HessianInverse(Operator):
         return Solution(x, solution.backward_error, solution.residual_norm, solution.refinement_steps, solution.method)
 
     @cached_property
-    def _ldl(self) -> BlockLDL:
+    def _ldl(self) -> BlockLDL | GramFactors:
         solver = self._solver
+        if solver.method == "woodbury" and GramFactors.serves(solver.problem.in_float64, self.damping):
+            return GramFactors(solver.problem, self.damping)
         cost = solver.plan.costs["riccati"]
         require(2 * cost.nbytes, f"the block LDLᵀ factorization for {self.shape[0]} parameters", solver.plan.available)
         return BlockLDL(solver.problem, self.damping)
 
-    def _of_factors(self, question: Callable[[BlockLDL], _Answer]) -> _Answer:
+    def _of_factors(self, question: Callable[[BlockLDL | GramFactors], _Answer]) -> _Answer:
         try:
             with torch.no_grad():
                 return question(self._ldl)
@@ -187,13 +190,17 @@ class HessianInverse(Operator):
         """
         sign = -1.0 if self._inertia.negative % 2 else 1.0
         costs = self._solver.plan.costs
-        if self._solver.plan.fits("banded", 2) and costs["banded"].seconds <= 100 * costs["riccati"].seconds:
+        if (
+            isinstance(self._ldl, BlockLDL)
+            and self._solver.plan.fits("banded", 2)
+            and costs["banded"].seconds <= 100 * costs["riccati"].seconds
+        ):
             return sign, self._of_factors(lambda ldl: banded.factor(ldl.problem, self.damping).logabsdet())
-        return sign, self._of_factors(BlockLDL.logabsdet)
+        return sign, self._of_factors(lambda ldl: ldl.logabsdet())
 
     def factor_report(self) -> list[SegmentReport]:
         """Pivot extremes, hidden controls and delayed directions of each segment of the chain."""
-        return self._of_factors(BlockLDL.report)
+        return BlockLDL(self._solver.problem, self.damping).report()
 
     def positive(self) -> PositiveOperator:
         """Return L⁻ᵀ|D|⁻¹L⁻¹ where H + εI = L D Lᵀ: positive definite, a legal `M` for cg and minres.
@@ -201,14 +208,14 @@ class HessianInverse(Operator):
         It equals the inverse where that is positive definite. Preconditioned by it H + εI has eigenvalues ±1, so that MINRES stops
         after two iterations.
         """
-        self._of_factors(BlockLDL.factor)
+        self._of_factors(lambda ldl: ldl.factor())
         return PositiveOperator(self._ldl, self)
 
     @cached_property
     def _diagonal(self) -> Tensor:
         """The diagonal in float64, checked at some entries with certified solves."""
         with torch.no_grad():
-            diagonal = self._of_factors(BlockLDL.diagonal)
+            diagonal = self._of_factors(lambda ldl: ldl.diagonal())
             N = self.shape[0]
             spread = torch.linspace(0, N - 1, min(N, 4), device=self.device).long()
             entries = torch.cat([diagonal.abs().topk(min(N, 4)).indices, spread]).unique()
@@ -249,7 +256,7 @@ class HessianInverse(Operator):
         widest = float(np.square(self._solver.problem.p.astype(float)).sum())
         require(8 * widest, "the diagonal blocks of the inverse")
         assert self._diagonal.numel() == self.shape[0]  # compared with certified solves, or an error
-        return [to_numpy(block.to(self.torch_dtype)) for block in self._of_factors(BlockLDL.blocks)]
+        return [to_numpy(block.to(self.torch_dtype)) for block in self._of_factors(lambda ldl: ldl.blocks())]
 
     def quadratic_form(self, v: Any) -> float | np.ndarray:
         """Return vᵀ (H + εI)⁻¹ v for v of shape (N,), or those of the columns of v of shape (N, k); v as in `solve`."""
@@ -285,7 +292,8 @@ class HessianInverse(Operator):
                 f"samples need a positive definite H + damping·I; with damping={self.damping:g} it has {found.negative} negative "
                 f"and {found.zero} zero eigenvalues; damping={1.01 * damping:.2e} works"
             )
-        xi = torch.randn(self.shape[0], k, generator=generator, dtype=torch.float64).to(self.device)
+        size = self._of_factors(lambda ldl: ldl.noise)
+        xi = torch.randn(size, k, generator=generator, dtype=torch.float64).to(self.device)
         return to_numpy(self._of_factors(lambda ldl: ldl.color(xi)).to(self.torch_dtype))
 
     def with_damping(self, damping: float) -> HessianInverse:
@@ -308,7 +316,7 @@ class PositiveOperator(Operator):
 
     symmetric = True
 
-    def __init__(self, factors: BlockLDL, inverse: HessianInverse) -> None:
+    def __init__(self, factors: BlockLDL | GramFactors, inverse: HessianInverse) -> None:
         super().__init__(inverse.shape, inverse.torch_dtype, inverse.device)
         self._factors = factors
 
