@@ -1,21 +1,23 @@
-"""Which ``M`` is legal in SciPy's cg, minres and gmres, and what happens when it is not.
+"""Which ``M`` is legal in SciPy's cg, minres and gmres, and what happens where it is not.
 
 ``M`` stands for the inverse of A. What the methods assume is
 
     cg       A and M symmetric positive definite,
     minres   A symmetric, M symmetric positive definite,
-    gmres    nothing,
+    gmres    nothing.
 
-and SciPy does not check it, but for one sign in minres. A is a Hessian of a deep network, damped to be indefinite or
-just positive definite, multiplied by autograd: nothing of the factorizations is in it. Each row is the worst of several
-right-hand sides. A verdict is by inertia, before anything is run; outcomes are by true residuals ‖b − Ax‖/‖b‖:
+SciPy's cg checks none of it. Its minres raises once it meets rᵀMr < 0, with the words "indefinite preconditioner" at the
+start and the misleading "non-symmetric matrix" later. Here A is a Hessian, damped to be indefinite or just definite, of
+products by autograd: nothing of the factorizations is in it. The verdict on M is by inertia, before anything is run;
+what comes of it is counted over several right-hand sides, by true residuals ‖b − Ax‖/‖b‖:
 
-    solved         the true residual is below the tolerance, luck included,
-    false success  info == 0, and it is not,
+    solved         at or below rtol,
+    false success  info == 0, and it is not: minres stops by ‖r‖ ≤ rtol ‖A‖‖x‖,
     gave up        info > 0, at ``maxiter``,
-    raised         by minres (SciPy's words are "indefinite preconditioner", or, misleadingly, "non-symmetric matrix").
+    raised         by minres.
 
-rᵀMr < 0 counts products that prove M indefinite: what a solver could have noticed.
+Iterations and residual are the largest; rᵀMr < 0 counts the products with M that give it away, of all. A stale inverse
+is one from before a small step of the parameters.
 
 Run it with ``python examples/preconditioner_clinic.py``.
 """
@@ -39,10 +41,12 @@ RTOL = 1e-8
 
 
 class Case(NamedTuple):
-    """One solver with one A and one M, over all right-hand sides."""
+    """One solver with one A and one M, and a record for each right-hand side."""
 
-    A: str
-    M: str
+    kind: str
+    A: LinearOperator
+    name: str
+    M: LinearOperator | None
     solver: str
     verdict: str
     records: list[lh.krylov.Record]
@@ -73,28 +77,27 @@ def network(depth: int, width: int, features: int, classes: int) -> nn.Sequentia
 
 def preconditioners(
     lin: lh.Linearization, stale: lh.Linearization, single: lh.Linearization, damping: float
-) -> dict[str, tuple[LinearOperator, int]]:
+) -> dict[str, tuple[LinearOperator | None, int]]:
     """Return each M with the number of its negative eigenvalues."""
-    inverse, before = lin.inverse(damping), stale.inverse(damping)
-    others = {
-        "exact inverse": inverse,
+    inverses = {
+        "exact inverse": lin.inverse(damping),
         "Gauss-Newton inverse": lin.gauss_newton().inverse(damping),
         "inverse at half the damping": lin.inverse(damping / 2),
-        "inverse from a step before": before,
-        "inverse in float32": single.inverse(damping),
+        "stale inverse": stale.inverse(damping),
+        "float32 inverse": single.inverse(damping),
     }
-    blocks = inverse.block_diagonal()
-    return {
-        **{name: (other, other.inertia().negative) for name, other in others.items()},
-        "layers' blocks of inverse": (
-            aslinearoperator(block_diag(*blocks)),
-            sum(int((eigvalsh(block) < 0).sum()) for block in blocks),
-        ),
-        "H + damping I, by mistake": (lin.damped(damping), inverse.inertia().negative),
-        # L⁻ᵀ|D|⁻¹L⁻¹ where L D Lᵀ is factored: no negative eigenvalue, whatever H is.
-        "exact inverse .positive()": (inverse.positive(), 0),
-        "step before .positive()": (before.positive(), 0),
-    }
+    exact, blocks = inverses["exact inverse"], inverses["exact inverse"].block_diagonal()
+    found: dict[str, tuple[LinearOperator | None, int]] = {"none": (None, 0)}
+    found |= {name: (inverse, inverse.inertia().negative) for name, inverse in inverses.items()}
+    found["layers' blocks of inverse"] = (
+        aslinearoperator(block_diag(*blocks)),
+        sum(int((eigvalsh(b) < 0).sum()) for b in blocks),
+    )
+    found["A itself, by mistake"] = lin.damped(damping), exact.inertia().negative
+    # L⁻ᵀ|D|⁻¹L⁻¹ where L D Lᵀ is what was factored: positive definite, whatever that is.
+    for name in ("exact", "stale", "float32"):
+        found[f"{name} inverse, positive()"] = inverses[f"{name} inverse"].positive(), 0
+    return found
 
 
 def verdict(solver: str, negative_A: int, negative_M: int) -> str:
@@ -104,14 +107,8 @@ def verdict(solver: str, negative_A: int, negative_M: int) -> str:
 
 
 def main(
-    depth: int = 6,
-    width: int = 5,
-    batch: int = 6,
-    damping: float = 1e-2,
-    maxiter: int = 200,
-    step: float = 1e-3,
-    sides: int = 3,
-) -> list[Case]:
+    depth: int = 6, width: int = 5, batch: int = 6, damping: float = 1e-2, maxiter: int = 200, step: float = 1e-3
+) -> tuple[list[Case], list[np.ndarray]]:
     torch.manual_seed(0)
     model, loss_fn = network(depth, width, 10, 4), nn.CrossEntropyLoss()
     inputs, targets = torch.randn(batch, 10, dtype=torch.float64), torch.randint(4, (batch,))
@@ -122,31 +119,29 @@ def main(
     lin = lh.linearize(model, loss_fn, inputs, targets)
     single = lh.linearize(copy.deepcopy(model).float(), loss_fn, inputs.float(), targets)
     hessian = lh.Hessian(model, loss_fn, (inputs, targets))
-    random = np.random.default_rng(0).standard_normal((sides - 1, hessian.shape[0]))
+    sides = [lin.gradient, *np.random.default_rng(0).standard_normal((2, hessian.shape[0]))]
     cases: list[Case] = []
     for kind, epsilon in {"indefinite": damping, "definite": lin.smallest_convex_damping(margin=1e-3)}.items():
         A, negative = hessian.damped(epsilon), lin.inertia(epsilon).negative
         print(f"\nA = H + {epsilon:.5g} I, {negative} of {A.shape[0]} eigenvalues negative; rtol = {RTOL:g}\n")
-        print(f"{'M':28}{'solver':8}{'verdict':20}{'iterations':>10}{'residual':>10}{'rᵀMr < 0':>12}   outcomes")
-        for name, (M, negative_M) in {"none": (None, 0), **preconditioners(lin, stale, single, epsilon)}.items():
+        print(f"{'M':30}{'solver':8}{'verdict':18}{'iterations':>10}{'residual':>10}{'rᵀMr < 0':>12}   outcomes")
+        for name, (M, negative_M) in preconditioners(lin, stale, single, epsilon).items():
             for solver in ("cg", "minres", "gmres"):
                 options: dict[str, Any] = {"restart": maxiter} if solver == "gmres" else {}
-                run = [
-                    lh.krylov.run(solver, A, b, M=M, rtol=RTOL, maxiter=maxiter, **options)
-                    for b in (lin.gradient, *random)
-                ]
-                case = Case(kind, name, solver, verdict(solver, negative, negative_M), run)
-                cases.append(case)
-                show(case)
+                records = [lh.krylov.run(solver, A, b, M=M, rtol=RTOL, maxiter=maxiter, **options) for b in sides]
+                cases.append(Case(kind, A, name, M, solver, verdict(solver, negative, negative_M), records))
+                show(cases[-1])
     summarize(cases)
-    return cases
+    return cases, sides
 
 
 def show(case: Case) -> None:
     worst, longest = (max(getattr(r, key) for r in case.records) for key in ("residual", "iterations"))
     seen, products = (sum(getattr(r, key) for r in case.records) for key in ("negative_curvature_M", "products_M"))
     words = ", ".join(f"{count} {word}" for word, count in case.outcomes.items())
-    print(f"{case.M:28}{case.solver:8}{case.verdict:20}{longest:10}{worst:10.0e}{f'{seen}/{products}':>12}   {words}")
+    print(
+        f"{case.name:30}{case.solver:8}{case.verdict:18}{longest:10}{worst:10.0e}{f'{seen}/{products}':>12}   {words}"
+    )
 
 
 def summarize(cases: list[Case]) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+import linop_hess as lh
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -28,7 +33,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested():
-    tested = {"first_steps", "preconditioning", "optimal_control"}
+    tested = {"first_steps", "influence", "optimal_control", "preconditioner_clinic", "preconditioning"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -96,3 +101,181 @@ def test_pendulum_cost_is_the_integral():
     integral = weights @ (q * path**2 + r * u**2)
     state = np.array([theta, omega])
     assert np.isclose(A[0, 0] * u * u + 2 * u * (B @ state)[0] + state @ C @ state, integral, rtol=1e-12)
+
+
+def at_parameters(model: nn.Module, data: Sequence[torch.Tensor], damping: float):
+    """The summed cross-entropy with weight decay, as a function of the flat parameters."""
+    parameters = dict(model.named_parameters())
+    shapes = [parameter.shape for parameter in parameters.values()]
+
+    def objective(flat: torch.Tensor) -> torch.Tensor:
+        parts = flat.split([shape.numel() for shape in shapes])
+        values = {name: part.view(shape) for name, part, shape in zip(parameters, parts, shapes, strict=True)}
+        logits = torch.func.functional_call(model, values, (data[0],))
+        return nn.functional.cross_entropy(logits, data[1], reduction="sum") + damping / 2 * flat @ flat
+
+    return objective
+
+
+def test_influence(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    damping, images = 1.0, 16
+    found = load("influence").main(images, 2, 3, (3, 8), damping, figure=tmp_path / "influence.png")
+    assert (tmp_path / "influence.png").stat().st_size > 0
+    w, (pictures, labels) = torch.tensor(found["w"]), found["data"]
+
+    def derivatives(data, point):
+        objective = at_parameters(found["model"], data, damping)
+        return torch.func.grad(objective)(point).numpy(), torch.autograd.functional.hessian(objective, point).numpy()
+
+    def loss(i, point):
+        return at_parameters(found["model"], (pictures[i : i + 1], labels[i : i + 1]), 0.0)(point).item()
+
+    gradient, hessian = derivatives((pictures, labels), w)
+    assert np.linalg.norm(gradient) < 1e-8
+    assert np.linalg.eigvalsh(hessian)[0] > 0
+    assert found["definite"].all()
+    for i in (*range(0, images, 3), int(found["actual"].argmax())):
+        kept = torch.arange(images) != i
+        others = pictures[kept], labels[kept]
+        slope, curvature = derivatives(others, w)
+        # At a stationary point the gradient without the image is minus the image's own.
+        influence, newton = -np.linalg.solve(hessian, slope), -np.linalg.solve(curvature, slope)
+        truth = found["truth"][:, i]
+        influence, newton, truth = (torch.from_numpy(move) for move in (influence, newton, truth))
+        retrained, there = derivatives(others, w + truth)
+        assert np.linalg.norm(retrained) < 1e-8
+        assert np.linalg.eigvalsh(there)[0] > 0
+        for name, move in (("influence", influence), ("Newton step", newton)):
+            assert np.allclose(found["moves"][name][:, i], move, rtol=0, atol=1e-8 * move.norm().item())
+            growth = loss(i, w + move) - loss(i, w)
+            assert found["predicted"][name][i] == pytest.approx(growth, rel=1e-6)
+        assert found["actual"][i] == pytest.approx(loss(i, w + truth) - loss(i, w), rel=1e-8)
+    first_order, influence, newton = (
+        found["rows"][key] for key in ("influence, first order", "influence", "Newton step")
+    )
+    assert newton["correlation"] > 0.99 and abs(newton["slope"] - 1) < 0.1
+    assert newton["worst"] < 0.2 < influence["worst"]  # it underestimates what matters most
+    assert influence["slope"] > 1.5 and first_order["slope"] > influence["slope"]
+    assert found["rows"]["Newton step, definite"] == pytest.approx(
+        {k: v for k, v in newton.items() if k != "error of move"}
+    )
+    worst = int(found["actual"].argmax())
+    assert found["predicted"]["influence"][worst] < found["actual"][worst] / 2
+    assert (found["actual"] > 0).all()
+
+
+def test_influence_retrains_to_what_scipy_finds():
+    pytest.importorskip("sklearn")
+    from scipy.optimize import minimize
+
+    example = load("influence")
+    torch.manual_seed(0)
+    data, model, damping = example.digits(12, (3, 8)), example.network(2, 3, 2), 1.0
+    start = parameters_to_vector(model.parameters()).detach().numpy()
+    w, lin = example.minimize(model, start, data, damping)
+    objective = at_parameters(model, data, damping)
+    theirs = minimize(
+        lambda x: objective(torch.from_numpy(x)).item(),
+        w + 0.05 * np.random.default_rng(0).standard_normal(w.size),
+        jac=lambda x: torch.func.grad(objective)(torch.from_numpy(x)).numpy(),
+        method="BFGS",
+        options={"gtol": 1e-7},
+    )
+    assert theirs.fun == pytest.approx(objective(torch.from_numpy(w)).item(), abs=1e-10)
+    assert np.allclose(theirs.x, w, rtol=0, atol=1e-5)
+    assert lin.inverse(damping).is_positive_definite
+
+
+def test_influence_leaves_a_saddle():
+    pytest.importorskip("sklearn")
+    example = load("influence")
+    # From zero Newton's method keeps the weights zero and fits the last bias alone: to a saddle with one hidden layer.
+    model, data, damping = example.network(1, 3, 2), example.digits(12, (3, 8)), 1e-2
+    start = np.zeros(sum(parameter.numel() for parameter in model.parameters()))
+    w, lin = example.minimize(model, start, data, damping)
+    gradient = torch.func.grad(at_parameters(model, data, damping))(torch.from_numpy(w))
+    assert float(gradient.norm()) < 1e-8 and lin.inertia(damping).negative == 0
+    assert lin.loss < 0.1 * 12 * np.log(2)
+
+
+@pytest.fixture(scope="module")
+def clinic():
+    with torch.random.fork_rng(devices=[]):
+        example = load("preconditioner_clinic")
+        cases, sides = example.main(depth=2, width=3, batch=3, maxiter=30)
+    return example, cases, sides
+
+
+def test_clinic_verdicts_are_right(clinic):
+    _, cases, _ = clinic
+    matrices = {case.kind: lh.to_dense(case.A) for case in cases}
+    spectra = {kind: np.linalg.eigvalsh(A) for kind, A in matrices.items()}
+    assert spectra["indefinite"][0] < 0 < spectra["definite"][0]
+    seen = set()
+    for case in cases:
+        definite_M = True
+        if case.M is not None:
+            M = lh.to_dense(case.M).astype(float)
+            assert abs(M - M.T).max() < 1e-4 * abs(M).max()
+            definite_M = bool(np.linalg.eigvalsh((M + M.T) / 2)[0] > 0)
+        wrong = [
+            ("A", case.solver == "cg" and case.kind == "indefinite"),
+            ("M", case.solver != "gmres" and not definite_M),
+        ]
+        blamed = " and ".join(letter for letter, is_wrong in wrong if is_wrong)
+        assert case.verdict == (f"illegal: {blamed}" if blamed else "legal"), case[:5]
+        seen.add(case.verdict)
+    assert seen == {"legal", "illegal: A", "illegal: M", "illegal: A and M"}
+
+
+def test_clinic_outcomes_are_those_of_scipy(clinic):
+    from scipy.sparse.linalg import minres
+
+    example, cases, sides = clinic
+    matrices = {case.kind: lh.to_dense(case.A) for case in cases}
+    for case in cases:
+        for b, record in zip(sides, case.records, strict=True):
+            found = example.outcome(record)
+            residual = np.linalg.norm(b - matrices[case.kind] @ record.x) / np.linalg.norm(b)
+            assert record.residual == pytest.approx(residual, rel=1e-3, abs=1e-12)
+            assert (found == "raised") == (record.info is None)
+            assert (found == "solved") == (record.info is not None and record.residual <= 1.1 * example.RTOL)
+            if case.solver != "minres":
+                assert found != "raised"
+                continue
+            try:
+                _, info = minres(case.A, b, M=case.M, rtol=example.RTOL, maxiter=30)
+                assert info == record.info
+            except ValueError as error:
+                assert found == "raised"
+                assert str(error) in ("indefinite preconditioner", "non-symmetric matrix")
+
+
+def test_clinic_findings(clinic):
+    example, cases, _ = clinic
+    for case in cases:
+        caught = sum(record.negative_curvature_M for record in case.records)
+        if "raised" in case.outcomes:  # minres alone, and never for nothing
+            assert case.solver == "minres" and case.verdict == "illegal: M" and caught > 0
+        if case.verdict == "legal" and case.solver != "gmres":
+            assert caught == 0
+        if case.name == "exact inverse, positive()" and case.verdict == "legal" and case.solver != "gmres":
+            assert case.outcomes == {"solved": 3}
+            assert max(record.iterations for record in case.records) <= 3
+        if case.name == "exact inverse" and case.solver == "gmres":
+            assert case.outcomes == {"solved": 3}
+            assert max(record.iterations for record in case.records) <= 2
+    by_name = {(case.kind, case.name, case.solver): case for case in cases}
+    assert by_name["definite", "exact inverse", "cg"].outcomes == {"solved": 3}
+    for name in ("stale inverse", "inverse at half the damping", "A itself, by mistake"):
+        assert by_name["indefinite", name, "minres"].outcomes["raised"] > 0
+        assert "raised" not in by_name["indefinite", name, "cg"].outcomes
+    # info == 0 and a residual above the tolerance: a legal minres does that, cg never did.
+    assert any(case.outcomes["false success"] for case in cases if case.solver == "minres" and case.verdict == "legal")
+    assert not any(case.outcomes["false success"] for case in cases if case.solver == "cg")
+    # An illegal M need not fail: nothing but the sign of rᵀMr tells.
+    silent = by_name["indefinite", "stale inverse", "cg"]
+    assert silent.verdict == "illegal: A and M" and silent.outcomes == {"solved": 3}
+    assert sum(record.negative_curvature_M for record in silent.records) > 0
