@@ -33,7 +33,15 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested():
-    tested = {"first_steps", "influence", "optimal_control", "preconditioner_clinic", "preconditioning"}
+    tested = {
+        "first_steps",
+        "influence",
+        "landscape",
+        "laplace",
+        "optimal_control",
+        "preconditioner_clinic",
+        "preconditioning",
+    }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -279,3 +287,128 @@ def test_clinic_findings(clinic):
     silent = by_name["indefinite", "stale inverse", "cg"]
     assert silent.verdict == "illegal: A and M" and silent.outcomes == {"solved": 3}
     assert sum(record.negative_curvature_M for record in silent.records) > 0
+
+
+def test_landscape(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    example = load("landscape")
+    depth, width, batch, rate, steps, points, damping = 4, 5, 4, 0.1, 300, 8, 1e-3
+    path = example.main(depth, width, batch, rate, steps, points, damping, figure=tmp_path / "landscape.png")
+    assert (tmp_path / "landscape.png").stat().st_size > 0
+    torch.manual_seed(0)
+    model, data = example.network(depth, width), example.digits(batch)
+    for point, step in zip(path, example.descend(model, data, rate, steps, points), strict=True):
+        spectrum = np.linalg.eigvalsh(lh.to_dense(lh.Hessian(model, example.squared_error, data)))
+        assert point.step == step
+        assert point.loss == pytest.approx(example.squared_error(model(data[0]), data[1]).item(), rel=1e-12)
+        assert point.negative == (spectrum < -damping).sum()
+        assert point.flat == (abs(spectrum) <= damping).sum()
+        assert point.positive == (spectrum > damping).sum()
+        assert point.smallest == pytest.approx(spectrum[0], abs=1e-6 * spectrum[-1])
+        assert point.largest == pytest.approx(spectrum[-1], rel=1e-6)
+        assert point.log_determinant == pytest.approx(np.log(abs(spectrum + damping)).sum(), rel=1e-10)
+    assert (path[0].step, path[-1].step) == (0, steps)
+    assert len({point.negative for point in path}) > 3
+
+
+def test_landscape_ends_in_a_minimum_of_the_rank_of_the_data():
+    pytest.importorskip("sklearn")
+    last = load("landscape").main(depth=2, width=12, batch=2, rate=0.1, steps=3000, points=2, damping=1e-3)[-1]
+    assert last.loss < 1e-8
+    assert last.negative == 0
+    assert last.positive == 2 * 10  # images times outputs
+
+
+def penalized_loss(example: ModuleType, model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], tau: float):
+    """Value, gradient and Hessian of the loss and the prior together, one function of the flat parameters."""
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [parameter.shape for parameter in model.parameters()]
+
+    def penalized(flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        values = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        return example.LOSS(torch.func.functional_call(model, values, (data[0],)), data[1]) + tau / 2 * flat @ flat
+
+    flat = parameters_to_vector(model.parameters()).detach()
+    gradient = torch.func.grad(penalized)(flat).numpy()
+    return penalized(flat).item(), gradient, torch.autograd.functional.hessian(penalized, flat).numpy()
+
+
+def test_laplace():
+    pytest.importorskip("sklearn")
+    example = load("laplace")
+    found = example.main(depth=2, width=3, batch=15, taus=(0.1, 1.0), tests=12, samples=4000)
+    for row in found["rows"]:
+        value, gradient, precision = penalized_loss(example, row["model"], found["data"], row["tau"])
+        assert np.linalg.norm(gradient) < 1e-8
+        assert row["gradient"] == pytest.approx(np.linalg.norm(gradient), abs=1e-12)
+        assert np.linalg.eigvalsh(precision)[0] > 0
+        truth = -value + len(precision) / 2 * np.log(row["tau"]) - np.linalg.slogdet(precision)[1] / 2
+        assert row["exact"] == pytest.approx(truth, abs=1e-8)
+        # Gauss-Newton's matrix from its definition, Jᵀ (diag p − p pᵀ) J summed over the images.
+        J = example.jacobian(row["model"], found["data"][0]).reshape(15, example.CLASSES, -1)
+        p = row["model"](found["data"][0]).softmax(1).detach().numpy()
+        curvature = np.einsum("bi,ij->bij", p, np.eye(example.CLASSES)) - np.einsum("bi,bj->bij", p, p)
+        gauss_newton = np.einsum("bim,bij,bjn->mn", J, curvature, J, optimize=True) + row["tau"] * np.eye(
+            len(precision)
+        )
+        gap = np.linalg.slogdet(precision)[1] - np.linalg.slogdet(gauss_newton)[1]
+        assert row["Gauss-Newton"] - row["exact"] == pytest.approx(gap / 2, abs=1e-8)
+        assert gap > 0.1  # not the same number twice
+        for kind in ("exact", "Gauss-Newton"):
+            assert abs(row[f"{kind} off"]) < 1e-9
+    assert set(found["predictions"]) == {"held-out digits 0-4", "unseen digits 5-9", "noise"}
+    for group in found["predictions"].values():
+        for kind in ("exact", "Gauss-Newton"):
+            assert group[f"{kind} off"] < 1e-9
+            assert group[f"{kind} samples off"] < 0.05
+            assert group[kind] < group["θ alone"]
+    held_out, unseen, noise = found["predictions"].values()
+    for kind in ("exact", "Gauss-Newton"):
+        assert held_out[f"{kind} deviation"] < unseen[f"{kind} deviation"] < noise[f"{kind} deviation"]
+        assert held_out[kind] > max(unseen[kind], noise[kind])
+    assert found["accuracy"] > 0.5
+
+
+def test_laplace_without_a_maximum(capsys):
+    pytest.importorskip("sklearn")
+    example = load("laplace")
+    found = example.main(depth=2, width=3, batch=15, taus=(0.1,), iterations=1, tests=2, samples=10)
+    (row,) = found["rows"]
+    spectrum = np.linalg.eigvalsh(penalized_loss(example, row["model"], found["data"], 0.1)[2])
+    assert (spectrum < 0).sum() == row["exact inverse"].inertia().negative > 0
+    assert np.isnan(row["exact"]) and np.isfinite(row["Gauss-Newton"])
+    assert "not positive definite" in capsys.readouterr().out
+    assert all("exact" not in group and "Gauss-Newton" in group for group in found["predictions"].values())
+
+
+def test_laplace_evidence_is_exact_for_a_linear_model():
+    # y ~ N(Xw, I) with w ~ N(0, I/τ): the evidence is the density of N(0, I + XXᵀ/τ), and Laplace's method is exact.
+    from scipy.stats import multivariate_normal
+
+    example = load("laplace")
+    rng = np.random.default_rng(0)
+    X, y, tau = rng.standard_normal((7, 4)), rng.standard_normal(7), 0.3
+    maximum = np.linalg.solve(X.T @ X + tau * np.eye(4), X.T @ y)
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.from_numpy(maximum))
+    lin = lh.linearize(model, lambda o, t: ((o[:, 0] - t) ** 2).sum() / 2, torch.from_numpy(X), torch.from_numpy(y))
+    ours = example.log_evidence(lin.loss, maximum, tau, lin.inverse(tau).slogdet()[1]) - 7 / 2 * np.log(2 * np.pi)
+    assert ours == pytest.approx(multivariate_normal.logpdf(y, cov=np.eye(7) + X @ X.T / tau), rel=1e-12)
+
+
+def test_laplace_jacobian_and_confidence():
+    example = load("laplace")
+    torch.manual_seed(0)
+    model, images = example.network(2, 3), torch.randn(4, 64, dtype=torch.float64)
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(logit, parameters, retain_graph=True) for logit in model(images).flatten()]
+    assert np.allclose(example.jacobian(model, images), [parameters_to_vector(row) for row in rows], rtol=0, atol=1e-14)
+    # Of two classes and one uncertain logit it is the mean of the sigmoid of a normal, to about a percent.
+    logits, variances = np.array([[1.5, 0.0]]), np.array([[4.0, 0.0]])
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    averaged = (weights / (1 + np.exp(-1.5 - 2 * nodes))).sum() / weights.sum()
+    assert example.confidence(logits, 0.0) == pytest.approx(1 / (1 + np.exp(-1.5)), rel=1e-12)
+    assert example.confidence(logits, variances) == pytest.approx(averaged, rel=0.02)

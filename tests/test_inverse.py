@@ -385,7 +385,9 @@ def test_ldu_on_networks():
 
 @pytest.mark.parametrize("method", ["lu", "", "BANDED", None, 3])
 def test_unknown_method(setting, method):
-    with pytest.raises(ValueError, match="method must be one of .*'auto', 'banded', 'riccati', 'dense', 'woodbury', 'ldu'"):
+    with pytest.raises(
+        ValueError, match="method must be one of .*'auto', 'banded', 'riccati', 'dense', 'woodbury', 'ldu'"
+    ):
         setting[0].inverse(1e-3, method)
 
 
