@@ -92,8 +92,8 @@ def unit_cotangents(like: Tensor) -> Tensor:
     return torch.eye(n, dtype=like.dtype, device=like.device).view(n, *like.shape)
 
 
-def assert_symmetric(block: Tensor, what: str, scale: float = 0.0) -> None:
-    """Raise if a computed second derivative is not symmetric to rounding.
+def symmetric(block: Tensor, what: str, scale: float = 0.0) -> Tensor:
+    """Return a computed second derivative, symmetric to rounding, as an exactly symmetric one.
 
     Parameters
     ----------
@@ -103,13 +103,18 @@ def assert_symmetric(block: Tensor, what: str, scale: float = 0.0) -> None:
     scale : float
         Size of the derivatives it was computed from, whose rounding it inherits even where it is small itself.
 
+    Returns
+    -------
+    Tensor
+        The mean of `block` and its transpose.
+
     Raises
     ------
     ArithmeticError
-        Naming `what`: torch's derivative of some operation in it is wrong.
+        If it is not symmetric to rounding, naming `what`: torch's derivative of some operation in it is wrong.
     """
     if not block.numel():
-        return
+        return block
     gap = float((block - block.mT).abs().max())
     size = max(float(block.abs().max()), scale)
     # A wrong derivative is off by order one; rounding is amplified by ill-conditioned operations such as norms.
@@ -118,3 +123,4 @@ def assert_symmetric(block: Tensor, what: str, scale: float = 0.0) -> None:
             f"the second derivative of {what} came out asymmetric by {gap:.1e} of {size:.1e}: torch differentiates an "
             "operation in it wrongly; rewrite it in primitive operations"
         )
+    return (block + block.mT) / 2

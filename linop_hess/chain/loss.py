@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linop_hess.chain.derivatives import assert_symmetric, double_backward, unit_cotangents, vjps
+from linop_hess.chain.derivatives import double_backward, symmetric, unit_cotangents, vjps
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.dense_stages import CostStage
 
@@ -58,8 +58,7 @@ def linearize_loss(loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, tar
     for what, array in (("gradient", row), ("Hessian", C)):
         if not bool(torch.isfinite(array).all()):
             raise ValueError(f"the {what} of the loss with respect to the model's output holds NaN or Inf")
-    assert_symmetric(C, "the loss")
-    return float(value.detach()), CostStage(row, C)
+    return float(value.detach()), CostStage(row, symmetric(C, "the loss"))
 
 
 def _refuse_other_parameters(value: Tensor, u: Tensor) -> None:

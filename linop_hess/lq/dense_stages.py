@@ -224,3 +224,14 @@ class CostStage(Stages):
     def without_curvature(self) -> Self:
         """Return itself: Gauss-Newton keeps the curvature of the cost."""
         return self
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """As of any stage; what rounding in a lower precision left of eigenvalues of C that are zero is taken off."""
+        stage = super().to(dtype)
+        rounding = self.c.shape[-1] * torch.finfo(self.dtype).eps
+        if torch.finfo(dtype).eps >= torch.finfo(self.dtype).eps or not self.c.numel():
+            return stage
+        values, vectors = torch.linalg.eigh(stage.c)
+        values = torch.where(values.abs() > rounding * values.abs().max(), values, 0.0)
+        c = (vectors * values[..., None, :]) @ vectors.mT
+        return replace(stage, c=(c + c.mT) / 2)

@@ -44,9 +44,8 @@ class FunctionSpace:
         values, vectors = torch.linalg.eigh(blocks)
         order = values.abs().argsort(dim=1, descending=True)
         values, vectors = values.gather(1, order), vectors.gather(2, order[:, None].expand_as(vectors))
-        largest = float(values.abs().max()) if values.numel() else 0.0
-        nonzero = values.abs() > values.shape[1] * torch.finfo(values.dtype).eps * largest
-        q = int(nonzero.sum(1).max()) if values.numel() else 0
+        nonzero = values.abs() > values.shape[1] * torch.finfo(values.dtype).eps * values.abs().max()
+        q = max(int(nonzero.sum(1).max()), 1)  # of a cost without curvature one zero
         values = torch.where(nonzero, values, 0.0)[:, :q]
         self.seeds = vectors[:, :, :q] * values.abs().sqrt()[:, None]
         self.signs = torch.where(values < 0, -1.0, 1.0).to(values.dtype).reshape(-1)

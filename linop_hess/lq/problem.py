@@ -80,9 +80,9 @@ class Problem:
 
         Parameters
         ----------
-        A : sequence of array, each (p_l, p_l), symmetric
+        A : sequence of array, each (p_l, p_l), symmetric to 1e-5 of its largest entry; its symmetric part is taken
         B : sequence of array, each (p_l, n_{l−1})
-        C : sequence of array, each (n_{l−1}, n_{l−1}), symmetric
+        C : sequence of array, each (n_{l−1}, n_{l−1}), as A
         F : sequence of array, each (n_l, n_{l−1})
         G : sequence of array, each (n_l, p_l)
 
@@ -329,5 +329,5 @@ def _checked_stage(l: int, A: Tensor, B: Tensor, C: Tensor, F: Tensor, G: Tensor
     for name, block in (("A", A), ("C", C)):
         if block.numel() and not torch.allclose(block, block.T, rtol=0, atol=1e-5 * float(block.abs().max())):
             raise ValueError(f"stage {l + 1}: {name} is not symmetric; pass its symmetric part")
-    a = A[None] if p and bool(A.any()) else None
-    return DenseStages.plain(F[None], G[None], a, B[None] if p else None, C[None])
+    a = (A + A.T)[None] / 2 if p and bool(A.any()) else None
+    return DenseStages.plain(F[None], G[None], a, B[None] if p else None, (C + C.T)[None] / 2)

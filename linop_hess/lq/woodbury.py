@@ -67,11 +67,14 @@ def estimate(problem: Problem) -> Cost:
     if curved is not None:
         why = f"stage {problem.name(curved)} has curvature: only for Gauss-Newton, and costs of the last state alone"
         return Cost(np.inf, np.inf, np.inf, why)
+    rows = float(problem.n_in[-1])
+    if rows > problem.size:
+        why = f"{rows:.0f} batch × outputs are more than the {problem.size} parameters: the Gram matrix is the larger one, and singular"
+        return Cost(np.inf, np.inf, np.inf, why)
     last = problem.stages[-1]
     samples = getattr(last, "c", torch.zeros(1, 1)).shape[1]
     if not keeps_apart(problem, samples):
         samples = 1
-    rows = float(problem.n_in[-1])
     columns = rows / samples
     walked = 2.0 * columns / samples * float((problem.n_in[:-1] * problem.n_out[:-1]).sum())
     of_gram = 2.0 * rows**2 / samples * float(problem.n_out[problem.p > 0].sum())

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
 from scipy.sparse.linalg import eigsh as arpack
 
-from linop_hess.lq.convexity import count_up_to
+from linop_hess.lq.convexity import NUDGE, count_up_to
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.dense import to_dense
 from linop_hess.operators.inverse import HessianInverse
@@ -24,19 +24,13 @@ def extreme_eigenvalues(problem: Problem, rtol: float = 1e-8) -> tuple[float, fl
     """Smallest and largest eigenvalue of H, by Lanczos, to rtol·‖H‖; that none lies outside is verified by inertia."""
     problem = problem.in_float64
     H = ChainHessian(problem)
+    if problem.norm == 0.0:
+        return 0.0, 0.0
     if problem.size <= _SMALL:
         dense = to_dense(H)
         values = np.linalg.eigvalsh((dense + dense.T) / 2)
         return float(values[0]), float(values[-1])
-    low, high = _extreme(problem, H, "SA", rtol), _extreme(problem, H, "LA", rtol)
-    margin = max(rtol, 1e-7) * max(abs(low), abs(high))
-    outside = count_up_to(problem, low - margin) + problem.size - count_up_to(problem, high + margin)
-    if outside:
-        raise ArithmeticError(
-            f"Lanczos found eigenvalues from {low:g} to {high:g}, but by inertia {outside} lie outside; ask for more with "
-            "spectrum.eigsh at a shift there"
-        )
-    return low, high
+    return _extreme(problem, H, "SA", rtol), _extreme(problem, H, "LA", rtol)
 
 
 def condition_number(problem: Problem, damping: float, rtol: float = 1e-6) -> float:
@@ -53,25 +47,41 @@ def condition_number(problem: Problem, damping: float, rtol: float = 1e-6) -> fl
 
 
 def _extreme(problem: Problem, H: LinearOperator, which: str, rtol: float) -> float:
-    """One end of the spectrum: Lanczos on H, and where that takes long, as next to a null space, shift-invert just outside."""
+    """One end of the spectrum: Lanczos on H; where that takes long or ends at an inner eigenvalue, shift-invert just outside."""
     try:
-        return _end(H, which, rtol, _RESTARTS)
+        value = _end(H, which, rtol, _RESTARTS)
+        if not _beyond(problem, which, value, rtol):
+            return value
     except ArpackNoConvergence:
         pass
     sign = -1.0 if which == "SA" else 1.0
-
-    def is_outside(x: float) -> bool:
-        below = count_up_to(problem, x)
-        return below == 0 if which == "SA" else below == problem.size
-
     outer, inner = 1.5 * problem.norm, -1.5 * problem.norm  # in the direction of the end
-    while not is_outside(sign * outer):
+    while _outside(problem, which, sign * outer):
         outer *= 2.0
     while outer - inner > _CLOSE * problem.norm:
         middle = (outer + inner) / 2
-        outer, inner = (middle, inner) if is_outside(sign * middle) else (outer, middle)
+        outer, inner = (outer, middle) if _outside(problem, which, sign * middle) else (middle, inner)
     shift = sign * (outer + _CLOSE * problem.norm)
-    return shift + 1.0 / _end(HessianInverse(problem, -shift), "LM", rtol / _CLOSE, 300)
+    value = shift + 1.0 / _end(HessianInverse(problem, -shift), "LM", rtol / _CLOSE, 300)
+    missed = _beyond(problem, which, value, rtol)
+    if missed:
+        raise ArithmeticError(
+            f"Lanczos found {value:g} at an end of the spectrum, but by inertia {missed} eigenvalues lie beyond it; ask for more "
+            "with spectrum.eigsh at a shift there"
+        )
+    return value
+
+
+def _outside(problem: Problem, which: str, x: float) -> int:
+    """Count the eigenvalues below ("SA") or above ("LA") x."""
+    up_to = count_up_to(problem, x)
+    return up_to if which == "SA" else problem.size - up_to
+
+
+def _beyond(problem: Problem, which: str, value: float, rtol: float) -> int:
+    """Count the eigenvalues farther out than a value known to rtol·‖H‖."""
+    margin = max(rtol, 2 * NUDGE) * problem.norm
+    return _outside(problem, which, value - margin if which == "SA" else value + margin)
 
 
 def _end(A: LinearOperator, which: str, rtol: float, restarts: int) -> float:
