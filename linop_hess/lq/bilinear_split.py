@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from linop_hess.lq.rangesplit import RangeSplit
+from linop_hess.lq.rangesplit import Joint, RangeSplit
 from linop_hess.lq.stages import Stages
 
 
@@ -133,29 +133,23 @@ class BilinearSplit(RangeSplit):
         gram = (self.beta @ self.beta.mT)[:, :, None, :, None] * gap[:, None, :, None, :]
         return gram.reshape(K, b * self.i, b * self.i)
 
-    def covariance_diagonal(self, stage: Stages, ss: Tensor, sd: Tensor, dd: Tensor, damping: float) -> Tensor:
-        """Diagonal of the covariance of x, row by row of [W, w₀], without a p × p block."""
+    def covariance_diagonal(self, stage: Stages, joint: Joint, damping: float) -> Tensor:
         rank, o, i = self.basis.shape[2], self.o, self.i
         q = self.basis[0]
-        out = self.range_diagonal(ss)
+        X, Y = (half.reshape(-1, rank, o).permute(2, 1, 0).contiguous() for half in (joint.left, joint.right))
+        out = ((q @ (X @ Y.mT)) * q).sum(2).mT  # (c, o)
         if self.complement:
-            out = out + (1.0 - q.square().sum(1))[:, None] / damping
-        if self.complement and self.beta is not None and self.weight and dd.numel():
+            out += (1.0 - q.square().sum(1))[:, None] / damping
+        if self.complement and self.beta is not None and self.weight and joint.dd.numel():
             beta = self.beta[0]
             b = beta.shape[0]
             gap = torch.eye(q.shape[0], i, dtype=q.dtype, device=q.device) - q @ self._weight_basis[0].mT
-            crossed = torch.einsum("robi,bo->ori", sd.reshape(rank, o, b, i), beta)
-            out = out - 2.0 / damping * torch.einsum("ocr,cr->oc", gap @ crossed.mT, q).mT
-            states = (beta.mT @ dd.reshape(b, i * b * i)).reshape(o, i, b, i)
-            states = torch.einsum("oibj,bo->oij", states, beta)
-            out = out + ((gap @ states) * gap).sum(2).mT / damping**2
+            crossed = (joint.sd.view(rank, o, b, i) * beta.mT[:, :, None]).sum(2)  # (rank, o, i)
+            out -= 2.0 / damping * torch.einsum("cri,roi->co", q[:, :, None] * gap[:, None], crossed)
+            states = joint.dd.reshape(b, i, b, i).transpose(1, 2)
+            seen = ((gap @ states) * gap).sum(3).view(b * b, -1)  # (b², c)
+            out += seen.mT @ (beta[:, None] * beta).view(b * b, o) / damping**2
         return self.to_controls(out[None, ..., None]).reshape(-1)
-
-    def range_diagonal(self, ss: Tensor) -> Tensor:
-        """Diagonal of Q ss Qᵀ of one stage, (c, o)."""
-        rank, q = self.basis.shape[2], self.basis[0]
-        of_rows = ss.reshape(rank, self.o, rank, self.o).diagonal(dim1=1, dim2=3)  # (rank, rank, o)
-        return torch.einsum("cr,rso,cs->co", q, of_rows, q)
 
     def extended(self, stages: Stages) -> RangeSplit:
         if self.beta is None or not self.weight or not self.complement:
@@ -221,16 +215,3 @@ class KroneckerSplit(RangeSplit):
 
     def B_complement_gram(self) -> Tensor | None:
         return None
-
-    def covariance_diagonal(self, stage: Stages, ss: Tensor, sd: Tensor, dd: Tensor, damping: float) -> Tensor:
-        """Diagonal of the covariance of x, without a p × p block."""
-        r, inner, u, q = self.inner.r, self.inner, self.left[0], self.right[0]
-        rank, o, m, g = inner.basis.shape[2], inner.o, u.shape[1], q.shape[1]
-        mixed = torch.einsum("rogm,om->rog", ss[:r, r:].reshape(rank, o, g, m), u)
-        beyond = torch.einsum("gmhn,om,on->ogh", ss[r:, r:].reshape(g, m, g, m), u, u)
-        out = inner.range_diagonal(ss[:r, :r])
-        out = out + 2.0 * torch.einsum("cr,rog,cg->co", inner.basis[0], mixed, q)
-        out = out + torch.einsum("cg,ogh,ch->co", q, beyond, q)
-        seen = inner.basis[0].square().sum(1)[:, None] + q.square().sum(1)[:, None] * u.square().sum(1)
-        out = out + (1.0 - seen) / damping
-        return inner.to_controls(out[None, ..., None]).reshape(-1)

@@ -21,13 +21,17 @@ from linop_hess.lq.pivots import BoundedGrowth
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.segments import Loads, loads
 from linop_hess.lq.signs import ZERO, Inertia, hidden_inertia, inertia_of
-from linop_hess.lq.steps import PackedStep, Step, WhitenedStep
+from linop_hess.lq.steps import PackedStep, Step
 from linop_hess.lq.symmetric import packed_pivots
 
 # What small pivots may make of the cost-to-go, in terms of ‖H‖: so little that at most a digit is lost.
 GROWTH = 10.0
 
-# The largest multiplier of a pivot for selected entries of the inverse: with larger ones that sweep loses digits from stage to stage.
+# For the most careful diagonal of the inverse.
+LITTLE_GROWTH = 0.1
+
+# The largest multiplier of a pivot for the positive definite operator of an indefinite matrix: what is larger makes that operator large,
+# and MINRES lose digits with it.
 MULTIPLIER = 2.0
 
 # Below this times ‖H‖ rounding in the pivots that are ε of themselves makes their signs uncertain.
@@ -69,13 +73,17 @@ class BlockLDL:
     ----------
     problem : Problem
     damping : float
+    factors : RiccatiFactorization, optional
+        Factors of the same at hand, used where their pivots will do.
     """
 
-    def __init__(self, problem: Problem, damping: float) -> None:
-        self.problem = problem.in_float64
+    def __init__(self, problem: Problem, damping: float, factors: riccati.RiccatiFactorization | None = None) -> None:
+        self.problem = self._given = problem.in_float64
         self.damping = damping
+        self._at_hand = factors if factors is not None and factors.problem is self._given else None
         self._limit = GROWTH * max(self.problem.norm, abs(damping))
-        if _hidden_growth(self.problem, damping) > self._limit:
+        self._hidden_growth = _hidden_growth(self.problem, damping)
+        if self._hidden_growth > self._limit:
             self.problem = self.problem.with_extended_splits()
         starts = np.flatnonzero(self.problem.p)
         hidden = np.zeros(starts.size, dtype=np.int64)
@@ -83,9 +91,17 @@ class BlockLDL:
             hidden[group.segments] = group.split.complement
         self._starts, self._hidden = starts, hidden
 
+    def _factored(self, problem: Problem, limit: float) -> riccati.RiccatiFactorization:
+        """Return factors that grow no more than that: those at hand, if they will do."""
+        rule = BoundedGrowth(limit)
+        at_hand = self._at_hand if problem is self._given else None
+        if at_hand is not None and at_hand.obeys(rule):
+            return at_hand
+        return riccati.RiccatiFactorization(problem, self.damping, rule=rule)
+
     @cached_property
     def _factors(self) -> riccati.RiccatiFactorization:
-        return riccati.RiccatiFactorization(self.problem, self.damping, rule=BoundedGrowth(self._limit))
+        return self._factored(self.problem, self._limit)
 
     @cached_property
     def _theta(self) -> list[Tensor]:
@@ -93,14 +109,25 @@ class BlockLDL:
         return _pivots(self._factors.steps)
 
     @cached_property
-    def _careful(self) -> riccati.RiccatiFactorization:
+    def _whitened(self) -> riccati.RiccatiFactorization:
+        return self._factors.whitened()
+
+    @cached_property
+    def _bounded(self) -> riccati.RiccatiFactorization:
         """Factors with bounded multipliers."""
         rule = BoundedGrowth(self._limit, MULTIPLIER)
         return riccati.RiccatiFactorization(self.problem, self.damping, rule=rule).whitened()
 
-    @cached_property
-    def _whitened(self) -> riccati.RiccatiFactorization:
-        return self._factors.whitened()
+    attempts = 2
+    """How many ways `diagonal` and `blocks` know, each more accurate than the one before, and slower."""
+
+    def _selecting(self, attempt: int) -> riccati.RiccatiFactorization:
+        """Factors for selected entries of the inverse."""
+        if attempt > 0:
+            return self._factored(self.problem, LITTLE_GROWTH * self._limit / GROWTH)
+        if self.problem is self._given:
+            return self._factors
+        return self._factored(self._given, GROWTH * self._hidden_growth)  # it seldom does harm
 
     def factor(self) -> None:
         """Factor now, whatever is asked for next."""
@@ -148,10 +175,12 @@ class BlockLDL:
         """(L|D|Lᵀ)⁻¹ g for g of shape (N, k): symmetric positive definite, (H + εI)⁻¹ where that is."""
         dtype = g.dtype
         load = self._loads(g.to(torch.float64))
-        white = self._whitened.backward(load)
-        held = [part * theta.sign()[:, None] for part, theta in zip(white, self._whitened_theta, strict=True)]
+        held = [
+            part * theta.sign()[:, None]
+            for part, theta in zip(self._bounded.backward(load), _pivots(self._bounded.steps), strict=True)
+        ]
         sign = math.copysign(1.0, self.damping)
-        return self._whitened.forward([_hidden_scaled(part, sign) for part in load], held).to(dtype)
+        return self._bounded.forward([_hidden_scaled(part, sign) for part in load], held).to(dtype)
 
     @property
     def noise(self) -> int:
@@ -161,24 +190,20 @@ class BlockLDL:
     def color(self, xi: Tensor) -> Tensor:
         """L⁻ᵀ D^(−½) ξ for ξ of shape (N, k), of covariance (H + εI)⁻¹ where ξ is white; D must be positive."""
         load = self._loads(xi.to(torch.float64))
-        theta = self._whitened_theta
+        theta = _pivots(self._whitened.steps)
         # As many directions are eliminated as there are visible controls, though delays move them between segments.
         white = torch.cat(self._factors.in_order(load)).split([part.numel() for part in theta])
         held = [part * pivots.sqrt()[:, None] for part, pivots in zip(white, theta, strict=True)]
         root = math.sqrt(abs(self.damping))
         return self._whitened.forward([_hidden_scaled(part, root) for part in load], held).to(xi.dtype)
 
-    def diagonal(self) -> Tensor:
+    def diagonal(self, attempt: int = 0) -> Tensor:
         """Diagonal of (H + εI)⁻¹, shape (N,)."""
-        return selected.diagonal(self._careful)
+        return selected.diagonal(self._selecting(attempt))
 
-    def blocks(self) -> list[Tensor]:
+    def blocks(self, attempt: int = 0) -> list[Tensor]:
         """Diagonal blocks of (H + εI)⁻¹, one per stage with controls."""
-        return selected.blocks(self._careful)
-
-    @property
-    def _whitened_theta(self) -> list[Tensor]:
-        return [step.pivots.theta for step in self._whitened.steps if isinstance(step, WhitenedStep)]
+        return selected.blocks(self._selecting(attempt))
 
     def _loads(self, g: Tensor) -> list[Loads]:
         return [loads(group, g, self.damping) for group in self.problem.segment_groups]

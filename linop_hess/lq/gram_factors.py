@@ -54,7 +54,9 @@ class GramFactors:
         right = math.sqrt(self.damping) * xi[:N] + self._factors.space.Jt(xi[N:])
         return self._factors.solve(right)
 
-    def diagonal(self) -> Tensor:
+    attempts = 1
+
+    def diagonal(self, attempt: int = 0) -> Tensor:
         """Diagonal of (H + εI)⁻¹, shape (N,)."""
         space, A = self._factors.space, self._inverse_gram
         parts = [
@@ -62,7 +64,7 @@ class GramFactors:
         ]
         return (1.0 - torch.cat(parts[::-1])) / self.damping if parts else A.new_zeros(0)
 
-    def blocks(self) -> list[Tensor]:
+    def blocks(self, attempt: int = 0) -> list[Tensor]:
         """Diagonal blocks of (H + εI)⁻¹, one per stage with controls."""
         space, A = self._factors.space, self._inverse_gram
         out = []

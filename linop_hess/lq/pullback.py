@@ -7,6 +7,7 @@ Narrow segments are condensed to dense blocks; wide ones keep the structure of t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ from linop_hess.lq.singular import SingularPivotError
 _NARROW = 160
 
 
+@dataclass(frozen=True)
+class CostToGo:
+    """½ δᵀVδ + δᵀYc + ½ cᵀ diag(μ) c of a state δ and all after it, c being directions not eliminated yet."""
+
+    V: Tensor  # (n, n)
+    Y: Tensor | None = None  # (n, m)
+    mu: Tensor | None = None  # (m,)
+
+
 class Segment(ABC):
     """One segment, r visible controls, states of n_in before and n_out after."""
 
@@ -29,12 +39,16 @@ class Segment(ABC):
         """T's blocks (r, r), (r, n_in) and (n_in, n_in), the last in memory of its own; V None stands for zero."""
 
     @abstractmethod
+    def pull_back_state(self, V: Tensor | None) -> Tensor:
+        """The last of these blocks alone."""
+
+    @abstractmethod
     def adjoint(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """(Rᵀ v, Fᵀ v) for v of shape (n_out, k)."""
 
     @abstractmethod
-    def forward(self, s: Tensor, d: Tensor | None) -> Tensor:
-        """F δ + R s; d None stands for zero."""
+    def forward(self, s: Tensor | None, d: Tensor | None) -> Tensor:
+        """F δ + R s; None for one of them stands for zero."""
 
 
 class DenseSegment(Segment):
@@ -48,12 +62,18 @@ class DenseSegment(Segment):
         r = self.r
         return T[:r, :r], T[:r, r:], T[r:, r:] if V is not None else T[r:, r:].clone()
 
+    def pull_back_state(self, V: Tensor | None) -> Tensor:
+        Z, F = self._T[self.r :, self.r :], self._W[:, self.r :]
+        return Z.clone() if V is None else torch.addmm(Z, F.mT @ V, F)
+
     def adjoint(self, v: Tensor) -> tuple[Tensor, Tensor]:
         both = self._Wt @ v
         return both[: self.r], both[self.r :]
 
-    def forward(self, s: Tensor, d: Tensor | None) -> Tensor:
-        return self._W[:, : self.r] @ s if d is None else self._W @ torch.cat([s, d])
+    def forward(self, s: Tensor | None, d: Tensor | None) -> Tensor:
+        if s is None or d is None:
+            return self._W[:, self.r :] @ d if d is not None else self._W[:, : self.r] @ s
+        return self._W @ torch.cat([s, d])
 
 
 class StagesSegment(Segment):
@@ -70,8 +90,7 @@ class StagesSegment(Segment):
 
     def pull_back(self, V: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         control, split, n_in = self._steps[0], self._split, self._n_in
-        for stage in reversed(self._steps[1:]):
-            V = stage.pull_back(V)
+        V = self._before_control(V)
         VR = None if V is None else split.Rt(V[None]).mT.contiguous()
         K = torch.zeros(self.r, self.r, dtype=control.dtype, device=control.device) if VR is None else split.Rt(VR)[0]
         K.diagonal().add_(self._damping)
@@ -82,15 +101,26 @@ class StagesSegment(Segment):
         B = split.B_range() if n_in else None
         if B is not None:
             cross += B[0].mT
-        if not n_in:
-            return K, cross.mT, K.new_zeros(0, 0)
-        V = control.pull_back(V)
+        return K, cross.mT, self._through_control(V)
+
+    def pull_back_state(self, V: Tensor | None) -> Tensor:
+        return self._through_control(self._before_control(V))
+
+    def _before_control(self, V: Tensor | None) -> Tensor | None:
+        """Take V back to the state right after the stage with controls."""
+        for stage in reversed(self._steps[1:]):
+            V = stage.pull_back(V)
+        return V
+
+    def _through_control(self, V: Tensor | None) -> Tensor:
+        control, n_in = self._steps[0], self._n_in
+        V = control.pull_back(V) if n_in else None
         if V is None:
-            V = K.new_zeros(n_in, n_in)
-        gram = split.B_complement_gram() if split.coupled else None
+            V = torch.zeros(n_in, n_in, dtype=control.dtype, device=control.device)
+        gram = self._split.B_complement_gram() if n_in and self._split.coupled else None
         if gram is not None:
             V.add_(gram[0], alpha=-1.0 / self._damping)
-        return K, cross.mT, V
+        return V
 
     def adjoint(self, v: Tensor) -> tuple[Tensor, Tensor]:
         y = v[None]
@@ -99,10 +129,11 @@ class StagesSegment(Segment):
         seen = self._split.Rt(y)[0]
         return seen, self._steps[0].Ft(y)[0] if self._n_in else v.new_zeros(0, v.shape[1])
 
-    def forward(self, s: Tensor, d: Tensor | None) -> Tensor:
-        y = self._split.R(s[None])
+    def forward(self, s: Tensor | None, d: Tensor | None) -> Tensor:
+        parts = [] if s is None else [self._split.R(s[None])]
         if d is not None:
-            y = y + self._steps[0].F(d[None])
+            parts.append(self._steps[0].F(d[None]))
+        y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         for stage in self._steps[1:]:
             y = stage.F(y)
         return y[0]

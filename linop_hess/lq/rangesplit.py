@@ -17,6 +17,21 @@ from linop_hess.lq.stages import Stacked, Stages
 
 
 @dataclass(frozen=True)
+class Joint:
+    """Covariance of the visible controls s of a segment and the state δ before it: blocks of (H + εI)⁻¹, seen from there."""
+
+    left: Tensor  # X and Y of shape (k, r): that of s is XᵀY
+    right: Tensor
+    sd: Tensor  # (r, n_in)
+    dd: Tensor  # (n_in, n_in)
+
+    @property
+    def ss(self) -> Tensor:
+        """The block of s, (r, r)."""
+        return self.left.mT @ self.right
+
+
+@dataclass(frozen=True)
 class RangeSplit(Stacked, ABC):
     """x = Q s + x⊥ for a stack of K stages, with G = R Qᵀ."""
 
@@ -84,25 +99,30 @@ class RangeSplit(Stacked, ABC):
         """(I − QQᵀ) x: (K, p, k) to (K, p, k)."""
         return x - self.Q(self.Qt(x))
 
-    def covariance(self, stage: Stages, ss: Tensor, sd: Tensor, dd: Tensor, damping: float) -> Tensor:
+    def covariance(self, stage: Stages, joint: Joint, damping: float) -> Tensor:
         """Covariance (p, p) of x = Q s + x⊥, x⊥ = ξ⊥/√ε − (I − QQᵀ)Bδ/ε, of one stage from that of (s, δ)."""
-        if not self.complement:
-            return self._from_range(self._from_range(ss).mT)
-        map_ = self.Q(torch.eye(self.r, dtype=ss.dtype, device=ss.device)[None])[0]
-        joint = ss
-        coupled = stage.dense_B() if dd.numel() and self.coupled else None
-        if coupled is not None:
-            map_ = torch.cat([map_, self.project_out(coupled)[0] / -damping], 1)
-            joint = torch.cat([torch.cat([ss, sd], 1), torch.cat([sd.mT, dd], 1)])
-        gap = self.project_out(torch.eye(stage.p, dtype=ss.dtype, device=ss.device)[None])[0]
-        return map_ @ joint @ map_.mT + gap / damping
+        map_, together = self._from(stage, joint, damping)
+        out = map_ @ together @ map_.mT
+        if self.complement:
+            out += self.project_out(torch.eye(stage.p, dtype=out.dtype, device=out.device)[None])[0] / damping
+        return out
 
-    def covariance_diagonal(self, stage: Stages, ss: Tensor, sd: Tensor, dd: Tensor, damping: float) -> Tensor:
-        """Diagonal of `covariance`, (p,)."""
-        return self.covariance(stage, ss, sd, dd, damping).diagonal()
+    def covariance_diagonal(self, stage: Stages, joint: Joint, damping: float) -> Tensor:
+        """Diagonal of `covariance`, (p,); no p × p block is formed."""
+        map_, together = self._from(stage, joint, damping)
+        out = ((map_ @ together) * map_).sum(1)
+        if self.complement:
+            out += (1.0 - map_[:, : self.r].square().sum(1)) / damping
+        return out
 
-    def _from_range(self, columns: Tensor) -> Tensor:
-        return self.Q(columns[None])[0]
+    def _from(self, stage: Stages, joint: Joint, damping: float) -> tuple[Tensor, Tensor]:
+        """[Q, −(I − QQᵀ)B/ε] of one stage and the covariance of (s, δ)."""
+        map_ = self.Q(torch.eye(self.r, dtype=joint.sd.dtype, device=joint.sd.device)[None])[0]
+        coupled = stage.dense_B() if joint.dd.numel() and self.complement and self.coupled else None
+        if coupled is None:
+            return map_, joint.ss
+        map_ = torch.cat([map_, self.project_out(coupled)[0] / -damping], 1)
+        return map_, torch.cat([torch.cat([joint.ss, joint.sd], 1), torch.cat([joint.sd.mT, joint.dd], 1)])
 
 
 def spread(Y: Tensor, samples: int) -> Tensor:
@@ -149,6 +169,9 @@ class IdentitySplit(RangeSplit):
 
     def project_out(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
+
+    def covariance_diagonal(self, stage: Stages, joint: Joint, damping: float) -> Tensor:
+        return (joint.left * joint.right).sum(0)
 
 
 @dataclass(frozen=True)

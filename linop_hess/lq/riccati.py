@@ -22,7 +22,7 @@ from torch import Tensor
 from linop_hess.lq.cost import Cost
 from linop_hess.lq.pivots import PivotRule, SmallPivots, pivots_of
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.pullback import Segment, is_narrow, segments_of
+from linop_hess.lq.pullback import CostToGo, Segment, is_narrow, segments_of
 from linop_hess.lq.segments import Loads, loads, order_of, put_controls
 from linop_hess.lq.singular import SingularPivotError
 from linop_hess.lq.steps import PackedStep, Step, WhitenedStep, stacked_by_size
@@ -70,7 +70,7 @@ class RiccatiFactorization:
             segment = self._segments[g][k]
             K, cross, V = segment.pull_back(V)
             steps.append(PackedStep.of(segment, K, cross))
-            V.addmm_(cross.mT, steps[-1].gain, alpha=-1.0)
+            steps[-1].eliminate_from(V)
         steps.reverse()
         if all(step.regular for step in steps[:1]) and all(
             self._rule.accepts_packed(*alike) for alike in stacked_by_size(steps[1:])
@@ -81,25 +81,46 @@ class RiccatiFactorization:
     def _factor_pivoted(self, always_pivot: bool) -> list[Step]:
         """Delay the directions whose pivots are too small."""
         V: Tensor | None = None
-        carried: tuple[Tensor, Tensor] | None = None
+        after: Step | None = None
         steps: list[Step] = []
         for count, (g, k) in enumerate(reversed(self.order), 1):
             segment = self._segments[g][k]
             K, cross, V = segment.pull_back(V)
-            if carried is not None:
-                K, cross = _with_carried(segment, K, cross, *carried)
+            arrived = 0
+            if isinstance(after, WhitenedStep) and after.coupling is not None and after.pivots.mu is not None:
+                K, cross = _with_carried(segment, K, cross, after.coupling, after.pivots.mu)
+                arrived = after.delayed
             try:
                 last = count == len(self.order)
                 pivots, white = pivots_of(K, cross, self._rule, last=last, always_pivot=always_pivot)
             except ArithmeticError:
                 raise SingularPivotError(int(self.problem.segment_groups[g].stages[k])) from None
-            V.addmm_(white.mT, white / pivots.theta[:, None], alpha=-1.0)
-            step = WhitenedStep(segment, pivots, white, 0 if carried is None else carried[1].numel())
-            steps.append(step)
-            carried = None
-            if pivots.mu is not None and step.delayed:
-                carried = cross.mT @ step.delayed_directions, pivots.mu
+            coupling = None if pivots.W is None or not pivots.delayed else cross.mT @ pivots.W
+            after = WhitenedStep(segment, pivots, white, arrived, coupling)
+            after.eliminate_from(V)
+            steps.append(after)
         return steps[::-1]
+
+    def obeys(self, rule: PivotRule) -> bool:
+        """Whether nothing is delayed, and by `rule` nothing need be."""
+        if self.delayed:
+            return False
+        later = self.steps[1:]
+        packed = [step for step in later if isinstance(step, PackedStep)]
+        white = [step for step in later if isinstance(step, WhitenedStep)]
+        return all(rule.accepts_packed(*alike) for alike in stacked_by_size(packed)) and all(
+            rule.accepts(step.pivots.theta, step.cross) for step in white
+        )
+
+    def costs(self) -> list[CostToGo]:
+        """Return the cost-to-go before each segment, computed again: it is not kept."""
+        V: Tensor | None = None
+        found: list[CostToGo] = []
+        for step in reversed(self.steps):
+            V = step.segment.pull_back_state(V)
+            step.eliminate_from(V)
+            found.append(CostToGo(V, step.coupling, step.pivots.mu) if isinstance(step, WhitenedStep) else CostToGo(V))
+        return found[::-1]
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k)."""

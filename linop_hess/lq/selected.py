@@ -1,61 +1,43 @@
-"""Selected entries of (H + εI)⁻¹: its diagonal blocks, by one forward sweep over the block LDLᵀ factors.
+"""Selected entries of (H + εI)⁻¹: its diagonal blocks, from eliminations that meet at every segment.
 
-With H + εI = L D Lᵀ the inverse is the covariance that the forward sweep makes of white noise of covariance D⁻¹ (the algebra
-is the same where D is indefinite). All that is needed is the joint covariance of a segment's visible controls s, of the
-directions c it took over, and of the state δ before it:
-
-    u = (s, c⁺) = T⁻ᵀθ⁻¹ξ − T⁻ᵀθ⁻¹(T⁻¹K_uδ) δ + W c,        δ⁺ = F δ + R s.
+What comes after a segment is eliminated from the last on, which leaves its cost-to-go; what comes before it from the first on, which
+leaves a compliance (see `lq.compliance`). Where the two meet, the block of the inverse is had by a solve of the size of the state. Both
+eliminations are backward stable, whatever the depth. One forward sweep over the factors would do in exact arithmetic, but its errors
+grow from stage to stage: with 60 stages by 1e20.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from linop_hess.lq.compliance import Compliance
+from linop_hess.lq.rangesplit import Joint
 from linop_hess.lq.riccati import RiccatiFactorization
 from linop_hess.lq.segments import SegmentGroup
-from linop_hess.lq.steps import WhitenedStep
-
-
-@dataclass(frozen=True)
-class Joint:
-    """Blocks of the covariance of (s, δ) in one segment."""
-
-    ss: Tensor  # (r, r)
-    sd: Tensor  # (r, n_in)
-    dd: Tensor  # (n_in, n_in)
 
 
 def joint_covariances(factors: RiccatiFactorization) -> Iterator[Joint]:
-    """Yield the covariance of (s, δ) of each segment, in the order of the chain; `factors` must be whitened."""
-    state: Tensor | None = None  # of (δ, c)
-    for step in factors.steps:
-        assert isinstance(step, WhitenedStep)
-        theta, r = step.pivots.theta, step.segment.r
-        half = step.pivots.unwhiten_adjoint(torch.diag(1.0 / theta))
-        own = half @ (half * theta).mT
-        n = step.cross.shape[1]
-        if state is None:
-            state = own.new_zeros(n, n)
-        gain = -half @ step.cross
-        if step.delayed:
-            gain = torch.cat([gain, step.delayed_directions], 1)
-        cross = gain @ state
-        u = torch.addmm(own, cross, gain.mT)
-        yield Joint(u[:r, :r], cross[:r, :n], state[:n, :n])
-        together = torch.cat([torch.cat([u, cross[:, :n]], 1), torch.cat([cross[:, :n].mT, state[:n, :n]], 1)])
-        state = _mapped(step, _mapped(step, together).mT)
+    """Yield that of each segment, in the order of the chain; `factors` of any pivots.
 
-
-def _mapped(step: WhitenedStep, columns: Tensor) -> Tensor:
-    """(δ⁺, c⁺) of columns (s, c⁺, δ)."""
-    r, m = step.segment.r, step.carried_in
-    d = columns[r + m :]
-    after = step.segment.forward(columns[:r], d if d.shape[0] else None)
-    return torch.cat([after, columns[r : r + m]]) if m else after
+    In terms of `Step.response`, that of u is XᵀY + K Σ Kᵀ, Σ that of (δ, c).
+    """
+    costs = factors.costs()
+    compliance = Compliance.of_nothing(costs[0].V) if costs else None
+    for l, (step, cost) in enumerate(zip(factors.steps, costs, strict=True)):
+        assert compliance is not None
+        n, r = cost.V.shape[0], step.segment.r
+        of_state = compliance.joined(cost)
+        left, right, gain = step.response()
+        gain = gain[:r]
+        cross = gain @ of_state
+        yield Joint(
+            torch.cat([left[:, :r], cross.mT]), torch.cat([right[:, :r], gain.mT]), cross[:, :n], of_state[:n, :n]
+        )
+        if l + 1 < len(costs):
+            compliance = compliance.through(step.segment, costs[l + 1])
 
 
 def _per_stage(factors: RiccatiFactorization, of: Callable[[SegmentGroup, int, Joint], Tensor]) -> Iterator[Tensor]:
@@ -68,9 +50,7 @@ def diagonal(factors: RiccatiFactorization) -> Tensor:
     """Diagonal of (H + εI)⁻¹, shape (N,)."""
 
     def of(group: SegmentGroup, k: int, joint: Joint) -> Tensor:
-        return group.split.at(k).covariance_diagonal(
-            group.steps[0].at(k), joint.ss, joint.sd, joint.dd, factors.damping
-        )
+        return group.split.at(k).covariance_diagonal(group.steps[0].at(k), joint, factors.damping)
 
     return torch.cat(list(_per_stage(factors, of)))
 
@@ -79,6 +59,6 @@ def blocks(factors: RiccatiFactorization) -> list[Tensor]:
     """Diagonal blocks of (H + εI)⁻¹, one of shape (p, p) per stage with controls."""
 
     def of(group: SegmentGroup, k: int, joint: Joint) -> Tensor:
-        return group.split.at(k).covariance(group.steps[0].at(k), joint.ss, joint.sd, joint.dd, factors.damping)
+        return group.split.at(k).covariance(group.steps[0].at(k), joint, factors.damping)
 
     return list(_per_stage(factors, of))

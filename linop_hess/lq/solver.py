@@ -165,8 +165,14 @@ class Solver:
         """Bytes held by the factors."""
         return self.factorization.nbytes
 
-    def solve(self, g: Tensor) -> Solution:
+    def solve(self, g: Tensor, tolerance: float | None = None) -> Solution:
         """Solve for g of shape (N, k); the Solution holds a Tensor of the same shape.
+
+        Parameters
+        ----------
+        g : Tensor
+        tolerance : float, optional
+            Backward error to accept, by default the solver's.
 
         Raises
         ------
@@ -176,13 +182,14 @@ class Solver:
             If the solution exceeds the range of the dtype.
         """
         g, exponents = _scaled(g)
+        tolerance = self.tolerance if tolerance is None else tolerance
         while True:
-            x, error, residuals, steps = self._refined(g)
-            if error <= self.tolerance:
+            x, error, residuals, steps = self._refined(g, tolerance)
+            if error <= tolerance:
                 break
             if not self._ladder:
                 self._fail(
-                    f"could not be solved to a backward error of {self.tolerance:.0e}; the best was "
+                    f"could not be solved to a backward error of {tolerance:.0e}; the best was "
                     f"{error:.1e} by method {self.method!r}",
                     None,
                 )
@@ -196,14 +203,14 @@ class Solver:
         residual = float(torch.ldexp(residuals, exponents[0]).max()) if residuals.numel() else 0.0
         return Solution(x, error, residual, steps, self.method)
 
-    def _refined(self, g: Tensor) -> tuple[Tensor, float, Tensor, int]:
+    def _refined(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
         """x, its backward error, residual norms and refinement steps, for right-hand sides of size one."""
         x = self.factorization.solve(g).to(g.dtype)
-        error, residuals, r = self._backward_error(g, x)
+        error, residuals, r = self._backward_error(g, x, tolerance)
         steps = 0
-        while not error <= self.tolerance and steps < self.max_refinements and math.isfinite(error):
+        while not error <= tolerance and steps < self.max_refinements and math.isfinite(error):
             candidate = x + self.factorization.solve(r).to(g.dtype)
-            new_error, new_residuals, new_r = self._backward_error(g, candidate)
+            new_error, new_residuals, new_r = self._backward_error(g, candidate, tolerance)
             steps += 1
             if not new_error < error:
                 break
@@ -218,7 +225,7 @@ class Solver:
         problem = self.factorization.problem
         return problem.hessian_product(x.to(problem.dtype), self.damping)
 
-    def _backward_error(self, g: Tensor, x: Tensor) -> tuple[float, Tensor, Tensor]:
+    def _backward_error(self, g: Tensor, x: Tensor, tolerance: float) -> tuple[float, Tensor, Tensor]:
         product = self._product(x)
         r = g - product
         residuals = r.norm(dim=0)
@@ -228,7 +235,7 @@ class Solver:
         if growth.size and math.isfinite(bound := float(growth.max())):
             self._norm_bound = max(self._norm_bound, bound)
         error = self._ratio(size_r, size_x, size_g)
-        if not error <= self.tolerance and not self._norm_is_final:
+        if not error <= tolerance and not self._norm_is_final:
             self._norm_bound = max(self._norm_bound, self.problem.damped_norm(self.damping))
             self._norm_is_final = True
             error = self._ratio(size_r, size_x, size_g)

@@ -25,12 +25,20 @@ class Step(ABC):
     segment: Segment
 
     @abstractmethod
+    def eliminate_from(self, V: Tensor) -> None:
+        """Take K_δu K⁻¹ K_uδ off V, in place."""
+
+    @abstractmethod
     def backward(self, load: Tensor) -> tuple[Tensor, Tensor]:
         """What to hold for the forward sweep, and K_δu K⁻¹ load of shape (n_in, k)."""
 
     @abstractmethod
     def forward(self, held: Tensor, d: Tensor | None, c: Tensor | None) -> Tensor:
         """Return u, given the state before (None: zero) and the delayed directions."""
+
+    @abstractmethod
+    def response(self) -> tuple[Tensor, Tensor, Tensor]:
+        """X, Y and K with u = XᵀY load + K (δ, c), the directions c being delayed ones."""
 
     @abstractmethod
     def whitened(self) -> WhitenedStep:
@@ -59,6 +67,10 @@ class WhitenedStep(Step):
     pivots: Pivots
     cross: Tensor  # T⁻¹ K_uδ, (eliminated, n_in)
     arrived: int = 0
+    coupling: Tensor | None = None  # of the delayed directions to the state before, (n_in, delayed)
+
+    def eliminate_from(self, V: Tensor) -> None:
+        V.addmm_(self.cross.mT, self.cross / self.pivots.theta[:, None], alpha=-1.0)
 
     def backward(self, load: Tensor) -> tuple[Tensor, Tensor]:
         white = self.pivots.whiten(load)
@@ -69,6 +81,14 @@ class WhitenedStep(Step):
             held = held - self.cross @ d
         u = self.pivots.unwhiten_adjoint(held / self.pivots.theta[:, None])
         return u if c is None else u + self.delayed_directions @ c
+
+    def response(self) -> tuple[Tensor, Tensor, Tensor]:
+        theta = self.pivots.theta
+        half = self.pivots.unwhiten_adjoint(torch.diag(1.0 / theta))
+        gain = -half @ self.cross
+        if self.delayed:
+            gain = torch.cat([gain, self.delayed_directions], 1)
+        return half.mT * theta[:, None], half.mT, gain
 
     def whitened(self) -> WhitenedStep:
         return self
@@ -107,12 +127,19 @@ class PackedStep(Step):
         packed, interchanges, _ = torch.linalg.ldl_factor_ex(K)
         return cls(segment, packed, interchanges, cross, torch.linalg.ldl_solve(packed, interchanges, cross))
 
+    def eliminate_from(self, V: Tensor) -> None:
+        V.addmm_(self.cross.mT, self.gain, alpha=-1.0)
+
     def backward(self, load: Tensor) -> tuple[Tensor, Tensor]:
         k = torch.linalg.ldl_solve(self.packed, self.interchanges, load)
         return k, self.cross.mT @ k
 
     def forward(self, held: Tensor, d: Tensor | None, c: Tensor | None) -> Tensor:
         return held if d is None else held - self.gain @ d
+
+    def response(self) -> tuple[Tensor, Tensor, Tensor]:
+        eye = torch.eye(self.packed.shape[0], dtype=self.packed.dtype, device=self.packed.device)
+        return torch.linalg.ldl_solve(self.packed, self.interchanges, eye), eye, -self.gain
 
     def whitened(self) -> WhitenedStep:
         pivots = CongruencePivots(Congruence.from_packed(self.packed, self.interchanges))

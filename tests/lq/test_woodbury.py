@@ -33,7 +33,9 @@ def nonconvex(output, target):
 
 def coupled(output, target):
     """Samples interact, so that its Hessian is one dense block."""
-    return f.cross_entropy(output, target) + 0.3 * (output - output.mean(0)).pow(4).mean() + output.mean(0).square().sum()
+    return (
+        f.cross_entropy(output, target) + 0.3 * (output - output.mean(0)).pow(4).mean() + output.mean(0).square().sum()
+    )
 
 
 def coupled_and_nonconvex(output, target):
