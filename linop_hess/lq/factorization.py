@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -23,3 +24,7 @@ class Factorization(Protocol):
     def nbytes(self) -> int:
         """Bytes held."""
         ...
+
+
+Factor = Callable[[Problem, float], Factorization]
+"""What makes one: a problem and a damping."""

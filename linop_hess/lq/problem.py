@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.dense_stages import DenseStages
+from linop_hess.lq.arrays import stage_of_arrays
 from linop_hess.lq.layout import Slots
 from linop_hess.lq.segments import SegmentGroup, segment_groups
 from linop_hess.lq.stages import Stages
@@ -96,10 +96,7 @@ class Problem:
                 "A, B, C, F and G need one block per stage, got "
                 f"{len(A)}, {len(B)}, {len(C)}, {len(F)} and {len(G)} blocks"
             )
-        stages = [
-            _checked_stage(l, *(_copied(block) for block in group))
-            for l, group in enumerate(zip(A, B, C, F, G, strict=True))
-        ]
+        stages = [stage_of_arrays(l, *group) for l, group in enumerate(zip(A, B, C, F, G, strict=True))]
         dtypes = {stage.dtype for stage in stages}
         if len(dtypes) > 1:
             raise TypeError(f"all blocks need one dtype, got {sorted(map(str, dtypes))}")
@@ -304,30 +301,3 @@ class Problem:
 
 def _offsets(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-
-
-def _copied(block: np.ndarray | Tensor) -> Tensor:
-    return block.detach().clone() if isinstance(block, Tensor) else torch.from_numpy(np.array(block))
-
-
-def _checked_stage(l: int, A: Tensor, B: Tensor, C: Tensor, F: Tensor, G: Tensor) -> DenseStages:
-    p, n = B.shape if B.ndim == 2 else (-1, -1)
-    expected = {"A": (p, p), "B": (p, n), "C": (n, n), "F": (F.shape[0], n), "G": (F.shape[0], p)}
-    for name, block in (("A", A), ("B", B), ("C", C), ("F", F), ("G", G)):
-        if tuple(block.shape) != expected[name]:
-            raise ValueError(
-                f"stage {l + 1}: {name} has shape {tuple(block.shape)}, expected {expected[name]} "
-                f"to go with B of shape {tuple(B.shape)} and F of shape {tuple(F.shape)}"
-            )
-        if not block.dtype.is_floating_point or block.dtype.itemsize < 4:
-            raise TypeError(f"stage {l + 1}: {name} has dtype {block.dtype}, expected float32 or float64")
-        if not bool(torch.isfinite(block).all()):
-            raise ValueError(f"stage {l + 1}: {name} holds NaN or Inf")
-    dtypes = {block.dtype for block in (A, B, C, F, G)}
-    if len(dtypes) > 1:
-        raise TypeError(f"stage {l + 1}: all blocks need one dtype, got {sorted(map(str, dtypes))}")
-    for name, block in (("A", A), ("C", C)):
-        if block.numel() and not torch.allclose(block, block.T, rtol=0, atol=1e-5 * float(block.abs().max())):
-            raise ValueError(f"stage {l + 1}: {name} is not symmetric; pass its symmetric part")
-    a = (A + A.T)[None] / 2 if p and bool(A.any()) else None
-    return DenseStages.plain(F[None], G[None], a, B[None] if p else None, (C + C.T)[None] / 2)

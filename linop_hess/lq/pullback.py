@@ -71,9 +71,10 @@ class DenseSegment(Segment):
         return both[: self.r], both[self.r :]
 
     def forward(self, s: Tensor | None, d: Tensor | None) -> Tensor:
-        if s is None or d is None:
-            return self._W[:, self.r :] @ d if d is not None else self._W[:, : self.r] @ s
-        return self._W @ torch.cat([s, d])
+        if s is None:
+            assert d is not None
+            return self._W[:, self.r :] @ d
+        return self._W[:, : self.r] @ s if d is None else self._W @ torch.cat([s, d])
 
 
 class StagesSegment(Segment):

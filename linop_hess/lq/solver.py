@@ -7,7 +7,6 @@ more robust factorizations in turn; if none reaches it, `FactorizationError` is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,13 +18,12 @@ from torch import Tensor
 from linop_hess._memory import require
 from linop_hess.errors import FactorizationError
 from linop_hess.lq import dense, riccati
-from linop_hess.lq.factorization import Factorization
+from linop_hess.lq.factorization import Factor, Factorization
 from linop_hess.lq.plan import METHODS, Plan, make_plan
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.promoted import PromotedFactorization
 from linop_hess.lq.singular import SingularPivotError
-
-Factor = Callable[[Problem, float], Factorization]
+from linop_hess.lq.suggestion import damping_that_works
 
 # ‖H+εI‖‖x‖/‖g‖ is a lower bound of the condition number: above this, H + εI is singular to double precision.
 _SINGULAR = 0.25 / np.finfo(np.float64).eps
@@ -248,7 +246,7 @@ class Solver:
 
     def _fail(self, what: str, stage: int | None) -> None:
         where = None if stage is None else self.problem.name(stage)
-        suggestion = self._damping_that_works()
+        suggestion = damping_that_works(self.problem, self.damping, METHODS[self.plan.choice].factor, self.tolerance)
         advice = (
             f"damping={suggestion:.1e} works"
             if suggestion is not None
@@ -262,28 +260,6 @@ class Solver:
             stage=where,
             suggested_damping=suggestion,
         )
-
-    def _damping_that_works(self) -> float | None:
-        """Try dampings growing by decades, with a random right-hand side."""
-        norm = self.problem.norm
-        unit = np.finfo(self.problem.numpy_dtype).eps * (norm if norm > 0 else 1.0)
-        generator = torch.Generator().manual_seed(0)
-        g = torch.randn(self.problem.size, 1, generator=generator, dtype=torch.float64)
-        g = g.to(self.problem.dtype).to(self.problem.device)
-        method = METHODS[self.plan.choice]
-        for power in range(2, 17, 2):
-            trial = float(f"{max(abs(self.damping), unit) * 10.0**power:.0e}")
-            try:
-                factors = method.factor(self.problem, trial)
-            except SingularPivotError:
-                continue
-            x = factors.solve(g)
-            for _ in range(2):
-                x = x + factors.solve(g - self.problem.hessian_product(x, trial))
-            r = g - self.problem.hessian_product(x, trial)
-            if float(r.norm()) <= self.tolerance * (norm * float(x.norm()) + float(g.norm())):
-                return trial
-        return None
 
 
 def _scaled(g: Tensor) -> tuple[Tensor, Tensor]:

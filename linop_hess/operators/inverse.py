@@ -12,9 +12,10 @@ from torch import Tensor
 
 from linop_hess._memory import require
 from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
-from linop_hess.lq import banded, riccati
+from linop_hess.lq import riccati
 from linop_hess.lq.block_ldl import BlockLDL, SegmentReport
 from linop_hess.lq.convexity import inertia, smallest_convex_damping
+from linop_hess.lq.determinant import logabsdet
 from linop_hess.lq.entries import DiagonalEntries
 from linop_hess.lq.gram_factors import GramFactors
 from linop_hess.lq.problem import Problem
@@ -134,6 +135,11 @@ class HessianInverse(Operator):
         solver = self._solver
         if solver.method == "woodbury" and GramFactors.serves(solver.problem.in_float64, self.damping):
             return GramFactors(solver.problem, self.damping)
+        return self._block_ldl
+
+    @cached_property
+    def _block_ldl(self) -> BlockLDL:
+        solver = self._solver
         cost = solver.plan.costs["riccati"]
         require(2 * cost.nbytes, f"the block LDLᵀ factorization for {self.shape[0]} parameters", solver.plan.available)
         at_hand = solver.factorization
@@ -171,6 +177,8 @@ class HessianInverse(Operator):
 
     @cached_property
     def _inertia(self) -> Inertia:
+        if isinstance(self._solver.factorization, riccati.RiccatiFactorization):
+            return self._of_factors(lambda ldl: ldl.inertia())
         with torch.no_grad():
             return inertia(self._solver.problem, self.damping)
 
@@ -189,19 +197,23 @@ class HessianInverse(Operator):
         FactorizationError
             If H + εI is singular to working precision.
         """
+        if self._inertia.zero:
+            raise FactorizationError(
+                f"H + damping·I with damping={self.damping:g} is singular to working precision, so it has no determinant to speak of",
+                damping=self.damping,
+            )
         sign = -1.0 if self._inertia.negative % 2 else 1.0
-        costs = self._solver.plan.costs
-        if (
-            isinstance(self._ldl, BlockLDL)
-            and self._solver.plan.fits("banded", 2)
-            and costs["banded"].seconds <= 100 * costs["riccati"].seconds
-        ):
-            return sign, self._of_factors(lambda ldl: banded.factor(ldl.problem, self.damping).logabsdet())
-        return sign, self._of_factors(lambda ldl: ldl.logabsdet())
+        return sign, self._of_factors(lambda ldl: logabsdet(ldl, self._solver))
 
     def factor_report(self) -> list[SegmentReport]:
-        """Pivot extremes, hidden controls and delayed directions of each segment of the chain."""
-        return BlockLDL(self._solver.problem, self.damping).report()
+        """Pivot extremes, hidden controls and delayed directions of each segment of the chain.
+
+        Raises
+        ------
+        FactorizationError
+            If H + εI is singular to working precision.
+        """
+        return self._of_factors(lambda _: self._block_ldl.report())
 
     def positive(self) -> PositiveOperator:
         """Return L⁻ᵀ|D|⁻¹L⁻¹ where H + εI = L D Lᵀ: positive definite, a legal `M` for cg and minres.

