@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import numpy as np
 import torch
 
+from linop_hess._checks import finite_real
 from linop_hess.lq.convexity import count_up_to, inertia, smallest_convex_damping
 from linop_hess.lq.plan import Plan, make_plan
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.signs import Inertia
-from linop_hess.lq.solver import checked_damping
 from linop_hess.operators import pieces
 from linop_hess.operators.algebra import damped
 from linop_hess.operators.base import Operator
@@ -37,7 +36,7 @@ class Invertible(ABC):
         ValueError, TypeError
             If damping is not a finite real number.
         """
-        return damped(self._matrix, checked_damping(damping))
+        return damped(self._matrix, finite_real(damping, "damping"))
 
     def plan(self, damping: float) -> Plan:
         """Flops, bytes and modelled time of each method, and the choice of ``method="auto"``; print it.
@@ -47,7 +46,7 @@ class Invertible(ABC):
         ValueError, TypeError
             If damping is not a finite real number.
         """
-        return make_plan(self.problem, checked_damping(damping))
+        return make_plan(self.problem, finite_real(damping, "damping"))
 
     def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
@@ -55,7 +54,7 @@ class Invertible(ABC):
 
     def inertia(self, damping: float) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse."""
-        damping = checked_damping(damping)
+        damping = finite_real(damping, "damping")
         with torch.no_grad():
             return inertia(self.problem, damping)
 
@@ -69,11 +68,12 @@ class Invertible(ABC):
 
         Raises
         ------
-        ValueError
-            If an end is NaN or infinite, or a > b.
+        ValueError, TypeError
+            If an end is no finite real number, or a > b.
         """
-        if not (np.isfinite(a) and np.isfinite(b) and a <= b):
-            raise ValueError(f"an interval (a, b] needs finite a <= b, got a={a!r}, b={b!r}")
+        a, b = finite_real(a, "a"), finite_real(b, "b")
+        if a > b:
+            raise ValueError(f"an interval (a, b] needs a <= b, got a={a!r}, b={b!r}")
         with torch.no_grad():
             return count_up_to(self.problem, b) - count_up_to(self.problem, a) if a < b else 0
 
@@ -91,7 +91,13 @@ class Invertible(ABC):
         -------
         float
             Where H is positive semidefinite, 1e-7‖H‖.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If `margin` is negative, or `rtol` not between 0 and 1.
         """
+        margin, rtol = finite_real(margin, "margin"), finite_real(rtol, "rtol")
         if not (margin >= 0.0 and 0.0 < rtol < 1.0):
             raise ValueError(
                 f"margin must be at least 0 and rtol between 0 and 1, got margin={margin!r}, rtol={rtol!r}"
@@ -113,10 +119,12 @@ class Invertible(ABC):
 
         Raises
         ------
+        ValueError, TypeError
+            If `rtol` is not between 0 and 1.
         ArithmeticError
             If the residual is larger than that, or inertia contradicts.
         """
-        if not 0.0 < rtol < 1.0:
+        if not 0.0 < finite_real(rtol, "rtol") < 1.0:
             raise ValueError(f"rtol must be between 0 and 1, got {rtol!r}")
         return extreme_eigenvalues(self.problem, rtol)
 
@@ -128,7 +136,7 @@ class Invertible(ABC):
         FactorizationError
             If H + εI is singular to working precision.
         """
-        return condition_number(self.problem, checked_damping(damping))
+        return condition_number(self.problem, finite_real(damping, "damping"))
 
 
 class GaussNewtonLinearization(Invertible, pieces.ChainHessian):

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from linop_hess._checks import finite_real
 from linop_hess.chain.build import Chain, build_chain
 from linop_hess.chain.flatten import is_float
 from linop_hess.invertible import GaussNewtonLinearization, Invertible
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.solver import checked_damping
 from linop_hess.operators import pieces
 from linop_hess.operators.algebra import Permutation
 from linop_hess.operators.base import Operator
@@ -161,7 +161,7 @@ class Linearization(Invertible):
         ValueError, TypeError
             If damping is not a finite real number.
         """
-        return pieces.Augmented(self.problem, checked_damping(damping))
+        return pieces.Augmented(self.problem, finite_real(damping, "damping"))
 
     @cached_property
     def permutation(self) -> Permutation:

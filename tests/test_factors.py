@@ -120,6 +120,8 @@ def test_samples_of_an_indefinite_matrix():
     lin.inverse(damping).sample(1)
     with pytest.raises(ValueError, match="number of samples"):
         lin.inverse(damping).sample(-1)
+    with pytest.raises(TypeError, match="torch.Generator"):
+        lin.inverse(damping).sample(1, np.random.default_rng(0))
 
 
 def test_quadratic_form():
@@ -150,9 +152,13 @@ def test_count_eigenvalues(seed):
     assert lin.count_eigenvalues(0.1, 0.1) == 0
     near = np.abs(eigenvalues) <= 1e-10
     assert lin.count_eigenvalues(-1e-6, 0.0) == (near | ((eigenvalues > -1e-6) & (eigenvalues <= 0))).sum()
-    for a, b in ((1.0, 0.0), (np.nan, 1.0), (0.0, np.inf)):
-        with pytest.raises(ValueError, match="finite a <= b"):
+    with pytest.raises(ValueError, match="needs a <= b"):
+        lin.count_eigenvalues(1.0, 0.0)
+    for a, b in ((np.nan, 1.0), (0.0, np.inf)):
+        with pytest.raises(ValueError, match="must be finite"):
             lin.count_eigenvalues(a, b)
+    with pytest.raises(TypeError, match="a must be a real number"):
+        lin.count_eigenvalues("0", 1.0)
 
 
 def test_smallest_convex_damping():
@@ -328,3 +334,21 @@ def test_where_a_block_of_the_chain_is_singular(widths, side):
             g = right_hand_sides(len(H), 1)
             solution = inverse.solve(g)
             assert solution.method == "riccati" and solution.backward_error <= 1e-14
+
+
+def test_a_singular_matrix():
+    """(H + εI) x = 0 for every x: no factor, determinant or sample, and counts step over it."""
+    model = torch.nn.Linear(3, 2, bias=False).double()
+    x, y = torch.eye(3, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
+    lin = lh.linearize(model, lambda o, t: (o - t).square().sum(), x, y)
+    np.testing.assert_array_equal(lh.to_dense(lin.H), 2 * np.eye(6))
+    for question in (lambda: lin.inverse(-2.0), lambda: lin.inertia(-2.0), lambda: lin.condition_number(-2.0)):
+        with pytest.raises(lh.errors.FactorizationError, match="singular to working precision"):
+            question()
+    assert lin.count_eigenvalues(1.0, 2.0) == 6 and lin.count_eigenvalues(2.0, 3.0) == 0
+    assert lin.extreme_eigenvalues() == pytest.approx((2.0, 2.0)) and lin.condition_number(1.0) == pytest.approx(1.0)
+    assert lh.spectrum.eigsh(lin, 2, 2.0).values == pytest.approx([2.0, 2.0])
+    one_zero = lin.inverse(1.0)
+    one_zero._inertia = lh.Inertia(0, 1, 5)
+    with pytest.raises(lh.errors.FactorizationError, match="no determinant"):
+        one_zero.slogdet()

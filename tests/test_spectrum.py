@@ -138,6 +138,8 @@ def test_bad_input():
         lh.spectrum.eigsh(lin, 2, 1j)
     with pytest.raises(ArithmeticError, match="residual"):
         lh.spectrum.eigsh(lin, 2, 0.1, tolerance=1e-30)
+    with pytest.raises(ValueError, match="tolerance must be positive"):
+        lh.spectrum.eigsh(lin, 2, 0.1, tolerance=0)
     for bins in (0, True, [1.0], [0.0, 0.0], [1.0, 0.0], [0.0, np.nan]):
         with pytest.raises(ValueError, match="bins"):
             lh.spectrum.density(lin, bins)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess._checks import finite_real
 from linop_hess._memory import require
 from linop_hess.errors import FactorizationError
 from linop_hess.lq import dense, riccati
@@ -95,7 +96,7 @@ class Solver:
         if method != "auto" and method not in METHODS:
             raise ValueError(f"method must be one of {['auto', *METHODS]}, got {method!r}")
         self.problem = problem
-        self.damping = checked_damping(damping)
+        self.damping = finite_real(damping, "damping")
         self.requested = method
         self.tolerance = default_tolerance(problem.dtype) if tolerance is None else float(tolerance)
         if not 0.0 < self.tolerance < 1.0:
@@ -269,21 +270,3 @@ def _scaled(g: Tensor) -> tuple[Tensor, Tensor]:
     largest = 1000 if g.dtype == torch.float64 else 120
     exponents = torch.frexp(g.abs().amax(0, keepdim=True)).exponent.clamp(-largest, largest)
     return torch.ldexp(g, -exponents), exponents
-
-
-def checked_damping(damping: float) -> float:
-    """Return damping as a float.
-
-    Raises
-    ------
-    TypeError
-        If it is not a real number.
-    ValueError
-        If it is NaN or infinite.
-    """
-    if isinstance(damping, complex) or not np.isscalar(damping) or isinstance(damping, str):
-        raise TypeError(f"damping must be a real number, got {damping!r}")
-    value = float(damping)
-    if not math.isfinite(value):
-        raise ValueError(f"damping must be finite, got {value}")
-    return value

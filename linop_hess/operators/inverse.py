@@ -282,11 +282,15 @@ class HessianInverse(Operator):
 
         Raises
         ------
+        ValueError, TypeError
+            If `k` is no number of samples, or `generator` no torch generator.
         NotPositiveDefiniteError
             If H + εI is not positive definite; it names the inertia and a damping that works.
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 0:
             raise ValueError(f"k must be a number of samples, got {k!r}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         found = self.inertia()
         if found.positive < self.shape[0]:
             damping = smallest_convex_damping(self._solver.problem, 0.01)

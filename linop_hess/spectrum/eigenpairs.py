@@ -8,6 +8,7 @@ import numpy as np
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
 from scipy.sparse.linalg import eigsh as arpack
 
+from linop_hess._checks import finite_real
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.convexity import NUDGE, count_up_to
 from linop_hess.lq.problem import Problem
@@ -92,7 +93,7 @@ def eigsh(lin: HasSpectrum, k: int = 6, sigma: float = 0.0, *, tolerance: float 
     Raises
     ------
     ValueError, TypeError
-        If k or sigma is not usable.
+        If k, sigma or tolerance is not usable.
     ArithmeticError
         If a residual exceeds its bound, or Lanczos finds fewer than k pairs.
     FactorizationError
@@ -105,11 +106,9 @@ def eigsh(lin: HasSpectrum, k: int = 6, sigma: float = 0.0, *, tolerance: float 
     problem = lin.problem.in_float64
     N = problem.size
     _check_k(k, N)
-    if isinstance(sigma, bool) or not isinstance(sigma, int | float | np.integer | np.floating):
-        raise TypeError(f"sigma must be a real number, got {sigma!r}")
-    shift = float(sigma)
-    if not np.isfinite(shift):
-        raise ValueError(f"sigma must be finite, got {sigma!r}")
+    shift = finite_real(sigma, "sigma")
+    if not finite_real(tolerance, "tolerance") > 0.0:
+        raise ValueError(f"tolerance must be positive, got {tolerance!r}")
     shift = 0.0 if abs(shift) <= NULL * problem.norm else shift
     finder = _Finder(problem, shift, np.random.default_rng(seed))
     pairs = finder.small(k) if N <= _SMALL else finder.lanczos(k)
