@@ -81,7 +81,8 @@ class BlockLDL:
         self.problem = self._given = problem.in_float64
         self.damping = damping
         self._at_hand = factors if factors is not None and factors.problem is self._given else None
-        self._limit = GROWTH * max(self.problem.norm, abs(damping))
+        self._norm = max(self.problem.norm, abs(damping))
+        self._limit = GROWTH * self._norm
         self._hidden_growth = _hidden_growth(self.problem, damping)
         if self._hidden_growth > self._limit:
             self.problem = self.problem.with_extended_splits()
@@ -124,7 +125,7 @@ class BlockLDL:
     def _selecting(self, attempt: int) -> riccati.RiccatiFactorization:
         """Factors for selected entries of the inverse."""
         if attempt > 0:
-            return self._factored(self.problem, LITTLE_GROWTH * self._limit / GROWTH)
+            return self._factored(self.problem, LITTLE_GROWTH * self._norm)
         if self.problem is self._given:
             return self._factors
         return self._factored(self._given, GROWTH * self._hidden_growth)  # it seldom does harm
@@ -142,7 +143,7 @@ class BlockLDL:
             If |ε| is below `SMALLEST`·‖H‖ and there are hidden controls.
         """
         self._refuse_tiny_damping()
-        zero_below = ZERO * max(self.problem.norm, abs(self.damping))
+        zero_below = ZERO * self._norm
         return inertia_of(self._theta, zero_below) + hidden_inertia(int(self._hidden.sum()), self.damping)
 
     def logabsdet(self) -> float:

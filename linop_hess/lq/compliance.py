@@ -21,7 +21,7 @@ from torch import Tensor
 from linop_hess.lq.pullback import CostToGo, Segment
 
 # What to lend, in terms of the largest entry of the cost-to-go that follows: the first with which |ρΣ⁺| stays below the limit.
-_LENT = (0.01, -0.01, 0.3 * 0.01, -3 * 0.01)
+_LENT = (1e-2, -1e-2, 3e-3, -3e-2)
 _LIMIT = 100.0
 
 
@@ -77,10 +77,10 @@ class Compliance:
         N = self.matrix @ V
         N.diagonal().add_(1.0)
         if cost.Y is None or cost.mu is None:
-            return _symmetrized(torch.linalg.solve(N, self.matrix))
+            return _symmetrized(torch.linalg.solve_ex(N, self.matrix)[0])
         delayed = torch.eye(cost.mu.numel(), dtype=V.dtype, device=V.device)
         N = torch.cat([torch.cat([N, self.matrix @ cost.Y], 1), torch.cat([cost.Y.mT, torch.diag(cost.mu)], 1)])
-        return _symmetrized(torch.linalg.solve(N, torch.block_diag(self.matrix, delayed)))
+        return _symmetrized(torch.linalg.solve_ex(N, torch.block_diag(self.matrix, delayed))[0])
 
 
 def _largest(matrix: Tensor) -> float:

@@ -3,7 +3,7 @@
 What comes after a segment is eliminated from the last on, which leaves its cost-to-go; what comes before it from the first on, which
 leaves a compliance (see `lq.compliance`). Where the two meet, the block of the inverse is had by a solve of the size of the state. Both
 eliminations are backward stable, whatever the depth. One forward sweep over the factors would do in exact arithmetic, but its errors
-grow from stage to stage: with 60 stages by 1e20.
+grow exponentially with the depth where H is indefinite.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from linop_hess.lq.segments import SegmentGroup
 
 
 def joint_covariances(factors: RiccatiFactorization) -> Iterator[Joint]:
-    """Yield that of each segment, in the order of the chain; `factors` of any pivots.
+    """Yield the covariance of (s, δ) of each segment, in the order of the chain.
 
-    In terms of `Step.response`, that of u is XᵀY + K Σ Kᵀ, Σ that of (δ, c).
+    That of (δ, c), c being delayed directions, is had where the eliminations meet; with X, Y and K of `Step.response` that of the unknowns
+    of the segment is then XᵀY + K · Kᵀ.
     """
     costs = factors.costs()
     compliance = Compliance.of_nothing(costs[0].V) if costs else None
@@ -52,7 +53,8 @@ def diagonal(factors: RiccatiFactorization) -> Tensor:
     def of(group: SegmentGroup, k: int, joint: Joint) -> Tensor:
         return group.split.at(k).covariance_diagonal(group.steps[0].at(k), joint, factors.damping)
 
-    return torch.cat(list(_per_stage(factors, of)))
+    parts = list(_per_stage(factors, of))
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=factors.problem.dtype, device=factors.problem.device)
 
 
 def blocks(factors: RiccatiFactorization) -> list[Tensor]:
