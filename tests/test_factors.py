@@ -352,3 +352,29 @@ def test_a_singular_matrix():
     one_zero._inertia = lh.Inertia(0, 1, 5)
     with pytest.raises(lh.errors.FactorizationError, match="no determinant"):
         one_zero.slogdet()
+
+
+@pytest.mark.parametrize("damping", [1e-4, -1e-5, 1e-7])
+def test_wide_segments_at_small_dampings(damping):
+    """Hidden controls that only B sees are split off, and their pivots, coupled to no others, set apart."""
+    from linop_hess.lq.pivots import PivotsApart
+
+    model = make_mlp([10, 30, 28, 32, 3], seed=2, gain=1.4)
+    x, y = make_batch(10, 3, 4)
+    lin, H = lh.linearize(model, f.cross_entropy, x, y), oracle_hessian(model, f.cross_entropy, x, y)
+    shifted = np.linalg.eigvalsh(H) + damping
+    inverse = lin.inverse(damping)
+    found = inverse.inertia()
+    assert (found.negative, found.zero, found.positive) == (inertia_of(shifted)[0], 0, inertia_of(shifted)[1])
+    ldl = inverse._ldl
+    assert sum(isinstance(step.pivots, PivotsApart) for step in ldl._bounded.steps) >= 2
+    K = H + damping * np.eye(len(H))
+    expected, largest = np.diag(np.linalg.inv(K)), 1 / np.abs(shifted).min()
+    atol = 1e-14 * np.abs(shifted).max() * largest * np.abs(expected).max()
+    with torch.no_grad():
+        for attempt in range(ldl.attempts):
+            np.testing.assert_allclose(ldl.diagonal(attempt).numpy(), expected, rtol=0, atol=atol)
+    g = right_hand_sides(len(H), 1)[:, 0]
+    positive = inverse.positive()
+    back = positive @ (K @ (positive @ g))  # (P K)² = I
+    assert np.linalg.norm(K @ back - g) <= 1e-13 * largest * np.abs(shifted).max() * np.linalg.norm(g)

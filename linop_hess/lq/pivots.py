@@ -100,6 +100,51 @@ class CongruencePivots(Pivots):
         return self.congruence.nbytes
 
 
+@dataclass(frozen=True)
+class PivotsApart(Pivots):
+    """The pivots of a block whose rows `alone` are coupled to no other row: their entries of the diagonal, and those of the rest."""
+
+    rest: Pivots
+    others: Tensor  # rows of the rest, in order
+    kept: Tensor  # rows alone that are eliminated
+    values: Tensor
+    W: Tensor | None = None
+    mu: Tensor | None = None
+
+    @classmethod
+    def of(cls, K: Tensor, rest: Pivots, alone: Tensor, keep: Tensor) -> PivotsApart:
+        """Put them together: `alone` are the rows alone, of which `keep` marks those to eliminate."""
+        others = torch.ones(K.shape[0], dtype=torch.bool, device=K.device)
+        others[alone] = False
+        others = others.nonzero()[:, 0]
+        kept, delayed, diagonal = alone[keep], alone[~keep], K.diagonal()
+        W = K.new_zeros(K.shape[0], rest.delayed + delayed.numel())
+        mu = diagonal[delayed]
+        if rest.W is not None and rest.mu is not None:
+            W[others, : rest.delayed] = rest.W
+            mu = torch.cat([rest.mu, mu])
+        W[delayed, torch.arange(rest.delayed, W.shape[1], device=K.device)] = 1.0
+        return cls(rest, others, kept, torch.cat([rest.theta, diagonal[kept]]), W, mu)
+
+    @property
+    def theta(self) -> Tensor:
+        return self.values
+
+    def whiten(self, X: Tensor) -> Tensor:
+        return torch.cat([self.rest.whiten(X[self.others]), X[self.kept]])
+
+    def unwhiten_adjoint(self, Y: Tensor) -> Tensor:
+        assert self.W is not None
+        out = Y.new_zeros(self.W.shape[0], Y.shape[1])
+        first = self.rest.theta.numel()
+        out[self.others], out[self.kept] = self.rest.unwhiten_adjoint(Y[:first]), Y[first:]
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return self.rest.nbytes + (0 if self.W is None else self.W.nbytes)
+
+
 class PivotRule(Protocol):
     """Which pivots may be divided by."""
 
@@ -191,6 +236,13 @@ def pivots_of(
     ArithmeticError
         If K holds NaN or Inf.
     """
+    alone = ((K != 0).sum(1) - (K.diagonal() != 0).long() == 0).nonzero()[:, 0]
+    if alone.numel() and K.shape[0] > _NARROW and not last:
+        others = torch.ones(K.shape[0], dtype=torch.bool, device=K.device)
+        others[alone] = False
+        keep = rule.keeps(K.diagonal()[alone], cross[alone])
+        rest, white = pivots_of(K[others][:, others], cross[others], rule, last=False, always_pivot=always_pivot)
+        return PivotsApart.of(K, rest, alone, keep), torch.cat([white, cross[alone[keep]]])
     if K.shape[0] > _NARROW and (last or not always_pivot):
         if not bool(torch.isfinite(K).all()):
             raise ArithmeticError("NaN or Inf in a pivot")
