@@ -18,9 +18,14 @@ def finite_real(value: Any, name: str) -> float:
     ValueError
         If it is NaN or infinite.
     """
-    if isinstance(value, complex | str | bytes) or not np.isscalar(value):
-        raise TypeError(f"{name} must be a real number, got {value!r}")
-    number = float(value)  # type: ignore[arg-type]
+    try:
+        if isinstance(value, complex | str | bytes) or not np.isscalar(value):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {value!r}") from None
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
+        raise ValueError(f"{name} must be finite, got {value!r}")
     return number

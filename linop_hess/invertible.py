@@ -90,7 +90,7 @@ class Invertible(ABC):
         Returns
         -------
         float
-            Where H is positive semidefinite, 1e-7‖H‖.
+            Where H is positive semidefinite, 1e-7‖H‖; where it is zero, 1.
 
         Raises
         ------
@@ -106,7 +106,7 @@ class Invertible(ABC):
             return (1.0 + margin) * smallest_convex_damping(self.problem, rtol)
 
     def extreme_eigenvalues(self, rtol: float = 1e-8) -> tuple[float, float]:
-        """Smallest and largest eigenvalue of H, by Lanczos; that none lies outside is verified by inertia.
+        """Smallest and largest eigenvalue of H, by Lanczos or bisection; that none lies outside is verified by inertia.
 
         Parameters
         ----------
@@ -121,15 +121,13 @@ class Invertible(ABC):
         ------
         ValueError, TypeError
             If `rtol` is not between 0 and 1.
-        ArithmeticError
-            If the residual is larger than that, or inertia contradicts.
         """
         if not 0.0 < finite_real(rtol, "rtol") < 1.0:
             raise ValueError(f"rtol must be between 0 and 1, got {rtol!r}")
         return extreme_eigenvalues(self.problem, rtol)
 
     def condition_number(self, damping: float) -> float:
-        """‖H + εI‖·‖(H + εI)⁻¹‖ in the 2-norm, by Lanczos on both, to about 1e-6.
+        """‖H + εI‖·‖(H + εI)⁻¹‖ in the 2-norm, by Lanczos on both or bisection, to about 1e-6.
 
         Raises
         ------

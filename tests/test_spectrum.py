@@ -147,6 +147,18 @@ def test_bad_input():
         lh.spectrum.density(lin, scale="log")
     with pytest.raises(ValueError, match="rtol"):
         lin.extreme_eigenvalues(rtol=0)
+    with pytest.raises(TypeError, match="edges of bins must be real"):
+        lh.spectrum.density(lin, ["a", "b"])
+    with pytest.raises(TypeError, match="seed"):
+        lh.spectrum.eigsh(lin, 2, seed="a")
+    with pytest.raises(ValueError, match="sigma must be finite"):
+        lh.spectrum.eigsh(lin, 2, 10**400)
+    for other in (None, lin.problem, lin.inverse(1.0)):
+        with pytest.raises(TypeError, match="linearization"):
+            lh.spectrum.eigsh(other, 2)
+        with pytest.raises(TypeError, match="linearization"):
+            lh.spectrum.density(other)
+    assert lin.smallest_convex_damping(rtol=1e-17) > 0
 
 
 @pytest.mark.parametrize("scale", ["symlog", "linear"])
@@ -213,18 +225,109 @@ def test_extremes_next_to_a_null_space(monkeypatch):
 
 
 def test_extremes_are_not_trusted(monkeypatch):
-    """Lanczos may end at an inner eigenvalue. Inertia tells, and shift-invert finds the end; if that fails too it is an error."""
+    """Lanczos may end at an inner eigenvalue. Inertia tells, and shift-invert finds the end; if that fails too, bisection does."""
     from linop_hess.spectrum import extremes
 
     lin, H = setting()
     eigenvalues = np.linalg.eigvalsh(H)
     genuine = extremes._end
-    inner = {"SA": eigenvalues[1], "LA": eigenvalues[-2]}
+    inner = {"SA": eigenvalues[1] / lin.problem.norm, "LA": eigenvalues[-2] / lin.problem.norm}
     monkeypatch.setattr(extremes, "_end", lambda A, which, *rest: inner.get(which) or genuine(A, which, *rest))
     np.testing.assert_allclose(lin.extreme_eigenvalues(), eigenvalues[[0, -1]], rtol=1e-7)
-    monkeypatch.setattr(extremes, "_end", lambda A, which, *rest: inner.get(which, 10.0))
-    with pytest.raises(ArithmeticError, match="by inertia [1-9].* lie beyond it"):
-        lin.extreme_eigenvalues()
+
+    def failing(A, which, *rest):
+        if which == "LM":
+            raise ArithmeticError("a residual")
+        return inner[which]
+
+    monkeypatch.setattr(extremes, "_end", failing)
+    np.testing.assert_allclose(lin.extreme_eigenvalues(), eigenvalues[[0, -1]], rtol=1e-7)
+
+
+def test_where_lanczos_does_not_converge():
+    """Eigenvalues over eight decades: the small ones look alike from any shift."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 150, generator=generator, dtype=torch.float64) * torch.logspace(
+        0, -4, 150, dtype=torch.float64
+    )
+    model = torch.nn.Linear(150, 1, dtype=torch.float64)
+    lin = lh.linearize(model, f.mse_loss, x, torch.zeros(2000, 1, dtype=torch.float64))
+    spectrum = np.linalg.eigvalsh(lh.to_dense(lin.H))
+    np.testing.assert_allclose(lin.extreme_eigenvalues(), spectrum[[0, -1]], rtol=0, atol=1e-8 * spectrum[-1])
+    for damping in (0.1, -0.1):
+        shifted = np.abs(spectrum + damping)
+        np.testing.assert_allclose(lin.condition_number(damping), shifted.max() / shifted.min(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
+def test_any_scale_of_the_loss(scale):
+    model = make_mlp([40, 9])
+    x, _ = make_batch(40, 9, 100)
+    lin = lh.linearize(model, lambda o, t: scale * o.square().mean(), x, None)
+    spectrum = np.linalg.eigvalsh(lh.to_dense(lin.H))
+    np.testing.assert_allclose(lin.extreme_eigenvalues(), spectrum[[0, -1]], rtol=1e-7)
+    damping = 0.1 * spectrum[-1]
+    condition = (spectrum[-1] + damping) / (spectrum[0] + damping)
+    np.testing.assert_allclose(lin.condition_number(damping), condition, rtol=1e-5)
+    assert lh.spectrum.density(lin, 10).counts.sum() == len(spectrum)
+    middle = 0.5 * spectrum[-1]
+    pairs = lh.spectrum.eigsh(lin, 3, middle)
+    distances = np.sort(np.abs(spectrum - middle))[:3]
+    np.testing.assert_allclose(np.sort(np.abs(pairs.values - middle)), distances, rtol=1e-6)
+
+
+def test_ends_that_are_eigenvalues():
+    """An end that is an eigenvalue to rounding counts at b and not at a."""
+    lin, H = setting()
+    eigenvalues = np.linalg.eigvalsh(H)
+    norm = np.abs(eigenvalues).max()
+    for value in eigenvalues[np.abs(eigenvalues) > 1e-4 * norm]:
+        expected = (eigenvalues <= value + 1e-9 * norm).sum()
+        assert lin.count_eigenvalues(eigenvalues[0] - 1.0, float(value)) == expected
+    edges = eigenvalues[np.abs(eigenvalues) > 1e-4 * norm][::7]
+    found = lh.spectrum.density(lin, edges)
+    below = (eigenvalues[:, None] <= edges + 1e-9 * norm).sum(0)
+    null = np.abs(eigenvalues) <= found.null
+    straddles = (edges[:-1] < 0) & (edges[1:] > 0)
+    np.testing.assert_array_equal(found.counts, np.diff(below) - null.sum() * straddles)
+
+
+def test_shifts_at_eigenvalues(always_lanczos):
+    lin, H = setting((5, 10, 10, 10, 3))
+    eigenvalues = np.linalg.eigvalsh(H)
+    for value in eigenvalues[np.abs(eigenvalues) > 1e-3][::5]:
+        check(lh.spectrum.eigsh(lin, 4, float(value)), H, float(value), 4)
+
+
+def test_ties_are_not_missing(always_lanczos):
+    """Any of the copies of an eigenvalue will do."""
+    model = make_mlp([50, 20])
+    x, _ = make_batch(50, 20, 200)
+    lin = lh.linearize(model, f.mse_loss, x, torch.zeros(200, 20, dtype=torch.float64))
+    for k in (1, 6):
+        assert lh.spectrum.eigsh(lin, k, 10.0).missing == ()
+
+
+def test_small_invariant_subspaces(always_lanczos):
+    """Gauss-Newton of few data, from outside its spectrum: ARPACK gives up on most start vectors."""
+    model = make_mlp([6, 14, 14, 3], seed=1, gain=1.3)
+    ggn = lh.linearize(model, f.cross_entropy, *make_batch(6, 3, 4)).gauss_newton()
+    G = lh.to_dense(ggn)
+    for share in (-0.2, -0.05, 1.5):
+        sigma = share * np.linalg.eigvalsh(G)[-1]
+        check(lh.spectrum.eigsh(ggn, 6, sigma), G, sigma, 6)
+
+
+def test_a_hessian_that_is_zero(always_lanczos):
+    lin = lh.linearize(make_mlp([5, 9, 3]), lambda o, t: 0.0 * o.sum(), *make_batch(5, 3, 3))
+    N = lin.problem.size
+    pairs = lh.spectrum.eigsh(lin, 4, 0.5)
+    assert not pairs.values.any() and pairs.nullity == N and np.array_equal(pairs.vectors.T @ pairs.vectors, np.eye(4))
+    for bins in (7, [-1.0, 0.5]):
+        found = lh.spectrum.density(lin, bins)
+        assert found.nullity == N and found.counts.sum() == 0
+    assert lin.count_eigenvalues(-1.0, 0.0) == N and lin.count_eigenvalues(0.0, 1.0) == 0
+    assert lin.smallest_convex_damping() == 1.0 and lin.condition_number(0.5) == 1.0
 
 
 def test_the_end_of_a_null_space():

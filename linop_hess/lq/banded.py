@@ -1,6 +1,7 @@
 """Method "banded": the condensed KKT matrix of the whole chain as one LAPACK band matrix.
 
-With λ the multiplier of δ⁺ = F δ + R s, the unknowns (s, λ, δ⁺) of the segments in order give a symmetric band matrix.
+With λ the multiplier of δ⁺ = F δ + R s, the unknowns (s, λ, δ⁺) of the segments in order give a symmetric band matrix. The constraints
+are weighed as much as the curvatures, so that the entries of the matrix are of like sizes.
 LAPACK's gbtrf factors it with partial pivoting across stages: backward stable, with a growth bound independent of the
 depth. For narrow chains nothing is faster; the work grows with the cube of the state's size.
 """
@@ -75,9 +76,11 @@ class BandedFactorization:
         problem, layout = self.problem, self._layout
         kl = layout.bandwidth
         band = BandMatrix(layout.order, 3 * kl + 1, 2 * kl, problem.numpy_dtype)
-        for group in layout.groups:
-            blocks = condensed(group, self.damping)
-            T, W, r = blocks.T(self.damping).numpy(), blocks.W.numpy(), group.r
+        Ts = [condensed(group, self.damping).T(self.damping).numpy() for group in layout.groups]
+        largest = max((float(np.abs(T).max()) for T in Ts if T.size), default=0.0)
+        self._weight = 2.0 ** float(np.clip(np.round(np.log2(largest)), -100, 100)) if 0.0 < largest < np.inf else 1.0
+        for group, T in zip(layout.groups, Ts, strict=True):
+            W, r = condensed(group, self.damping).W.numpy() * self._weight, group.r
             s = layout.start[group.segments]
             state = layout.state_before[group.segments]
             band.put(s, s, T[:, :r, :r])
@@ -90,7 +93,7 @@ class BandedFactorization:
             s, state, R, F = s[inner], state[inner], W[inner, :, :r], W[inner, :, r:]
             n = F.shape[1]
             multiplier = s + r
-            minus_one = np.broadcast_to(-np.eye(n, dtype=F.dtype), (s.size, n, n))
+            minus_one = np.broadcast_to(-self._weight * np.eye(n, dtype=F.dtype), (s.size, n, n))
             band.put(multiplier, state, F)
             band.put(state, multiplier, F.transpose(0, 2, 1))
             band.put(multiplier, s, R)
@@ -130,7 +133,8 @@ class BandedFactorization:
         """Logarithm of |det(H + εI)|, that of the band matrix and one ε for each hidden control."""
         hidden = sum(group.split.complement * group.count for group in self._layout.groups)
         pivots = np.abs(self._lu[2 * self._layout.bandwidth], dtype=np.float64) if self._layout.order else np.ones(0)
-        return math.fsum(np.log(pivots)) + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
+        of_weight = -2.0 * int(self._layout.n.sum()) * math.log(self._weight)
+        return math.fsum([*np.log(pivots), of_weight]) + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
 
     @property
     def nbytes(self) -> int:

@@ -20,7 +20,7 @@ from linop_hess.lq import riccati, selected
 from linop_hess.lq.pivots import BoundedGrowth
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.segments import Loads, loads
-from linop_hess.lq.signs import ZERO, Inertia, hidden_inertia, inertia_of
+from linop_hess.lq.signs import UNSURE, ZERO, Inertia, hidden_inertia, inertia_of
 from linop_hess.lq.steps import PackedStep, Step
 from linop_hess.lq.symmetric import packed_pivots
 
@@ -83,6 +83,7 @@ class BlockLDL:
         self._at_hand = factors if factors is not None and factors.problem is self._given else None
         self._norm = max(self.problem.norm, abs(damping))
         self._limit = GROWTH * self._norm
+        self._smallest = min(UNSURE * self._norm, 1e-2 * abs(damping) if damping else math.inf)
         self._hidden_growth = _hidden_growth(self.problem, damping)
         if self._hidden_growth > self._limit:
             self.problem = self.problem.with_extended_splits()
@@ -94,7 +95,7 @@ class BlockLDL:
 
     def _factored(self, problem: Problem, limit: float) -> riccati.RiccatiFactorization:
         """Return factors that grow no more than that: those at hand, if they will do."""
-        rule = BoundedGrowth(limit)
+        rule = BoundedGrowth(limit, smallest=self._smallest)
         at_hand = self._at_hand if problem is self._given else None
         if at_hand is not None and at_hand.obeys(rule):
             return at_hand
@@ -116,7 +117,7 @@ class BlockLDL:
     @cached_property
     def _bounded(self) -> riccati.RiccatiFactorization:
         """Factors with bounded multipliers."""
-        rule = BoundedGrowth(self._limit, MULTIPLIER)
+        rule = BoundedGrowth(self._limit, MULTIPLIER, self._smallest)
         return riccati.RiccatiFactorization(self.problem, self.damping, rule=rule).whitened()
 
     attempts = 2
@@ -134,8 +135,8 @@ class BlockLDL:
         """Factor now, whatever is asked for next."""
         assert self._factors is not None
 
-    def inertia(self) -> Inertia:
-        """Count signs of the pivots; those below `ZERO` times max(‖H‖, |ε|) count as zero.
+    def inertia(self, zero_below: float = ZERO) -> Inertia:
+        """Count signs of the pivots; those below `zero_below` times max(‖H‖, |ε|) count as zero.
 
         Raises
         ------
@@ -143,8 +144,7 @@ class BlockLDL:
             If |ε| is below `SMALLEST`·‖H‖ and there are hidden controls.
         """
         self._refuse_tiny_damping()
-        zero_below = ZERO * self._norm
-        return inertia_of(self._theta, zero_below) + hidden_inertia(int(self._hidden.sum()), self.damping)
+        return inertia_of(self._theta, zero_below * self._norm) + hidden_inertia(int(self._hidden.sum()), self.damping)
 
     def logabsdet(self) -> float:
         """Logarithm of |det(H + εI)|; errors as of `inertia`."""
@@ -217,8 +217,12 @@ class BlockLDL:
 
 def _hidden_growth(problem: Problem, damping: float) -> float:
     """What the elimination of the hidden controls adds to the cost-to-go."""
-    grams = [group.split.B_complement_gram() for group in problem.segment_groups if group.split.coupled and group.n_in]
-    largest = max((float(gram.diagonal(dim1=1, dim2=2).max()) for gram in grams if gram is not None), default=0.0)
+    largest = 0.0
+    for group in problem.segment_groups:
+        gram = group.split.B_complement_gram() if group.split.coupled and group.n_in else None
+        if gram is not None:
+            in_units = gram.diagonal(dim1=1, dim2=2) * group.scale_in[:, :, 0].square()
+            largest = max(largest, float(in_units.max()))
     return largest / abs(damping) if damping else math.inf * (largest > 0.0)
 
 

@@ -42,15 +42,16 @@ class Compliance:
         scale = _largest(after.V)
         eye = torch.eye(after.V.shape[0], dtype=self.matrix.dtype, device=self.matrix.device)
         Rt, _ = segment.adjoint(eye)
-        best, growth, lent = self.matrix, math.inf, 0.0
+        best: tuple[float, Tensor, float] | None = None
         for factor in _LENT:
             rho = factor * scale
-            other, of_other = self._through(segment, Rt, *segment.pull_back(rho * eye if rho else None))
-            if not growth <= of_other:
-                best, growth, lent = other, of_other, rho
+            matrix, growth = self._through(segment, Rt, *segment.pull_back(rho * eye if rho else None))
+            if best is None or growth < best[0]:
+                best = growth, matrix, rho
             if growth * abs(rho) <= _LIMIT:
                 break
-        return Compliance(best, lent)
+        assert best is not None
+        return Compliance(best[1], best[2])
 
     def _through(self, segment: Segment, Rt: Tensor, S: Tensor, E: Tensor, Z: Tensor) -> tuple[Tensor, float]:
         """Σ⁺ and the largest number met."""

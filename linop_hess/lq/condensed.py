@@ -2,7 +2,9 @@
 
 Without the hidden controls and the states between its stages a segment is, with u = (s, δ),
 
-    ½ uᵀ T u,        δ⁺ = W u,        T = [S, E; Eᵀ, Z],        W = [R, F].
+    ½ uᵀ T u,        δ⁺ = W u,        T = [S, E; Eᵀ, Z],        W = [R, F],
+
+δ and δ⁺ in their units (see `lq.scaling`).
 """
 
 from __future__ import annotations
@@ -73,4 +75,11 @@ def _condense(group: SegmentGroup) -> Condensed:
         if curved is not None:
             T.baddbmm_(W.mT, curved)
         W = stage.F(W)
+    W = W / group.scale_out
+    if n_in:
+        unit = group.scale_in
+        W[:, :, r:] *= unit.mT
+        T[:, r:] *= unit
+        T[:, :, r:] *= unit.mT
+        gram = None if gram is None else gram * unit * unit.mT
     return Condensed(r, T, gram, W)

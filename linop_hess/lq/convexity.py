@@ -11,7 +11,7 @@ from linop_hess.lq.gram_factors import inertia_in_function_space
 from linop_hess.lq.lockstep import Lockstep, serves
 from linop_hess.lq.plan import make_plan
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.signs import ZERO, Inertia
+from linop_hess.lq.signs import UNSURE, ZERO, Inertia
 from linop_hess.lq.singular import SingularPivotError
 
 # A shift closer to an eigenvalue than rounding allows is moved by this much of ‖H‖.
@@ -21,27 +21,27 @@ NUDGE = 1e-7
 _locksteps: WeakKeyDictionary[Problem, Lockstep | None] = WeakKeyDictionary()
 
 
-def _inertia(problem: Problem, damping: float) -> Inertia:
+def _inertia(problem: Problem, damping: float, zero_below: float = ZERO) -> Inertia:
     """Inertia of H + εI: in lockstep where the chain is long and that is certain, in function space, or by the block LDLᵀ."""
     problem = problem.in_float64
     if problem not in _locksteps:
         _locksteps[problem] = Lockstep(problem) if serves(problem) else None
     lockstep = _locksteps[problem]
-    zero_below = ZERO * max(problem.norm, abs(damping))
-    found = None if lockstep is None else lockstep.inertia(damping, zero_below)
-    if found is not None:
+    scale = max(problem.norm, abs(damping))
+    found = None if lockstep is None else lockstep.inertia(damping, UNSURE * scale)
+    if found is not None and not found.zero:
         return found
     plan = make_plan(problem, damping)
     if plan.choice == "woodbury":
-        return inertia_in_function_space(problem, damping, zero_below)
+        return inertia_in_function_space(problem, damping, zero_below * scale)
     require(
         2 * plan.costs["riccati"].nbytes, f"the block LDLᵀ factorization for {problem.size} parameters", plan.available
     )
-    return BlockLDL(problem, damping).inertia()
+    return BlockLDL(problem, damping).inertia(zero_below)
 
 
-def inertia(problem: Problem, damping: float) -> Inertia:
-    """Inertia of H + εI.
+def inertia(problem: Problem, damping: float, zero_below: float = ZERO) -> Inertia:
+    """Inertia of H + εI, pivots of up to `zero_below`·max(‖H‖, |ε|) counted as zero.
 
     Raises
     ------
@@ -49,35 +49,35 @@ def inertia(problem: Problem, damping: float) -> Inertia:
         If H + εI is singular to working precision.
     """
     try:
-        return _inertia(problem, damping)
+        return _inertia(problem, damping, zero_below)
     except SingularPivotError as error:
+        move = NUDGE * problem.norm
         raise FactorizationError(
             f"H + damping·I with damping={damping:g} is singular to working precision, so its inertia is not to be had; "
-            f"move damping by {NUDGE * problem.norm:.1e}",
+            + (f"move damping by {move:.1e}" if move else "H is zero"),
             damping=damping,
             stage=None if error.stage is None else problem.name(error.stage),
-            suggested_damping=damping + NUDGE * problem.norm,
+            suggested_damping=damping + move,
         ) from None
 
 
 def count_up_to(problem: Problem, b: float) -> int:
     """Count the eigenvalues λ ≤ b of H; where b is an eigenvalue to rounding, those up to b + NUDGE·‖H‖."""
-    moved = b
-    for _ in range(2):
+    if problem.norm == 0.0:
+        return problem.size if b >= 0.0 else 0
+    for moved in (b, b + NUDGE * problem.norm):
         try:
-            found = inertia(problem, -moved)
+            found = inertia(problem, -moved, UNSURE)
         except FactorizationError:
-            moved = b + NUDGE * problem.norm
             continue
         if not found.zero:
             return found.negative
-        moved = b + NUDGE * problem.norm
     found = inertia(problem, -moved)
     return found.negative + found.zero
 
 
 def smallest_convex_damping(problem: Problem, rtol: float) -> float:
-    """Return the least ε, to a relative tolerance from above, for which H + εI ≻ 0; `NUDGE`·‖H‖ where H is semidefinite.
+    """Return the least ε, to a relative tolerance from above, for which H + εI ≻ 0; `NUDGE`·‖H‖ where H is semidefinite, 1 where it is 0.
 
     Raises
     ------
@@ -85,7 +85,9 @@ def smallest_convex_damping(problem: Problem, rtol: float) -> float:
         If no damping up to 1e8·‖H‖ makes H + εI positive definite.
     """
     norm = problem.norm
-    low, high = 0.0, NUDGE * norm if norm > 0 else 1.0
+    if norm == 0.0:
+        return 1.0
+    low, high = 0.0, NUDGE * norm
     while not _is_convex(problem, high):
         low, high = high, 4.0 * high
         if high > 1e8 * norm:
@@ -94,6 +96,8 @@ def smallest_convex_damping(problem: Problem, rtol: float) -> float:
         return high
     while high - low > rtol * high:
         middle = (low + high) / 2
+        if not low < middle < high:
+            break
         if _is_convex(problem, middle):
             high = middle
         else:

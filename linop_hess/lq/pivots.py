@@ -188,15 +188,18 @@ class SmallPivots:
 
 @dataclass(frozen=True)
 class BoundedGrowth:
-    """For all else: pivots are delayed that would make the cost-to-go, or a multiplier, grow beyond its limit."""
+    """For all else: pivots are delayed that make the cost-to-go, or a multiplier, grow beyond its limit, or are up to `smallest`."""
 
     limit: float
     multiplier: float = float("inf")
+    smallest: float = 0.0
 
     def accepts(self, theta: Tensor, white: Tensor) -> bool:
+        if not _extremes(theta)[0] > self.smallest:
+            return False
+        if not white.numel():
+            return True
         size = theta.abs()[:, None]
-        if not _extremes(theta)[0] > 0.0 or not white.shape[1]:
-            return _extremes(theta)[0] > 0.0
         grown = white.square() / size
         return float(grown.sum(0).max()) <= self.limit and float((white.abs() / size).max()) <= self.multiplier
 
@@ -204,12 +207,14 @@ class BoundedGrowth:
         if not cross.numel():
             return True
         growth = float((cross.abs() * gain.abs()).sum(1).max())
-        return growth <= self.limit and float(gain.abs().max()) <= self.multiplier
+        if not (growth <= self.limit and float(gain.abs().max()) <= self.multiplier):
+            return False
+        return not self.smallest or float(packed_pivots(packed, interchanges).abs().min()) > self.smallest
 
     def keeps(self, values: Tensor, Y: Tensor) -> Tensor:
         size = values.abs()
         coupling = Y.norm(dim=1)
-        return (coupling.square() <= self.limit * size) & (coupling <= self.multiplier * size) & (size > 0.0)
+        return (coupling.square() <= self.limit * size) & (coupling <= self.multiplier * size) & (size > self.smallest)
 
 
 def pivots_of(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from linop_hess.lq.arrays import stage_of_arrays
 from linop_hess.lq.layout import Slots
+from linop_hess.lq.scaling import state_scales
 from linop_hess.lq.segments import SegmentGroup, segment_groups
 from linop_hess.lq.stages import Stages
 from linop_hess.lq.transition import Transition
@@ -172,10 +173,22 @@ class Problem:
         """Return the problem with all controls that are coupled to the state, by G or B, counted as visible."""
         problem = Problem(self.blocks, self.order, self.names)
         groups = [replace(group, problem=problem, extended=True) for group in self.segment_groups]
-        for name in {"transition", "probe", "norm"} & self.__dict__.keys():
+        for name in {"transition", "state_scales", "probe", "norm"} & self.__dict__.keys():
             problem.__dict__[name] = self.__dict__[name]
         problem.__dict__["segment_groups"] = groups
         return problem
+
+    @cached_property
+    def state_scales(self) -> Tensor:
+        """Units for the states before each stage, powers of two, (Σ n_0..L−1,); see `lq.scaling`."""
+        return state_scales(self)
+
+    @cached_property
+    def scales_after(self) -> Tensor:
+        """The same for the states after each stage, (Σ n_1..L,); 1 after the last."""
+        out = self.state_scales.new_ones(self.size_out)
+        out[: self.size_out - int(self.n_out[-1])] = self.state_scales[int(self.n_in[0]) :]
+        return out
 
     @cached_property
     def transition(self) -> Transition:
@@ -259,7 +272,7 @@ class Problem:
         """A random unit vector v and Hv, each of shape (N, 1)."""
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.size, 1, generator=generator, dtype=torch.float64).to(self.dtype).to(self.device)
-        v = v / v.norm()
+        v = v / float(v.norm())
         return v, self.hessian_product(v)
 
     @cached_property
@@ -271,12 +284,12 @@ class Problem:
         """‖H + εI‖₂ to within some per cent, from below, by power iteration on a fixed start."""
         v, product = self.probe
         v = product + damping * v
-        norm = float(v.norm())
+        norm = float(v.double().norm())
         for _ in range(7):
             if norm == 0.0:
                 break
-            v = self.hessian_product(v / v.norm(), damping)
-            norm = max(norm, float(v.norm()))
+            v = self.hessian_product((v.double() / v.double().norm()).to(v.dtype), damping)
+            norm = max(norm, float(v.double().norm()))
         return norm
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -292,6 +305,8 @@ class Problem:
         """Return the problem with other blocks of the same F; M is kept as it is."""
         problem = Problem(blocks, self.order, self.names)
         problem.__dict__["transition"] = self.transition
+        if "state_scales" in self.__dict__:
+            problem.__dict__["state_scales"] = self.state_scales
         return problem
 
     def without_curvature(self) -> Problem:

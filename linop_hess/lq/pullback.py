@@ -1,7 +1,7 @@
 """What the backward recursion asks of one segment: the congruence of a cost-to-go by it, and products with it.
 
 With ½ δ⁺ᵀ V δ⁺ the cost after the segment, that before it is the quadratic form of T = [S, E; Eᵀ, Z] + [R, F]ᵀ V [R, F] in (s, δ).
-Narrow segments are condensed to dense blocks; wide ones keep the structure of their stages.
+Narrow segments are condensed to dense blocks; wide ones keep the structure of their stages. States are in their units (see `lq.scaling`).
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class StagesSegment(Segment):
         self._split = group.split.at(position)
         self._damping = damping
         self._n_in = group.n_in
+        self._unit_in, self._unit_out = group.scale_in[position], group.scale_out[position]
         self.r = group.r
         if self._split.complement and damping == 0.0:
             raise SingularPivotError(int(group.stages[position]))
@@ -102,6 +103,8 @@ class StagesSegment(Segment):
         B = split.B_range() if n_in else None
         if B is not None:
             cross += B[0].mT
+        if n_in:
+            cross *= self._unit_in
         return K, cross.mT, self._through_control(V)
 
     def pull_back_state(self, V: Tensor | None) -> Tensor:
@@ -109,6 +112,8 @@ class StagesSegment(Segment):
 
     def _before_control(self, V: Tensor | None) -> Tensor | None:
         """Take V back to the state right after the stage with controls."""
+        if V is not None:
+            V = V / self._unit_out / self._unit_out.mT
         for stage in reversed(self._steps[1:]):
             V = stage.pull_back(V)
         return V
@@ -121,23 +126,23 @@ class StagesSegment(Segment):
         gram = self._split.B_complement_gram() if n_in and self._split.coupled else None
         if gram is not None:
             V.add_(gram[0], alpha=-1.0 / self._damping)
-        return V
+        return V.mul_(self._unit_in).mul_(self._unit_in.mT)
 
     def adjoint(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        y = v[None]
+        y = (v / self._unit_out)[None]
         for stage in reversed(self._steps[1:]):
             y = stage.Ft(y)
         seen = self._split.Rt(y)[0]
-        return seen, self._steps[0].Ft(y)[0] if self._n_in else v.new_zeros(0, v.shape[1])
+        return seen, self._steps[0].Ft(y)[0] * self._unit_in if self._n_in else v.new_zeros(0, v.shape[1])
 
     def forward(self, s: Tensor | None, d: Tensor | None) -> Tensor:
         parts = [] if s is None else [self._split.R(s[None])]
         if d is not None:
-            parts.append(self._steps[0].F(d[None]))
+            parts.append(self._steps[0].F((d * self._unit_in)[None]))
         y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         for stage in self._steps[1:]:
             y = stage.F(y)
-        return y[0]
+        return y[0] / self._unit_out
 
 
 def is_narrow(group: SegmentGroup) -> bool:

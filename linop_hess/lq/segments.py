@@ -56,6 +56,18 @@ class SegmentGroup:
         """Where the controls lie."""
         return self.problem.x_slots[self.blocks[0]].take(self.positions[:, 0])
 
+    @cached_property
+    def scale_in(self) -> Tensor:
+        """The unit of each entry of the state before a segment, (K, n_in, 1); see `lq.scaling`."""
+        slots = self.problem.in_slots[self.blocks[0]].take(self.positions[:, 0])
+        return slots.gather(self.problem.state_scales[:, None])[:, : self.n_in]
+
+    @cached_property
+    def scale_out(self) -> Tensor:
+        """The same of the state after it, (K, n_out, 1)."""
+        slots = self.problem.out_slots[self.blocks[-1]].take(self.positions[:, -1])
+        return slots.gather(self.problem.scales_after[:, None])
+
     @property
     def count(self) -> int:
         """K."""
@@ -110,7 +122,7 @@ def _as_slice(positions: np.ndarray) -> slice | np.ndarray:
 
 @dataclass(frozen=True)
 class Loads:
-    """What a right-hand side g puts on a group of K segments."""
+    """What a right-hand side g puts on a group of K segments, the states in units of `SegmentGroup.scale_in`."""
 
     visible: Tensor  # Qᵀg, (K, r, k)
     hidden: Tensor | None  # g⊥, (K, p, k); None where all controls are visible
@@ -125,16 +137,16 @@ def loads(group: SegmentGroup, g: Tensor, damping: float) -> Loads:
         return Loads(visible, None, None)
     hidden = mine - group.split.Q(visible)
     push = group.steps[0].Bt(hidden) if group.n_in and group.split.coupled else None
-    return Loads(visible, hidden, None if push is None else push / damping)
+    return Loads(visible, hidden, None if push is None else push * group.scale_in / damping)
 
 
 def put_controls(x: Tensor, group: SegmentGroup, load: Loads, s: Tensor, d: Tensor | None, damping: float) -> None:
-    """Write x = Q s + (g⊥ − (I − QQᵀ)B δ)/ε of a group into x of shape (N, k); s is (K, r, k), d (K, n_in, k)."""
+    """Write x = Q s + (g⊥ − (I − QQᵀ)B δ)/ε of a group into x of shape (N, k); s is (K, r, k), d (K, n_in, k), in its units."""
     if load.hidden is None:
         mine = group.split.Q(s)
     else:
         rest = load.hidden
-        pull = group.steps[0].B(d) if d is not None and group.n_in and group.split.coupled else None
+        pull = group.steps[0].B(d * group.scale_in) if d is not None and group.n_in and group.split.coupled else None
         if pull is not None:
             rest = rest - pull
             s = s + group.split.Qt(pull) / damping

@@ -9,6 +9,7 @@ grow exponentially with the depth where H is indefinite.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from linop_hess.lq.segments import SegmentGroup
 
 
 def joint_covariances(factors: RiccatiFactorization) -> Iterator[Joint]:
-    """Yield the covariance of (s, δ) of each segment, in the order of the chain.
+    """Yield the covariance of (s, δ) of each segment, in the order of the chain, δ in its units.
 
     That of (δ, c), c being delayed directions, is had where the eliminations meet; with X, Y and K of `Step.response` that of the unknowns
     of the segment is then XᵀY + K · Kᵀ.
@@ -44,7 +45,11 @@ def joint_covariances(factors: RiccatiFactorization) -> Iterator[Joint]:
 def _per_stage(factors: RiccatiFactorization, of: Callable[[SegmentGroup, int, Joint], Tensor]) -> Iterator[Tensor]:
     groups = factors.problem.segment_groups
     for (g, k), joint in zip(factors.order, joint_covariances(factors), strict=True):
-        yield of(groups[g], k, joint)
+        group = groups[g]
+        if group.n_in:
+            unit = group.scale_in[k]
+            joint = replace(joint, sd=joint.sd * unit.mT, dd=joint.dd * unit * unit.mT)
+        yield of(group, k, joint)
 
 
 def diagonal(factors: RiccatiFactorization) -> Tensor:

@@ -11,6 +11,9 @@ from torch import Tensor
 # A pivot below this times max(‖H‖, |ε|) counts as zero.
 ZERO = 1e-15
 
+# Below this times max(‖H‖, |ε|) the sign of a pivot may be rounding: it is delayed to where no stage is left to delay to.
+UNSURE = 1e-11
+
 
 @dataclass(frozen=True)
 class Inertia:

@@ -104,7 +104,7 @@ class Solver:
         self.max_refinements = max_refinements
         self.plan: Plan = make_plan(problem, self.damping)
         v, product = problem.probe
-        self._norm_bound = float((product + self.damping * v).norm())
+        self._norm_bound = float((product + self.damping * v).double().norm())
         self._norm_is_final = False
         self._factorization: Factorization | None = None
         self._ladder: list[tuple[str, Factor]] = self._escalation(self.plan.choice if method == "auto" else method)
@@ -194,7 +194,7 @@ class Solver:
                 )
             self._climb()
         # Columns have norm ≥ ½ or are zero, and a zero one has x = 0.
-        if x.numel() and self._norm_bound * float((x.norm(dim=0) / g.norm(dim=0).clamp_min(0.5)).max()) > _SINGULAR:
+        if x.numel() and self._norm_bound * float((_norms(x) / _norms(g).clamp_min(0.5)).max()) > _SINGULAR:
             self._fail("is singular to working precision", None)
         x = torch.ldexp(x, exponents)
         if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
@@ -227,8 +227,8 @@ class Solver:
     def _backward_error(self, g: Tensor, x: Tensor, tolerance: float) -> tuple[float, Tensor, Tensor]:
         product = self._product(x)
         r = g - product
-        residuals = r.norm(dim=0)
-        sizes = torch.stack([residuals, product.norm(dim=0), x.norm(dim=0), g.norm(dim=0)]).cpu().numpy()
+        residuals = _norms(r)
+        sizes = torch.stack([residuals, _norms(product), _norms(x), _norms(g)]).cpu().numpy()
         size_r, size_product, size_x, size_g = sizes
         growth = size_product[size_x > 0] / size_x[size_x > 0]
         if growth.size and math.isfinite(bound := float(growth.max())):
@@ -261,6 +261,11 @@ class Solver:
             stage=where,
             suggested_damping=suggestion,
         )
+
+
+def _norms(columns: Tensor) -> Tensor:
+    """Norms of columns, in float64, so that those of small or large float32 numbers neither under- nor overflow."""
+    return torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64)
 
 
 def _scaled(g: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,7 @@ class HessianInverse(Operator):
                 device=self.device,
                 who=type(self).__name__,
             )
-            solution = self._solver.solve(operand.reshape(self.shape[0], -1))
+            solution = self._solver.solve(operand[:, None] if operand.ndim == 1 else operand)
             x = solution.x.reshape(operand.shape)
             x = x.clone() if isinstance(g, Tensor) else to_numpy(x)
         return Solution(x, solution.backward_error, solution.residual_norm, solution.refinement_steps, solution.method)
@@ -240,6 +240,11 @@ class HessianInverse(Operator):
         Its error is about 1e-14 times the condition number of H + εI. The largest entries of each part of the chain are compared with
         certified solves.
 
+        Warns
+        -----
+        RuntimeWarning
+            If they differ by more, and N > 1000.
+
         Raises
         ------
         FactorizationError
@@ -262,6 +267,7 @@ class HessianInverse(Operator):
 
     def quadratic_form(self, v: Any) -> float | np.ndarray:
         """Return vᵀ (H + εI)⁻¹ v for v of shape (N,), or those of the columns of v of shape (N, k); v as in `solve`."""
+        v = v.detach() if isinstance(v, Tensor) else v
         x = self.solve(v).x
         x, v = (np.asarray(a.cpu() if isinstance(a, Tensor) else a, dtype=np.float64) for a in (x, v))
         forms = np.einsum("i...,i...->...", x, v)
@@ -298,6 +304,8 @@ class HessianInverse(Operator):
                 f"samples need a positive definite H + damping·I; with damping={self.damping:g} it has {found.negative} negative "
                 f"and {found.zero} zero eigenvalues; damping={1.01 * damping:.2e} works"
             )
+        if not k:
+            return np.zeros((self.shape[0], 0), dtype=self.dtype)
         size = self._of_factors(lambda ldl: ldl.noise)
         xi = torch.randn(size, k, generator=generator, dtype=torch.float64).to(self.device)
         return to_numpy(self._of_factors(lambda ldl: ldl.color(xi)).to(self.torch_dtype))

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from linop_hess.lq.convexity import count_up_to
 from linop_hess.lq.problem import Problem
 from linop_hess.spectrum.extremes import extreme_eigenvalues
-from linop_hess.spectrum.null import NULL, HasSpectrum, nullity
+from linop_hess.spectrum.null import NULL, HasSpectrum, nullity, problem_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def density(lin: HasSpectrum, bins: int | ArrayLike = 60, *, scale: str = "symlo
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         If `bins` is below 1, its edges do not ascend or are not finite, or `scale` is unknown.
 
     Notes
@@ -78,7 +78,7 @@ def density(lin: HasSpectrum, bins: int | ArrayLike = 60, *, scale: str = "symlo
     """
     if scale not in ("symlog", "linear"):
         raise ValueError(f"scale must be 'symlog' or 'linear', got {scale!r}")
-    problem = lin.problem.in_float64
+    problem = problem_of(lin)
     with torch.no_grad():
         edges = _edges(problem, bins, scale)
         null = NULL * problem.norm
@@ -90,15 +90,22 @@ def density(lin: HasSpectrum, bins: int | ArrayLike = 60, *, scale: str = "symlo
 
 
 def _edges(problem: Problem, bins: int | ArrayLike, scale: str) -> np.ndarray:
-    if np.ndim(bins) > 0:
-        edges = np.array(bins, dtype=np.float64)
+    if isinstance(bins, list | tuple | np.ndarray) or np.ndim(bins) > 0:
+        try:
+            edges = np.array(bins, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"edges of bins must be real numbers, got {bins!r}") from None
         if edges.ndim != 1 or edges.size < 2 or not np.isfinite(edges).all() or not (np.diff(edges) > 0).all():
             raise ValueError("edges of bins must be at least two finite numbers in ascending order")
         return edges
     if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 1:
         raise ValueError(f"bins must be a number of at least 1, or edges, got {bins!r}")
     low, high = extreme_eigenvalues(problem)
-    margin = 1e-6 * max(abs(low), abs(high), np.finfo(float).tiny)
+    if low == high == 0.0:
+        return np.array([-1.0, 1.0])
+    if high - low < 1e-3 * max(abs(low), abs(high)):  # as good as one eigenvalue: room to draw it
+        low, high = low - 0.05 * abs(low), high + 0.05 * abs(high)
+    margin = 1e-6 * max(abs(low), abs(high))
     low, high = low - margin, high + margin
     if scale == "linear":
         width = (high - low) / bins

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from scipy.sparse.linalg import eigsh as arpack
 
 from linop_hess._checks import finite_real
@@ -15,13 +15,15 @@ from linop_hess.lq.problem import Problem
 from linop_hess.operators.dense import to_dense
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.pieces import ChainHessian
-from linop_hess.spectrum.null import NULL, HasSpectrum, nullity
+from linop_hess.spectrum.extremes import negatives
+from linop_hess.spectrum.null import NULL, HasSpectrum, nullity, problem_of
 
 # Up to this order LAPACK's dense solver is as fast, and finds all.
 _SMALL = 300
 
 # Lanczos runs, and ARPACK's restarts in each, before what was found is all that is returned.
 _ROUNDS = 12
+_TIE = 2e-8  # eigenvalues that differ in distance by less than this times ‖H‖ are equally near
 _RESTARTS = 40
 
 
@@ -38,15 +40,16 @@ class Eigenpairs:
     residuals : ndarray, shape (k,)
         ‖Hv − λv‖ of each pair: some eigenvalue lies no farther from λ than that.
     sigma : float
-        The shift used: the one asked for, or, where that is an eigenvalue to rounding, one 1e-7‖H‖ above it; 0 if that is as near.
+        The shift used: the one asked for, 0 if that is within 1e-7‖H‖ of it, or, where an eigenvalue is within 1e-8‖H‖, one 1e-7‖H‖
+        beside it.
     norm : float
         ‖H‖, estimated from below.
     nullity : int
         Number of eigenvalues up to 1e-7‖H‖ in size.
     missing : tuple of (float, float, int)
-        Intervals (a, b] between the values found that hold more eigenvalues than found there, by inertia, and how many more. Where
-        the null space is farther from the shift than all other values, only as many of it as `k` asks for are found, and the
-        others not called missing.
+        Intervals (a, b] nearer the shift than the farthest value that hold more eigenvalues than found there, by inertia, and how many
+        more. Of equally far eigenvalues, the null space among them, only as many as `k` asks for are found, and the others not called
+        missing.
     """
 
     values: np.ndarray
@@ -97,18 +100,22 @@ def eigsh(lin: HasSpectrum, k: int = 6, sigma: float = 0.0, *, tolerance: float 
     ArithmeticError
         If a residual exceeds its bound, or Lanczos finds fewer than k pairs.
     FactorizationError
-        If H − σI can be factored neither at `sigma` nor 1e-7‖H‖ above it.
+        If H − σI can be factored neither at `sigma` nor 1e-7‖H‖ beside it.
 
     Notes
     -----
     Computed in float64 whatever the precision of the model.
     """
-    problem = lin.problem.in_float64
+    problem = problem_of(lin)
     N = problem.size
     _check_k(k, N)
-    shift = finite_real(sigma, "sigma")
-    if not finite_real(tolerance, "tolerance") > 0.0:
+    shift, tolerance = finite_real(sigma, "sigma"), finite_real(tolerance, "tolerance")
+    if not tolerance > 0.0:
         raise ValueError(f"tolerance must be positive, got {tolerance!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise TypeError(f"seed must be an integer of at least 0, got {seed!r}")
+    if problem.norm == 0.0:
+        return Eigenpairs(np.zeros(k), np.eye(N, k), np.zeros(k), shift, 0.0, N, ())
     shift = 0.0 if abs(shift) <= NULL * problem.norm else shift
     finder = _Finder(problem, shift, np.random.default_rng(seed))
     pairs = finder.small(k) if N <= _SMALL else finder.lanczos(k)
@@ -129,17 +136,19 @@ def _check_k(k: int, N: int) -> None:
 
 
 def _shifted(problem: Problem, sigma: float) -> tuple[HessianInverse, float]:
-    """(H − σI)⁻¹, at a σ moved by `NUDGE`·‖H‖ where that is singular."""
+    """(H − σI)⁻¹, at a σ moved by `NUDGE`·‖H‖ where an eigenvalue is so close that others would be lost in rounding."""
     probe = np.random.default_rng(0).standard_normal(problem.size)
-    for moved in (sigma, sigma + NUDGE * problem.norm):
+    margin, nudge = 0.1 * NUDGE * problem.norm, NUDGE * problem.norm
+    for moved in (sigma, sigma + nudge, sigma - nudge):
+        if negatives(problem, moved - margin) < negatives(problem, moved + margin):
+            continue
         try:
             inverse = HessianInverse(problem, -moved)
             inverse.solve(probe)
             return inverse, moved
         except FactorizationError:
-            if moved != sigma or problem.norm == 0.0:
-                raise
-    raise AssertionError
+            continue
+    return HessianInverse(problem, -(sigma + nudge)), sigma + nudge
 
 
 class _Finder:
@@ -186,14 +195,27 @@ class _Finder:
         def project(x: np.ndarray) -> np.ndarray:
             return x - V @ (V.T @ x)
 
-        deflated = LinearOperator((N, N), matvec=lambda x: project(self.inverse @ project(x)), dtype=np.float64)
+        deflated = LinearOperator(
+            (N, N), matvec=lambda x: self.norm * project(self.inverse @ project(x)), dtype=np.float64
+        )  # in terms of ‖H‖, since ARPACK takes what is smaller than 4e-11 for zero
         count = min(count, N - 1 - V.shape[1])
-        if count < 1:
-            return
-        try:
-            _, new = arpack(deflated, k=count, which="LM", v0=project(self.rng.standard_normal(N)), maxiter=_RESTARTS)
-        except ArpackNoConvergence as error:
-            new = error.eigenvectors
+        new = np.zeros((N, 0))
+        for wider in (0, 40):  # a start vector may lie in a small invariant subspace
+            if count < 1:
+                return
+            ncv = min(N, max(2 * count + 1, 20) + wider)
+            start = project(self.rng.standard_normal(N))
+            try:
+                _, new = arpack(deflated, k=count, which="LM", v0=start, ncv=ncv, maxiter=_RESTARTS)
+                break
+            except ArpackNoConvergence as error:
+                new = error.eigenvectors
+                break
+            except ArpackError:
+                continue
+            except FactorizationError:
+                self.sigma += NUDGE * self.norm
+                self.inverse = HessianInverse(self.problem, -self.sigma)
         self._add(new)
 
     def _add_null_vectors(self, k: int, zeros: int) -> None:
@@ -231,12 +253,13 @@ class _Finder:
         return np.linalg.norm(self.H @ vectors - vectors * values, axis=0)
 
     def _missing(self, k: int) -> tuple[tuple[float, float, int], ...]:
-        """Intervals around the k nearest values at hand with more eigenvalues than found."""
+        """Intervals nearer than the k-th nearest value at hand with more eigenvalues than found."""
         nearest = np.sort(np.abs(self.values - self.sigma))[:k]
-        if not nearest.size:
-            return ()
         null = NULL * self.norm
-        reach = nearest[-1] + 1e-10 * self.norm
+        # Of those as far as the last one any will do.
+        reach = nearest[-1] - _TIE * self.norm if nearest.size else 0.0
+        if reach <= 0.0:
+            return ()
         a, b = self.sigma - reach, self.sigma + reach
         if a < -null and b > null:
             parts = [(a, -null), (-null, null), (null, b)]

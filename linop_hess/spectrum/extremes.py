@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
+from scipy.sparse.linalg import ArpackError, LinearOperator
 from scipy.sparse.linalg import eigsh as arpack
 
-from linop_hess.lq.convexity import NUDGE, count_up_to
+from linop_hess.errors import FactorizationError
+from linop_hess.lq.convexity import inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.dense import to_dense
 from linop_hess.operators.inverse import HessianInverse
@@ -21,7 +22,7 @@ _CLOSE = 1e-3
 
 
 def extreme_eigenvalues(problem: Problem, rtol: float = 1e-8) -> tuple[float, float]:
-    """Smallest and largest eigenvalue of H, by Lanczos, to rtol·‖H‖; that none lies outside is verified by inertia."""
+    """Smallest and largest eigenvalue of H, to rtol·‖H‖; that none lies outside is verified by inertia."""
     problem = problem.in_float64
     H = ChainHessian(problem)
     if problem.norm == 0.0:
@@ -34,53 +35,96 @@ def extreme_eigenvalues(problem: Problem, rtol: float = 1e-8) -> tuple[float, fl
 
 
 def condition_number(problem: Problem, damping: float, rtol: float = 1e-6) -> float:
-    """‖H + εI‖·‖(H + εI)⁻¹‖ by Lanczos on both, to rtol."""
+    """‖H + εI‖·‖(H + εI)⁻¹‖ by Lanczos on both, or inertia where that takes long, to rtol."""
     problem = problem.in_float64
     low, high = extreme_eigenvalues(problem, rtol)
+    largest = max(abs(low + damping), abs(high + damping))
+    if problem.norm == 0.0:
+        return 1.0 if damping else np.inf
     inverse = HessianInverse(problem, damping)
     if problem.size <= _SMALL:
         dense = to_dense(inverse)
-        largest = float(np.abs(np.linalg.eigvalsh((dense + dense.T) / 2)).max())
-    else:
-        largest = abs(_end(inverse, "LM", rtol, 300))
-    return max(abs(low + damping), abs(high + damping)) * largest
+        return largest * float(np.abs(np.linalg.eigvalsh((dense + dense.T) / 2)).max())
+    try:
+        return abs(_end(_Scaled(inverse, largest), "LM", rtol, 300))
+    except (ArpackError, ArithmeticError):
+        return largest / _nearest(problem, damping, largest, rtol)
+
+
+def _nearest(problem: Problem, damping: float, largest: float, rtol: float) -> float:
+    """Smallest |λ + ε|, by bisection on the number of eigenvalues within reach of −ε."""
+    within, without = largest, 0.0
+    while within - without > rtol * within and within > 1e-15 * largest:
+        reach = (within * without) ** 0.5 if without else within / 1e3
+        count = negatives(problem, reach - damping) - negatives(problem, -reach - damping)
+        within, without = (reach, without) if count else (within, reach)
+    return within
+
+
+def negatives(problem: Problem, x: float) -> int:
+    """Count the eigenvalues below x, one of them within rounding of x on either side."""
+    try:
+        return inertia(problem, -x).negative
+    except FactorizationError:
+        return inertia(problem, -x - 1e-12 * problem.norm).negative
+
+
+class _Scaled(LinearOperator):
+    """A operator times a number: ARPACK takes what is smaller than 4e-11 for zero."""
+
+    def __init__(self, A: LinearOperator, factor: float) -> None:
+        super().__init__(np.dtype(np.float64), A.shape)
+        self._A, self._factor = A, factor
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._factor * (self._A @ x)
 
 
 def _extreme(problem: Problem, H: LinearOperator, which: str, rtol: float) -> float:
-    """One end of the spectrum: Lanczos on H; where that takes long or ends at an inner eigenvalue, shift-invert just outside."""
+    """One end of the spectrum.
+
+    By Lanczos on H; where that takes long or ends at an inner eigenvalue, by shift-invert just outside, and where that does too, by
+    bisection on inertia.
+    """
+    norm = problem.norm
     try:
-        value = _end(H, which, rtol, _RESTARTS)
+        value = norm * _end(_Scaled(H, 1 / norm), which, rtol, _RESTARTS)
         if not _beyond(problem, which, value, rtol):
             return value
-    except ArpackNoConvergence:
+    except (ArpackError, ArithmeticError):
         pass
     sign = -1.0 if which == "SA" else 1.0
-    outer, inner = 1.5 * problem.norm, -1.5 * problem.norm  # in the direction of the end
+    outer, inner = 1.5 * norm, -1.5 * norm  # in the direction of the end
     while _outside(problem, which, sign * outer):
         outer *= 2.0
-    while outer - inner > _CLOSE * problem.norm:
-        middle = (outer + inner) / 2
-        outer, inner = (outer, middle) if _outside(problem, which, sign * middle) else (middle, inner)
-    shift = sign * (outer + _CLOSE * problem.norm)
-    value = shift + 1.0 / _end(HessianInverse(problem, -shift), "LM", rtol / _CLOSE, 300)
-    missed = _beyond(problem, which, value, rtol)
-    if missed:
-        raise ArithmeticError(
-            f"Lanczos found {value:g} at an end of the spectrum, but by inertia {missed} eigenvalues lie beyond it; ask for more "
-            "with spectrum.eigsh at a shift there"
-        )
-    return value
+
+    def bracket(width: float) -> None:
+        nonlocal outer, inner
+        while outer - inner > width:
+            middle = (outer + inner) / 2
+            outer, inner = (outer, middle) if _outside(problem, which, sign * middle) else (middle, inner)
+
+    bracket(_CLOSE * norm)
+    shift = sign * (outer + _CLOSE * norm)
+    try:
+        value = shift + 1.0 / _end(HessianInverse(problem, -shift), "LM", rtol / _CLOSE, 100)
+        if not _beyond(problem, which, value, rtol):
+            return value
+    except (ArpackError, ArithmeticError, FactorizationError):
+        pass
+    bracket(max(rtol, 1e-12) * norm)
+    return sign * (outer + inner) / 2
 
 
 def _outside(problem: Problem, which: str, x: float) -> int:
     """Count the eigenvalues below ("SA") or above ("LA") x."""
-    up_to = count_up_to(problem, x)
-    return up_to if which == "SA" else problem.size - up_to
+    below = negatives(problem, x)
+    return below if which == "SA" else problem.size - below
 
 
 def _beyond(problem: Problem, which: str, value: float, rtol: float) -> int:
     """Count the eigenvalues farther out than a value known to rtol·‖H‖."""
-    margin = max(rtol, 2 * NUDGE) * problem.norm
+    margin = max(2 * rtol, 1e-11) * problem.norm
     return _outside(problem, which, value - margin if which == "SA" else value + margin)
 
 

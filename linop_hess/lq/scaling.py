@@ -1,0 +1,37 @@
+"""Units of the states: how far each moves when the controls move by one.
+
+The size of a cost-to-go or of a multiplier means nothing by itself, since states may be measured in any unit: with δ = D δ̃ a problem is
+the same one in δ̃. In units in which every entry of every state moves by about one, a change of the cost-to-go by η changes H by about η
+too; so there it can be compared with ‖H‖, and the blocks of one linear system are of like sizes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from linop_hess.lq.problem import Problem
+
+_PROBES = 8
+
+
+def state_scales(problem: Problem) -> Tensor:
+    """D, shape (Σ n_0..n_{L−1},): the norms of the rows of P M⁻¹ D_x, rounded to powers of two, from random probes.
+
+    Scaling by powers of two makes no rounding errors. What does not move gets the unit of what moves least.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(problem.size, _PROBES, generator=generator, dtype=torch.float64)
+    moved = problem.shift(problem.transition.solve(problem.apply_G(x.to(problem.dtype).to(problem.device))))
+    largest = moved.abs().amax(1)
+    moves = (largest > 0.0) & torch.isfinite(largest)
+    if not bool(moves.any()):
+        return torch.ones_like(largest)
+    safe = torch.where(moves, largest, 1.0)
+    scale = safe * (moved / safe[:, None]).square().mean(1).sqrt()
+    scale = torch.where(moves, scale, scale[moves].min())
+    reach = 400.0 if problem.dtype == torch.float64 else 50.0  # squares must neither under- nor overflow
+    return torch.exp2(scale.log2().round().clamp(-reach, reach))
