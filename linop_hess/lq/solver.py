@@ -180,6 +180,8 @@ class Solver:
         OverflowError
             If the solution exceeds the range of the dtype.
         """
+        if not g.numel():
+            return Solution(torch.zeros_like(g), 0.0, 0.0, 0, self.method)
         g, exponents = _scaled(g)
         tolerance = self.tolerance if tolerance is None else tolerance
         while True:
