@@ -162,7 +162,8 @@ def draw(predicted: dict[str, np.ndarray], actual: np.ndarray, definite: np.ndar
         axes.set_axisbelow(True)
     panels[0].set_ylabel("growth of the own loss, retrained")
     if not definite.all():
-        panels[-1].legend(frameon=False, loc="lower right", handletextpad=0.1)
+        for axes in panels:
+            axes.legend(frameon=False, loc="lower right", handletextpad=0.1)
     canvas.savefig(file)
 
 

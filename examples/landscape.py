@@ -139,7 +139,8 @@ def draw(path: list[Point], data: int, stable: float, damping: float, file: str)
         axes.grid(color="0.92")
         for line in axes.lines:
             line.set_markersize(3.5)
-    lowest = f"{path[-1].smallest:.2g}"
+            line.set_clip_on(False)
+    lowest = f"{path[-1].smallest:.2g}".replace("-", "−")
     extremes.annotate(lowest, (steps[-1], path[-1].smallest), (0, -14), textcoords="offset points", ha="right")
     counts.legend(frameon=False, loc="center left")
     extremes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.56))

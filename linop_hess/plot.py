@@ -97,7 +97,7 @@ def convergence(
 def spectrum(density: Density, ax: Axes | None = None, *, title: str | None = None) -> Figure:
     """Plot the histogram of a spectrum, negative eigenvalues in one colour and positive ones in another.
 
-    Counts are on a logarithmic axis. The null space has a bar of its own at zero, hatched.
+    Counts are on a logarithmic axis. The null space has a bar of its own at zero, hatched, if zero is within the edges.
 
     Parameters
     ----------
@@ -117,16 +117,20 @@ def spectrum(density: Density, ax: Axes | None = None, *, title: str | None = No
     ------
     ImportError
         If matplotlib is not installed.
+    TypeError
+        If `density` is no Density.
     """
+    if not isinstance(density, Density):
+        raise TypeError(f"expected what linop_hess.spectrum.density returns, got {type(density).__name__}")
     from matplotlib.ticker import NullLocator
 
     ax = _axes(ax)
     edges, counts = density.edges, density.counts
     farthest = float(np.abs(edges).max())
     near = float(np.abs(edges[edges != 0]).min()) if (edges != 0).any() else 1.0
-    symlog = density.scale == "symlog" and near < farthest
+    decades = np.log10(farthest / near) if farthest > near else 0.0
+    symlog = density.scale == "symlog" and decades > 1.5
     if symlog:
-        decades = np.log10(farthest / near)
         ax.set_xscale("symlog", linthresh=near, linscale=max(0.1 * decades, 0.2))
     signs = (("negative", COLOURS[1], edges[1:] <= 0), ("positive", COLOURS[0], edges[:-1] >= 0))
     for side, colour, chosen in (*signs, ("either sign", "0.6", (edges[:-1] < 0) & (edges[1:] > 0))):
@@ -135,18 +139,25 @@ def spectrum(density: Density, ax: Axes | None = None, *, title: str | None = No
             label = f"{side}: {int(counts[chosen].sum()):,}"
             left, width = edges[:-1][shown], np.diff(edges)[shown]
             ax.bar(left, counts[shown], width, align="edge", color=colour, linewidth=0, label=label)
-    if density.nullity:
+    limits = edges[[0, -1]]
+    if density.nullity and edges[0] <= 0.0 <= edges[-1]:
         half = 0.4 * near if symlog else 0.2 * float(np.diff(edges).min())
         ax.bar(
             0.0, density.nullity, 2 * half, facecolor="none", edgecolor="0.35", hatch="////", linewidth=0.8,
             label=f"null space (|λ| ≤ {density.null:.0e}): {density.nullity:,}",
         )  # fmt: skip
+        limits = np.array([min(limits[0], -half), max(limits[1], half)])
+    elif density.nullity:
+        ax.plot([], [], " ", label=f"null space, not in range: {density.nullity:,}")
     ax.set_yscale("log")
     ax.set_ylim(0.7, 2.0 * max(int(counts.max(initial=1)), density.nullity, 1))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.set_xlim(edges[0] - 0.02 * farthest, edges[-1] + 0.02 * farthest)
+    drawn = ax.xaxis.get_transform()
+    low, high = drawn.transform(limits)
+    margin = 0.02 * (high - low)
+    ax.set_xlim(*drawn.inverted().transform([low - margin, high + margin]))
     if symlog:
-        ax.set_xticks(_signed_decades(near, float(edges[0]), float(edges[-1])))
+        ax.set_xticks(_signed_decades(near, decades, float(edges[0]), float(edges[-1])))
         ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("number of eigenvalues")
@@ -159,10 +170,13 @@ def spectrum(density: Density, ax: Axes | None = None, *, title: str | None = No
     return cast("Figure", ax.figure)
 
 
-def _signed_decades(near: float, low: float, high: float) -> list[float]:
-    """Ticks at powers of a hundred on either side of zero, and zero."""
-    powers = [10.0**k for k in range(int(np.ceil(np.log10(near))), 20, 2)]
-    return [-p for p in powers if -p >= low][::-1] + [0.0] + [p for p in powers if p <= high]
+def _signed_decades(near: float, decades: float, low: float, high: float) -> list[float]:
+    """Ticks at powers of ten on either side of zero, four at most, and zero."""
+    first, step = int(np.ceil(np.log10(near))), max(1, int(np.ceil(decades / 4)))
+    powers = [10.0**k for k in range(first, first + int(decades) + 2, step)]
+    return (
+        [-p for p in powers if -p >= low][::-1] + [0.0] * (low <= 0.0 <= high) + [p for p in powers if low <= p <= high]
+    )
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -352,5 +352,22 @@ def test_plot():
         heights = sum(int(bar.get_height()) for bar in ax.patches)
         assert heights == found.counts.sum() + found.nullity
         assert [text.get_text().split(":")[0] for text in ax.get_legend().get_texts()][-1].startswith("null space")
-        assert ax.get_yscale() == "log" and ax.get_xscale() == ("linear" if "scale" in options else "symlog")
+        assert ax.get_yscale() == "log" and ax.get_xscale() == ("symlog" if not options else "linear")
         figure.savefig(io.BytesIO())
+
+
+def test_plot_of_other_spectra():
+    pytest.importorskip("matplotlib")
+    lin, _ = setting()
+    outside = lh.spectrum.density(lin, [0.2, 0.6, 1.5])
+    (ax,) = lh.plot.spectrum(outside).axes
+    assert "not in range" in ax.get_legend().get_texts()[0].get_text() and ax.get_xlim()[0] > 0.1
+    same = lh.linearize(torch.nn.Linear(3, 1, bias=False).double(), f.mse_loss, torch.eye(3).double(), torch.zeros(3, 1).double())
+    found = lh.spectrum.density(same, 5)
+    (ax,) = lh.plot.spectrum(found).axes
+    low, high = ax.get_xlim()
+    assert found.counts.max() == 3 and max(bar.get_width() for bar in ax.patches) > 0.05 * (high - low)
+    (ax,) = lh.plot.spectrum(lh.spectrum.density(lin.gauss_newton())).axes
+    assert len([tick for tick in ax.get_xticks() if tick > 0]) >= 3
+    with pytest.raises(TypeError, match="density returns"):
+        lh.plot.spectrum(np.arange(3))

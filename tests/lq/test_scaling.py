@@ -159,7 +159,7 @@ def test_single_precision_at_any_scale_of_the_loss(scale):
 
 def test_no_right_hand_sides():
     lin = CASES["large inputs, relu"]()
-    inverse = lin.inverse(lin.problem.norm)
+    inverse = lin.inverse(lin.smallest_convex_damping(margin=0.5))
     N = inverse.shape[0]
     assert inverse.solve(np.zeros((N, 0))).x.shape == (N, 0)
     assert inverse.sample(0).shape == (N, 0)
