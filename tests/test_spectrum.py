@@ -362,7 +362,9 @@ def test_plot_of_other_spectra():
     outside = lh.spectrum.density(lin, [0.2, 0.6, 1.5])
     (ax,) = lh.plot.spectrum(outside).axes
     assert "not in range" in ax.get_legend().get_texts()[0].get_text() and ax.get_xlim()[0] > 0.1
-    same = lh.linearize(torch.nn.Linear(3, 1, bias=False).double(), f.mse_loss, torch.eye(3).double(), torch.zeros(3, 1).double())
+    same = lh.linearize(
+        torch.nn.Linear(3, 1, bias=False).double(), f.mse_loss, torch.eye(3).double(), torch.zeros(3, 1).double()
+    )
     found = lh.spectrum.density(same, 5)
     (ax,) = lh.plot.spectrum(found).axes
     low, high = ax.get_xlim()

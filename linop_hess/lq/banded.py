@@ -77,8 +77,11 @@ class BandedFactorization:
         kl = layout.bandwidth
         band = BandMatrix(layout.order, 3 * kl + 1, 2 * kl, problem.numpy_dtype)
         Ts = [condensed(group, self.damping).T(self.damping).numpy() for group in layout.groups]
+        reach = 500 if problem.numpy_dtype == np.float64 else 60
         largest = max((float(np.abs(T).max()) for T in Ts if T.size), default=0.0)
-        self._weight = 2.0 ** float(np.clip(np.round(np.log2(largest)), -100, 100)) if 0.0 < largest < np.inf else 1.0
+        self._weight = (
+            2.0 ** float(np.clip(np.round(np.log2(largest)), -reach, reach)) if 0.0 < largest < np.inf else 1.0
+        )
         for group, T in zip(layout.groups, Ts, strict=True):
             W, r = condensed(group, self.damping).W.numpy() * self._weight, group.r
             s = layout.start[group.segments]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from linop_hess.lq.rangesplit import Joint, RangeSplit
+from linop_hess.lq.rangesplit import Joint, RangeSplit, row_space
 from linop_hess.lq.stages import Stages
 
 
@@ -28,10 +28,8 @@ def bilinear_split(W: Tensor, Z: Tensor, beta: Tensor | None, weight: bool, bias
         safe = torch.where(norm == 0, torch.ones_like(norm), norm)
         basis, rho = (rows / safe).mT, norm
     else:
-        U, sigma, Vt = torch.linalg.svd(rows, full_matrices=False)
-        cutoff = sigma[:, :1] * (max(b, c) * torch.finfo(rows.dtype).eps)
-        rank = max(1, int((sigma > cutoff).sum(1).max()))
-        basis, rho = Vt[:, :rank].mT.contiguous(), (U * sigma[:, None])[:, :, :rank].contiguous()
+        basis = row_space(rows)
+        rho = rows @ basis
     return BilinearSplit(basis, rho, beta, W.shape[1], W.shape[2], weight, bias)
 
 

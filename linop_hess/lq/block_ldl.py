@@ -146,6 +146,15 @@ class BlockLDL:
         self._refuse_tiny_damping()
         return inertia_of(self._theta, zero_below * self._norm) + hidden_inertia(int(self._hidden.sum()), self.damping)
 
+    @cached_property
+    def doubt(self) -> float:
+        """By how much rounding in the costs-to-go may move an eigenvalue, in terms of max(‖H‖, |ε|).
+
+        Units of single states do not see states that move together: what the cost of their differences is may be far above ‖H‖.
+        """
+        largest = max((float(cost.V.abs().max()) for cost in self._factors.costs() if cost.V.numel()), default=0.0)
+        return 10.0 * float(np.finfo(float).eps) * largest / self._norm if self._norm else 0.0
+
     def logabsdet(self) -> float:
         """Logarithm of |det(H + εI)|; errors as of `inertia`."""
         self._refuse_tiny_damping()

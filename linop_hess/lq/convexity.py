@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
+import torch
+
 from linop_hess._memory import require
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.block_ldl import BlockLDL
+from linop_hess.lq.dense import assemble
 from linop_hess.lq.gram_factors import inertia_in_function_space
 from linop_hess.lq.lockstep import Lockstep, serves
 from linop_hess.lq.plan import make_plan
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.signs import UNSURE, ZERO, Inertia
+from linop_hess.lq.signs import UNSURE, ZERO, Inertia, inertia_of
 from linop_hess.lq.singular import SingularPivotError
+
+# Factors are taken at their word where rounding in them moves eigenvalues by this much of ‖H‖ at most; where it may move them by more,
+# problems of up to so many controls are looked at as dense matrices.
+CERTAIN = 1e-12
+DENSE = 1000
 
 # A shift closer to an eigenvalue than rounding allows is moved by this much of ‖H‖.
 NUDGE = 1e-7
@@ -37,7 +45,32 @@ def _inertia(problem: Problem, damping: float, zero_below: float = ZERO) -> Iner
     require(
         2 * plan.costs["riccati"].nbytes, f"the block LDLᵀ factorization for {problem.size} parameters", plan.available
     )
-    return BlockLDL(problem, damping).inertia(zero_below)
+    return certain_inertia(BlockLDL(problem, damping), zero_below)
+
+
+def certain_inertia(factors: BlockLDL, zero_below: float = ZERO) -> Inertia:
+    """Inertia from factors, looked at again where rounding in them might change it.
+
+    Raises
+    ------
+    FactorizationError
+        If an eigenvalue is so close to zero that they cannot tell.
+    """
+    found, problem, damping = factors.inertia(zero_below), factors.problem, factors.damping
+    if factors.doubt <= CERTAIN:
+        return found
+    scale = max(problem.norm, abs(damping))
+    if problem.size <= DENSE:
+        return inertia_of([torch.linalg.eigvalsh(assemble(problem)) + damping], zero_below * scale)
+    move = factors.doubt * scale
+    if all(BlockLDL(problem, damping + side * move).inertia(zero_below) == found for side in (-1, 1)):
+        return found
+    raise FactorizationError(
+        f"at damping={damping:g} an eigenvalue lies within {move:.1e} of zero, which is what rounding may make of the factors of this "
+        "chain; move damping by more than that",
+        damping=damping,
+        suggested_damping=damping + 3 * move,
+    )
 
 
 def inertia(problem: Problem, damping: float, zero_below: float = ZERO) -> Inertia:

@@ -34,10 +34,6 @@ class GramFactors:
         """Factor now, whatever is asked for next."""
         assert self._factors is not None
 
-    def inertia(self) -> Inertia:
-        """Count the eigenvalues by sign: H + εI is positive definite."""
-        return Inertia(0, 0, self.problem.size)
-
     def logabsdet(self) -> float:
         """Logarithm of det(H + εI)."""
         theta = self._factors.pivots.theta

@@ -66,6 +66,8 @@ class _Value:
         self.matrix = torch.baddbmm(full[:, r:, r:], cross.mT, gain, alpha=-1.0)
         if n_in + m:
             self.growth = torch.maximum((cross.abs() * gain.abs()).sum(1).amax(1), self.growth)
+        if n_in:
+            self.growth = torch.maximum(self.matrix[:, :n_in, :n_in].abs().flatten(1).amax(1), self.growth)
         self.n = n_in
 
 

@@ -243,5 +243,19 @@ def dense_range_split(stages: Stages) -> RangeSplit:
     """Split by a thin SVD of the dense G where that pays: A = 0 and more controls than outputs."""
     if stages.p <= stages.n_out or stages.dense_A() is not None:
         return IdentitySplit(stages)
-    U, sigma, Vt = torch.linalg.svd(stages.dense_G(), full_matrices=False)
-    return DenseSplit(Vt.mT.contiguous(), U * sigma[:, None, :], stages.dense_B())
+    G = stages.dense_G()
+    basis = row_space(G)
+    return DenseSplit(basis, G @ basis, stages.dense_B())
+
+
+def row_space(rows: Tensor) -> Tensor:
+    """Orthonormal basis of the row spaces of (K, b, c), as (K, c, rank), the rank being the largest of the K.
+
+    Rows are brought to one size first, so that small ones lie in it to as many digits as large ones.
+    """
+    size = rows.norm(dim=2, keepdim=True)
+    unit = torch.exp2(torch.where(size > 0.0, size, 1.0).log2().round())
+    _, sigma, Vt = torch.linalg.svd(rows / unit, full_matrices=False)
+    cutoff = sigma[:, :1] * (max(rows.shape[1:]) * torch.finfo(rows.dtype).eps)
+    rank = max(1, int((sigma > cutoff).sum(1).max()))
+    return Vt[:, :rank].mT.contiguous()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ _PROBES = 8
 def state_scales(problem: Problem) -> Tensor:
     """D, shape (Σ n_0..n_{L−1},): the norms of the rows of P M⁻¹ D_x, rounded to powers of two, from random probes.
 
-    Scaling by powers of two makes no rounding errors. What does not move gets the unit of what moves least.
+    Scaling by powers of two makes no rounding errors. What does not move gets the largest unit of the same state, and a state of which
+    nothing moves the smallest of all.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(problem.size, _PROBES, generator=generator, dtype=torch.float64)
@@ -31,7 +33,10 @@ def state_scales(problem: Problem) -> Tensor:
     if not bool(moves.any()):
         return torch.ones_like(largest)
     safe = torch.where(moves, largest, 1.0)
-    scale = safe * (moved / safe[:, None]).square().mean(1).sqrt()
-    scale = torch.where(moves, scale, scale[moves].min())
+    scale = torch.where(moves, safe * (moved / safe[:, None]).square().mean(1).sqrt(), 0.0)
+    state = torch.from_numpy(np.repeat(np.arange(problem.length), problem.n_in)).to(scale.device)
+    of_state = scale.new_zeros(problem.length).scatter_reduce(0, state, scale, "amax")
+    scale = torch.where(moves, scale, of_state[state])
+    scale = torch.where(scale > 0.0, scale, scale[moves].min())
     reach = 400.0 if problem.dtype == torch.float64 else 50.0  # squares must neither under- nor overflow
     return torch.exp2(scale.log2().round().clamp(-reach, reach))

@@ -198,7 +198,10 @@ class Solver:
         # Columns have norm ≥ ½ or are zero, and a zero one has x = 0.
         if x.numel() and self._norm_bound * float((_norms(x) / _norms(g).clamp_min(0.5)).max()) > _SINGULAR:
             self._fail("is singular to working precision", None)
+        sizes = x.abs().amax(0)
         x = torch.ldexp(x, exponents)
+        if bool(((sizes > 0) & (x.abs().amax(0) < torch.finfo(x.dtype).tiny)).any()):
+            raise OverflowError(f"the solution is below the range of {x.dtype}: scale the right-hand side up")
         if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
             raise OverflowError(f"the solution exceeds the range of {x.dtype}: scale the right-hand side down")
         residual = float(torch.ldexp(residuals, exponents[0]).max()) if residuals.numel() else 0.0

@@ -41,10 +41,6 @@ class Congruence:
     @classmethod
     def of(cls, S: Tensor) -> Congruence:
         """Factor a symmetric (n, n) matrix; its lower triangle is read."""
-        n = S.shape[0]
-        if n == 0:
-            empty = torch.zeros(0, dtype=torch.int64, device=S.device)
-            return cls(S, empty, S.new_zeros(0), empty, S.new_zeros(0, 2, 2))
         packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
         return cls.from_packed(packed, pivots)
 
@@ -52,6 +48,9 @@ class Congruence:
     def from_packed(cls, packed: Tensor, pivots: Tensor) -> Congruence:
         """Unpack what `torch.linalg.ldl_factor` gives."""
         S = packed
+        if not S.shape[0]:
+            empty = torch.zeros(0, dtype=torch.int64, device=S.device)
+            return cls(S, empty, S.new_zeros(0), empty, S.new_zeros(0, 2, 2))
         ipiv = pivots.cpu().numpy()
         lower = np.asfortranarray(packed.cpu().numpy())
         syconv = lapack.dsyconv if S.dtype == torch.float64 else lapack.ssyconv

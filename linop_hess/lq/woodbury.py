@@ -68,6 +68,8 @@ def estimate(problem: Problem) -> Cost:
         why = f"stage {problem.name(curved)} has curvature: only for Gauss-Newton, and costs of the last state alone"
         return Cost(np.inf, np.inf, np.inf, why)
     rows = float(problem.n_in[-1])
+    if not rows:
+        return Cost(np.inf, np.inf, np.inf, "the last state is empty, so there is no function space")
     if rows > problem.size:
         why = f"{rows:.0f} batch × outputs are more than the {problem.size} parameters: the Gram matrix is the larger one, and singular"
         return Cost(np.inf, np.inf, np.inf, why)

@@ -14,7 +14,7 @@ from linop_hess._memory import require
 from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
 from linop_hess.lq import riccati
 from linop_hess.lq.block_ldl import BlockLDL, SegmentReport
-from linop_hess.lq.convexity import inertia, smallest_convex_damping
+from linop_hess.lq.convexity import certain_inertia, inertia, smallest_convex_damping
 from linop_hess.lq.determinant import logabsdet
 from linop_hess.lq.entries import DiagonalEntries
 from linop_hess.lq.gram_factors import GramFactors
@@ -178,7 +178,7 @@ class HessianInverse(Operator):
     @cached_property
     def _inertia(self) -> Inertia:
         if isinstance(self._solver.factorization, riccati.RiccatiFactorization):
-            return self._of_factors(lambda ldl: ldl.inertia())
+            return self._of_factors(lambda _: certain_inertia(self._block_ldl))
         with torch.no_grad():
             return inertia(self._solver.problem, self.damping)
 
@@ -218,14 +218,14 @@ class HessianInverse(Operator):
     def positive(self) -> PositiveOperator:
         """Return L⁻ᵀ|D|⁻¹L⁻¹ where H + εI = L D Lᵀ: positive definite, a legal `M` for cg and minres.
 
-        Where H + εI is positive definite that is the inverse itself. Preconditioned by it H + εI has eigenvalues ±1, so that MINRES stops
-        after two iterations.
+        Where H + εI is positive definite that is the inverse itself (in float32, from factors in float64). Preconditioned by it H + εI
+        has eigenvalues ±1, so that MINRES stops after two iterations.
         """
         try:
             definite = self.is_positive_definite
         except FactorizationError:  # a damping too small to tell
             definite = False
-        if definite:
+        if definite and self.torch_dtype == torch.float64:
             return PositiveOperator(self, self._apply)
         self._of_factors(lambda ldl: ldl.factor())
         return PositiveOperator(self, self._ldl.positive)
@@ -235,15 +235,15 @@ class HessianInverse(Operator):
         return self._of_factors(lambda ldl: DiagonalEntries(ldl, self._solver))
 
     def diagonal(self) -> np.ndarray:
-        """Diagonal of the inverse, shape (N,); nothing of size N × N is formed, but where N ≤ 1000 as the last resort.
+        """Diagonal of the inverse, shape (N,).
 
-        Its error is about 1e-14 times the condition number of H + εI. The largest entries of each part of the chain are compared with
-        certified solves.
+        Up to N = 1000 by certified solves for all columns. Beyond, nothing of size N × N is formed; the error is about 1e-14 times the
+        condition number of H + εI, and entries all along the chain are compared with certified solves.
 
         Warns
         -----
         RuntimeWarning
-            If they differ by more, and N > 1000.
+            If they differ by more than that.
 
         Raises
         ------

@@ -8,6 +8,9 @@ from torch import nn
 from torch.nn import functional as f
 
 import linop_hess as lh
+from linop_hess import lq
+from linop_hess.lq import entries
+from linop_hess.operators.inverse import HessianInverse
 
 
 def chain(depth, activation, gain, width, outputs, batch, loss_fn):
@@ -56,7 +59,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_inertia_determinant_diagonal_and_minres(name):
+def test_inertia_determinant_diagonal_and_minres(name, monkeypatch):
+    monkeypatch.setattr(entries, "_SMALL", 0)  # no solves for all columns
     lin = CASES[name]()
     H = lh.to_dense(lin.H)
     H = (H + H.T) / 2
@@ -165,3 +169,131 @@ def test_no_right_hand_sides():
     assert inverse.sample(0).shape == (N, 0)
     v = torch.ones(N, dtype=torch.float64, requires_grad=True)
     assert inverse.quadratic_form(v) == pytest.approx(float(v.detach() @ torch.from_numpy(inverse @ np.ones(N))))
+
+
+def test_states_that_move_together():
+    """Three states move by one together, and by 2^-16 against each other: the cost of their differences is 2^32 ‖H‖."""
+    s = 2.0**16
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randint(-(2**25), 2**25, (2, 2), generator=generator).double() / 2**25
+    widths = [(1, 1), (1, 3), (3, 2)]
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in widths)).double()
+    with torch.no_grad():
+        model[0].weight[:] = 1 / s
+        model[1].weight[:] = 1
+        model[2].weight[:] = torch.cat([A, -A.sum(1, keepdim=True)], 1) * s
+    C = torch.tensor([[1.0, 0.3], [0.3, 0.7]]).double()
+    lin = lh.linearize(model, lambda o, t: (o @ C * o).sum() / 2, torch.ones(1, 1).double(), None)
+    H = lh.to_dense(lin.H)
+    eigenvalues = np.linalg.eigvalsh((H + H.T) / 2)
+    norm = np.abs(eigenvalues).max()
+    for share in (-5.6e-7, 5.6e-7, 1e-3, -1e-9, 0.1):
+        shifted = eigenvalues + share * norm
+        inverse = lin.inverse(share * norm)
+        for found in (inverse.inertia(), lin.inertia(share * norm)):
+            assert (found.negative, found.zero, found.positive) == ((shifted < 0).sum(), 0, (shifted > 0).sum())
+        doubt = 5e-15 * norm * (1 / np.abs(shifted)).sum()  # products with H cancel by 2^32 here
+        assert abs(inverse.slogdet()[1] - np.log(np.abs(shifted)).sum()) <= 1e-10 + doubt
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_samples_of_all_sizes(bias):
+    """LayerNorm makes a sample of size 1e-6 count as much as one of size 1e6: rows of G to relative precision."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 4, bias=bias), nn.LayerNorm(4, eps=0.0), nn.Linear(4, 2)).double()
+        x = torch.randn(4, 8).double() * (10.0 ** torch.linspace(-6, 6, 4).double())[:, None]
+        y = torch.randint(2, (4,))
+    lin = lh.linearize(model, f.cross_entropy, x, y)
+    H = lh.to_dense(lin.H)
+    eigenvalues = np.linalg.eigvalsh((H + H.T) / 2)
+    norm = np.abs(eigenvalues).max()
+    for value in eigenvalues[np.abs(eigenvalues) > 1e-6 * norm]:
+        for side in (-3e-11, 3e-11):
+            shifted = eigenvalues - value + side * norm
+            found = lin.inertia(float(side * norm - value))
+            assert (found.negative, found.positive) == ((shifted < 0).sum(), (shifted > 0).sum())
+    shifted = np.abs(eigenvalues + 0.1 * norm)
+    assert lin.inverse(0.1 * norm).slogdet()[1] == pytest.approx(np.log(shifted).sum(), rel=1e-11)
+
+
+def test_states_that_hardly_move():
+    """A zero sample, and a unit so saturated that it moves by 1e-57."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        x = torch.randn(7, 8).double() * torch.tensor([1e3, 1e2, 0, 1, 1, 1, 1]).double()[:, None]
+        layers = [
+            nn.Linear(8, 4, bias=False),
+            nn.SiLU(),
+            nn.Linear(4, 4, bias=False),
+            nn.SiLU(),
+            nn.Linear(4, 2, bias=False),
+        ]
+        model = nn.Sequential(*layers).double()
+    with torch.no_grad():
+        model[0].weight[1] = -60 * torch.linalg.pinv(x) @ torch.tensor([1.0, 1, 0, 1, 1, 1, 1]).double()
+    lin = lh.linearize(model, total, x, None)
+    H = lh.to_dense(lin.H)
+    eigenvalues = np.linalg.eigvalsh((H + H.T) / 2)
+    for share in (0.3, 1e-3, -1e-2):
+        damping = share * np.abs(eigenvalues).max()
+        truth = np.log(np.abs(eigenvalues + damping)).sum()
+        assert lin.inverse(damping).slogdet()[1] == pytest.approx(truth, rel=1e-11)
+
+
+@pytest.mark.parametrize("scale", [1e50, 1e-60])
+def test_determinants_of_losses_of_extreme_size(scale):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        x, y = torch.randn(5, 3).double(), torch.randint(2, (5,))
+    lin = lh.linearize(model, lambda o, t: scale * f.cross_entropy(o, t), x, y)
+    H = lh.to_dense(lin.H)
+    eigenvalues = np.linalg.eigvalsh((H + H.T) / 2 / scale)
+    damping = 0.5 * np.abs(eigenvalues).max()
+    truth = np.log(np.abs(eigenvalues + damping)).sum() + len(H) * np.log(scale)
+    assert lin.inverse(damping * scale).slogdet()[1] == pytest.approx(truth, rel=1e-12)
+
+
+def test_single_precision_positive():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+        x, y = torch.randn(6, 3), torch.randint(3, (6,))
+    ggn = lh.linearize(model, f.cross_entropy, x, y).gauss_newton()
+    norm = np.linalg.norm(lh.to_dense(ggn).astype(float), 2)
+    for share in (1e-5, 1e-7):
+        inverse = ggn.inverse(share * norm)
+        assert inverse.is_positive_definite
+        P = lh.to_dense(inverse.positive()).astype(float)
+        assert np.abs(P - P.T).max() <= 1e-6 * np.abs(P).max()
+        assert np.linalg.eigvalsh((P + P.T) / 2)[0] > -1e-6 * np.abs(P).max()
+
+
+def test_single_precision_underflow_is_told():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        x, y = torch.randn(5, 3), torch.randn(5, 2)
+    lin = lh.linearize(model, lambda o, t: 1e25 * (o - t).square().sum(), x, y)
+    inverse = lin.inverse(float(lin.problem.norm))
+    with pytest.raises(OverflowError, match="below the range"):
+        inverse.solve(np.full(inverse.shape[0], 1e-30, dtype=np.float32))
+
+
+def test_segments_without_visible_controls():
+    empty = [np.zeros((2, 2))] * 2
+    problem = lq.Problem.from_blocks(
+        A=empty, B=[np.zeros((2, 0)), np.zeros((2, 2))], C=[np.zeros((0, 0)), np.eye(2)],
+        F=[np.zeros((2, 0)), np.zeros((0, 2))], G=[np.eye(2), np.zeros((0, 2))],
+    )  # fmt: skip
+    inverse = HessianInverse(problem, 0.5)
+    expected = np.array([1 / 1.5, 1 / 1.5, 2.0, 2.0])
+    np.testing.assert_allclose(inverse.positive() @ np.ones(4), expected)
+    np.testing.assert_allclose(inverse.diagonal(), expected)
+    assert inverse.sample(3).shape == (4, 3)
+    nothing = lq.Problem.from_blocks(
+        A=[np.zeros((3, 3))], B=[np.zeros((3, 0))], C=[np.zeros((0, 0))], F=[np.zeros((0, 0))], G=[np.zeros((0, 3))]
+    )
+    with pytest.raises(ValueError, match="no function space"):
+        HessianInverse(nothing, 0.5, "woodbury")
