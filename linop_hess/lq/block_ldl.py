@@ -19,19 +19,21 @@ from linop_hess.errors import FactorizationError
 from linop_hess.lq import riccati, selected
 from linop_hess.lq.pivots import BoundedGrowth
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.pullback import CostToGo
 from linop_hess.lq.segments import Loads, loads
 from linop_hess.lq.signs import UNSURE, ZERO, Inertia, hidden_inertia, inertia_of
 from linop_hess.lq.steps import PackedStep, Step
 from linop_hess.lq.symmetric import packed_pivots
 
-# What small pivots may make of the cost-to-go, in terms of ‖H‖: so little that at most a digit is lost.
-GROWTH = 10.0
+# What small pivots may make of the cost-to-go, in terms of ‖H‖: rounding in it then moves eigenvalues by about 1e-13‖H‖.
+GROWTH = 300.0
 
 # For the most careful diagonal of the inverse.
 LITTLE_GROWTH = 0.1
 
-# The largest multiplier of a pivot for the positive definite operator of an indefinite matrix: what is larger makes that operator large,
-# and MINRES lose digits with it.
+# For the positive definite operator of an indefinite matrix, with the largest multiplier of a pivot: what is larger makes that operator
+# large, and MINRES lose digits with it.
+MODERATE_GROWTH = 10.0
 MULTIPLIER = 2.0
 
 # Below this times ‖H‖ rounding in the pivots that are ε of themselves makes their signs uncertain.
@@ -82,16 +84,22 @@ class BlockLDL:
         self.damping = damping
         self._at_hand = factors if factors is not None and factors.problem is self._given else None
         self._norm = max(self.problem.norm, abs(damping))
-        self._limit = GROWTH * self._norm
         self._smallest = min(UNSURE * self._norm, 1e-2 * abs(damping) if damping else math.inf)
         self._hidden_growth = _hidden_growth(self.problem, damping)
-        if self._hidden_growth > self._limit:
-            self.problem = self.problem.with_extended_splits()
+        self.problem = self._split(GROWTH)
         starts = np.flatnonzero(self.problem.p)
         hidden = np.zeros(starts.size, dtype=np.int64)
         for group in self.problem.segment_groups:
             hidden[group.segments] = group.split.complement
         self._starts, self._hidden = starts, hidden
+
+    @cached_property
+    def _extended(self) -> Problem:
+        return self._given.with_extended_splits()
+
+    def _split(self, growth: float) -> Problem:
+        """Return the problem, with splits without coupling where the hidden controls would make more growth than that."""
+        return self._given if self._hidden_growth <= growth * self._norm else self._extended
 
     def _factored(self, problem: Problem, limit: float) -> riccati.RiccatiFactorization:
         """Return factors that grow no more than that: those at hand, if they will do."""
@@ -103,7 +111,7 @@ class BlockLDL:
 
     @cached_property
     def _factors(self) -> riccati.RiccatiFactorization:
-        return self._factored(self.problem, self._limit)
+        return self._factored(self.problem, GROWTH * self._norm)
 
     @cached_property
     def _theta(self) -> list[Tensor]:
@@ -117,19 +125,25 @@ class BlockLDL:
     @cached_property
     def _bounded(self) -> riccati.RiccatiFactorization:
         """Factors with bounded multipliers."""
-        rule = BoundedGrowth(self._limit, MULTIPLIER, self._smallest)
-        return riccati.RiccatiFactorization(self.problem, self.damping, rule=rule).whitened()
+        rule = BoundedGrowth(MODERATE_GROWTH * self._norm, MULTIPLIER, self._smallest)
+        return riccati.RiccatiFactorization(self._split(MODERATE_GROWTH), self.damping, rule=rule).whitened()
 
     attempts = 2
     """How many ways `diagonal` and `blocks` know, each more accurate than the one before, and slower."""
 
-    def _selecting(self, attempt: int) -> riccati.RiccatiFactorization:
-        """Factors for selected entries of the inverse."""
+    def _selecting(self, attempt: int) -> tuple[riccati.RiccatiFactorization, list[CostToGo]]:
+        """Factors for selected entries of the inverse, and their costs-to-go."""
         if attempt > 0:
-            return self._factored(self.problem, LITTLE_GROWTH * self._norm)
-        if self.problem is self._given:
-            return self._factors
-        return self._factored(self._given, GROWTH * self._hidden_growth)  # it seldom does harm
+            factors = self._factored(self._split(LITTLE_GROWTH), LITTLE_GROWTH * self._norm)
+            return factors, factors.costs()
+        # What hidden controls add seldom does harm, and entries are compared with certified solves.
+        limit = GROWTH * max(self._norm, self._hidden_growth)
+        if self._at_hand is not None:
+            costs = self._at_hand.costs()
+            if _largest(costs) <= limit:
+                return self._at_hand, costs
+        factors = self._factors if self.problem is self._given else self._factored(self._given, limit)
+        return factors, factors.costs()
 
     def factor(self) -> None:
         """Factor now, whatever is asked for next."""
@@ -152,7 +166,7 @@ class BlockLDL:
 
         Units of single states do not see states that move together: what the cost of their differences is may be far above ‖H‖.
         """
-        largest = max((float(cost.V.abs().max()) for cost in self._factors.costs() if cost.V.numel()), default=0.0)
+        largest = _largest(self._factors.costs())
         return 10.0 * float(np.finfo(float).eps) * largest / self._norm if self._norm else 0.0
 
     def logabsdet(self) -> float:
@@ -184,7 +198,7 @@ class BlockLDL:
     def positive(self, g: Tensor) -> Tensor:
         """(L|D|Lᵀ)⁻¹ g for g of shape (N, k): symmetric positive definite, (H + εI)⁻¹ where that is."""
         dtype = g.dtype
-        load = self._loads(g.to(torch.float64))
+        load = self._loads(self._bounded.problem, g.to(torch.float64))
         held = [
             part * theta.sign()[:, None]
             for part, theta in zip(self._bounded.backward(load), _pivots(self._bounded.steps), strict=True)
@@ -199,7 +213,7 @@ class BlockLDL:
 
     def color(self, xi: Tensor) -> Tensor:
         """L⁻ᵀ D^(−½) ξ for ξ of shape (N, k), of covariance (H + εI)⁻¹ where ξ is white; D must be positive."""
-        load = self._loads(xi.to(torch.float64))
+        load = self._loads(self.problem, xi.to(torch.float64))
         theta = _pivots(self._whitened.steps)
         # As many directions are eliminated as there are visible controls, though delays move them between segments.
         white = torch.cat(self._factors.in_order(load)).split([part.numel() for part in theta])
@@ -209,14 +223,14 @@ class BlockLDL:
 
     def diagonal(self, attempt: int = 0) -> Tensor:
         """Diagonal of (H + εI)⁻¹, shape (N,)."""
-        return selected.diagonal(self._selecting(attempt))
+        return selected.diagonal(*self._selecting(attempt))
 
     def blocks(self, attempt: int = 0) -> list[Tensor]:
         """Diagonal blocks of (H + εI)⁻¹, one per stage with controls."""
-        return selected.blocks(self._selecting(attempt))
+        return selected.blocks(*self._selecting(attempt))
 
-    def _loads(self, g: Tensor) -> list[Loads]:
-        return [loads(group, g, self.damping) for group in self.problem.segment_groups]
+    def _loads(self, problem: Problem, g: Tensor) -> list[Loads]:
+        return [loads(group, g, self.damping) for group in problem.segment_groups]
 
     @property
     def nbytes(self) -> int:
@@ -233,6 +247,11 @@ def _hidden_growth(problem: Problem, damping: float) -> float:
             in_units = gram.diagonal(dim1=1, dim2=2) * group.scale_in[:, :, 0].square()
             largest = max(largest, float(in_units.max()))
     return largest / abs(damping) if damping else math.inf * (largest > 0.0)
+
+
+def _largest(costs: Sequence[CostToGo]) -> float:
+    """Largest |entry| of any V."""
+    return max((float(cost.V.abs().max()) for cost in costs if cost.V.numel()), default=0.0)
 
 
 def _hidden_scaled(load: Loads, factor: float) -> Loads:

@@ -14,7 +14,7 @@ from linop_hess.lq.solver import Solver
 
 # The largest entry and a random one of so many parts of the chain are compared with certified solves, of more where there are few
 # parameters.
-_PARTS = 4
+_PARTS = 2
 _MANY_PARTS = 32
 _FEW = 5000
 

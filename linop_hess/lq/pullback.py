@@ -7,12 +7,13 @@ Narrow segments are condensed to dense blocks; wide ones keep the structure of t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from linop_hess.lq.condensed import condensed
+from linop_hess.lq.dense_stages import DiagonalStages
 from linop_hess.lq.segments import SegmentGroup
 from linop_hess.lq.singular import SingularPivotError
 
@@ -85,7 +86,12 @@ class StagesSegment(Segment):
         self._split = group.split.at(position)
         self._damping = damping
         self._n_in = group.n_in
-        self._unit_in, self._unit_out = group.scale_in[position], group.scale_out[position]
+        self._unit_in = group.scale_in[position]
+        self._unit_out: Tensor | None = group.scale_out[position]
+        last = self._steps[-1]
+        if isinstance(last, DiagonalStages):  # which can take the unit in
+            self._steps[-1] = replace(last, f=last.f / self._unit_out.mT)
+            self._unit_out = None
         self.r = group.r
         if self._split.complement and damping == 0.0:
             raise SingularPivotError(int(group.stages[position]))
@@ -112,7 +118,7 @@ class StagesSegment(Segment):
 
     def _before_control(self, V: Tensor | None) -> Tensor | None:
         """Take V back to the state right after the stage with controls."""
-        if V is not None:
+        if V is not None and self._unit_out is not None:
             V = V / self._unit_out / self._unit_out.mT
         for stage in reversed(self._steps[1:]):
             V = stage.pull_back(V)
@@ -129,7 +135,7 @@ class StagesSegment(Segment):
         return V.mul_(self._unit_in).mul_(self._unit_in.mT)
 
     def adjoint(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        y = (v / self._unit_out)[None]
+        y = (v if self._unit_out is None else v / self._unit_out)[None]
         for stage in reversed(self._steps[1:]):
             y = stage.Ft(y)
         seen = self._split.Rt(y)[0]
@@ -142,7 +148,7 @@ class StagesSegment(Segment):
         y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         for stage in self._steps[1:]:
             y = stage.F(y)
-        return y[0] / self._unit_out
+        return y[0] if self._unit_out is None else y[0] / self._unit_out
 
 
 def is_narrow(group: SegmentGroup) -> bool:

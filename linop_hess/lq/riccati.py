@@ -102,9 +102,7 @@ class RiccatiFactorization:
         return steps[::-1]
 
     def obeys(self, rule: PivotRule) -> bool:
-        """Whether nothing is delayed, and by `rule` nothing need be."""
-        if self.delayed:
-            return False
+        """Whether by `rule` nothing need be delayed, or nothing more than is."""
         later = self.steps[1:]
         packed = [step for step in later if isinstance(step, PackedStep)]
         white = [step for step in later if isinstance(step, WhitenedStep)]

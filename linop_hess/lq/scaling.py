@@ -26,8 +26,13 @@ def state_scales(problem: Problem) -> Tensor:
     nothing moves the smallest of all.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(problem.size, _PROBES, generator=generator, dtype=torch.float64)
-    moved = problem.shift(problem.transition.solve(problem.apply_G(x.to(problem.dtype).to(problem.device))))
+    pushed = torch.zeros(problem.size_out, _PROBES, dtype=problem.dtype, device=problem.device)
+    for block, slots in zip(problem.blocks, problem.out_slots, strict=True):
+        if block.p and slots.size:
+            # G x = R Qᵀx with Q orthonormal, so visible controls are all that need be drawn.
+            s = torch.randn(block.count, block.split.r, _PROBES, generator=generator, dtype=torch.float64)
+            slots.put(pushed, block.split.R(s.to(problem.dtype).to(problem.device)))
+    moved = problem.shift(problem.transition.solve(pushed))
     largest = moved.abs().amax(1)
     moves = (largest > 0.0) & torch.isfinite(largest)
     if not bool(moves.any()):

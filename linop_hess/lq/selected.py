@@ -8,25 +8,25 @@ grow exponentially with the depth where H is indefinite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from linop_hess.lq.compliance import Compliance
+from linop_hess.lq.pullback import CostToGo
 from linop_hess.lq.rangesplit import Joint
 from linop_hess.lq.riccati import RiccatiFactorization
 from linop_hess.lq.segments import SegmentGroup
 
 
-def joint_covariances(factors: RiccatiFactorization) -> Iterator[Joint]:
+def joint_covariances(factors: RiccatiFactorization, costs: Sequence[CostToGo]) -> Iterator[Joint]:
     """Yield the covariance of (s, δ) of each segment, in the order of the chain, δ in its units.
 
     That of (δ, c), c being delayed directions, is had where the eliminations meet; with X, Y and K of `Step.response` that of the unknowns
     of the segment is then XᵀY + K · Kᵀ.
     """
-    costs = factors.costs()
     compliance = Compliance.of_nothing(costs[0].V) if costs else None
     for l, (step, cost) in enumerate(zip(factors.steps, costs, strict=True)):
         assert compliance is not None
@@ -42,9 +42,11 @@ def joint_covariances(factors: RiccatiFactorization) -> Iterator[Joint]:
             compliance = compliance.through(step.segment, costs[l + 1])
 
 
-def _per_stage(factors: RiccatiFactorization, of: Callable[[SegmentGroup, int, Joint], Tensor]) -> Iterator[Tensor]:
+def _per_stage(
+    factors: RiccatiFactorization, costs: Sequence[CostToGo], of: Callable[[SegmentGroup, int, Joint], Tensor]
+) -> Iterator[Tensor]:
     groups = factors.problem.segment_groups
-    for (g, k), joint in zip(factors.order, joint_covariances(factors), strict=True):
+    for (g, k), joint in zip(factors.order, joint_covariances(factors, costs), strict=True):
         group = groups[g]
         if group.n_in:
             unit = group.scale_in[k]
@@ -52,20 +54,20 @@ def _per_stage(factors: RiccatiFactorization, of: Callable[[SegmentGroup, int, J
         yield of(group, k, joint)
 
 
-def diagonal(factors: RiccatiFactorization) -> Tensor:
-    """Diagonal of (H + εI)⁻¹, shape (N,)."""
+def diagonal(factors: RiccatiFactorization, costs: Sequence[CostToGo]) -> Tensor:
+    """Diagonal of (H + εI)⁻¹, shape (N,), from factors and their costs-to-go."""
 
     def of(group: SegmentGroup, k: int, joint: Joint) -> Tensor:
         return group.split.at(k).covariance_diagonal(group.steps[0].at(k), joint, factors.damping)
 
-    parts = list(_per_stage(factors, of))
+    parts = list(_per_stage(factors, costs, of))
     return torch.cat(parts) if parts else torch.zeros(0, dtype=factors.problem.dtype, device=factors.problem.device)
 
 
-def blocks(factors: RiccatiFactorization) -> list[Tensor]:
-    """Diagonal blocks of (H + εI)⁻¹, one of shape (p, p) per stage with controls."""
+def blocks(factors: RiccatiFactorization, costs: Sequence[CostToGo]) -> list[Tensor]:
+    """Diagonal blocks of (H + εI)⁻¹, one of shape (p, p) per stage with controls; as `diagonal`."""
 
     def of(group: SegmentGroup, k: int, joint: Joint) -> Tensor:
         return group.split.at(k).covariance(group.steps[0].at(k), joint, factors.damping)
 
-    return list(_per_stage(factors, of))
+    return list(_per_stage(factors, costs, of))
