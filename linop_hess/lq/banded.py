@@ -78,7 +78,7 @@ class BandedFactorization:
         band = BandMatrix(layout.order, 3 * kl + 1, 2 * kl, problem.numpy_dtype)
         Ts = [condensed(group, self.damping).T(self.damping).numpy() for group in layout.groups]
         reach = 500 if problem.numpy_dtype == np.float64 else 60
-        largest = max((float(np.abs(T).max()) for T in Ts if T.size), default=0.0)
+        largest = max((max(float(T.max()), -float(T.min())) for T in Ts if T.size), default=0.0)
         self._weight = (
             2.0 ** float(np.clip(np.round(np.log2(largest)), -reach, reach)) if 0.0 < largest < np.inf else 1.0
         )
@@ -137,7 +137,8 @@ class BandedFactorization:
         hidden = sum(group.split.complement * group.count for group in self._layout.groups)
         pivots = np.abs(self._lu[2 * self._layout.bandwidth], dtype=np.float64) if self._layout.order else np.ones(0)
         of_weight = -2.0 * int(self._layout.n.sum()) * math.log(self._weight)
-        return math.fsum([*np.log(pivots), of_weight]) + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
+        of_pivots = float(np.log(pivots).sum(dtype=np.longdouble) + np.longdouble(of_weight))
+        return of_pivots + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
 
     @property
     def nbytes(self) -> int:

@@ -86,7 +86,7 @@ class BlockLDL:
         self._norm = max(self.problem.norm, abs(damping))
         self._smallest = min(UNSURE * self._norm, 1e-2 * abs(damping) if damping else math.inf)
         self._hidden_growth = _hidden_growth(self.problem, damping)
-        self.problem = self._split(GROWTH)
+        self.problem = self.split(GROWTH)
         starts = np.flatnonzero(self.problem.p)
         hidden = np.zeros(starts.size, dtype=np.int64)
         for group in self.problem.segment_groups:
@@ -97,7 +97,7 @@ class BlockLDL:
     def _extended(self) -> Problem:
         return self._given.with_extended_splits()
 
-    def _split(self, growth: float) -> Problem:
+    def split(self, growth: float) -> Problem:
         """Return the problem, with splits without coupling where the hidden controls would make more growth than that."""
         return self._given if self._hidden_growth <= growth * self._norm else self._extended
 
@@ -126,7 +126,7 @@ class BlockLDL:
     def _bounded(self) -> riccati.RiccatiFactorization:
         """Factors with bounded multipliers."""
         rule = BoundedGrowth(MODERATE_GROWTH * self._norm, MULTIPLIER, self._smallest)
-        return riccati.RiccatiFactorization(self._split(MODERATE_GROWTH), self.damping, rule=rule).whitened()
+        return riccati.RiccatiFactorization(self.split(MODERATE_GROWTH), self.damping, rule=rule).whitened()
 
     attempts = 2
     """How many ways `diagonal` and `blocks` know, each more accurate than the one before, and slower."""
@@ -134,7 +134,7 @@ class BlockLDL:
     def _selecting(self, attempt: int) -> tuple[riccati.RiccatiFactorization, list[CostToGo]]:
         """Factors for selected entries of the inverse, and their costs-to-go."""
         if attempt > 0:
-            factors = self._factored(self._split(LITTLE_GROWTH), LITTLE_GROWTH * self._norm)
+            factors = self._factored(self.split(LITTLE_GROWTH), LITTLE_GROWTH * self._norm)
             return factors, factors.costs()
         # What hidden controls add seldom does harm, and entries are compared with certified solves.
         limit = GROWTH * max(self._norm, self._hidden_growth)

@@ -18,9 +18,10 @@ _PARTS = 2
 _MANY_PARTS = 32
 _FEW = 5000
 
-# By how much they may differ, in terms of the largest: beyond so many times 1 + κ the entries are computed in a more careful way, and
-# beyond so much it is an error.
+# By how much they may differ, in terms of the largest: beyond so many times 1 + κ, κ estimated from below, the entries are computed in a
+# more careful way; beyond a hundred times that it is told, and beyond so much it is an error.
 _ROUNDING = 1e-14
+_TOLD = 1e-12
 _WRONG = 1e-5
 
 # Up to this many parameters all columns are solved for, which nothing is as sure as.
@@ -45,7 +46,7 @@ class DiagonalEntries:
     Warns
     -----
     RuntimeWarning
-        If no way agrees to 1e-14 (1 + κ) of the largest entry.
+        If no way agrees to 1e-12 (1 + κ) of the largest entry, κ estimated from below.
 
     Raises
     ------
@@ -79,7 +80,8 @@ class DiagonalEntries:
         )
         if not self.gap <= _WRONG * largest:
             raise ArithmeticError(f"{found}: H + damping·I is too ill-conditioned for it; use a larger damping")
-        warnings.warn(f"{found}, which is more than rounding explains", RuntimeWarning, stacklevel=2)
+        if self.gap > _TOLD * (1.0 + factors.problem.norm * largest) * largest:
+            warnings.warn(f"{found}, which is more than rounding explains", RuntimeWarning, stacklevel=2)
 
     def blocks(self) -> list[Tensor]:
         """Return the diagonal blocks, one of shape (p, p) per stage with controls."""

@@ -243,7 +243,7 @@ class HessianInverse(Operator):
         Warns
         -----
         RuntimeWarning
-            If they differ by more than that.
+            If they differ by a hundred times more than that.
 
         Raises
         ------
