@@ -53,7 +53,15 @@ class Invertible(ABC):
         return HessianInverse(self.problem, damping, method, tolerance=tolerance)
 
     def inertia(self, damping: float) -> Inertia:
-        """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse."""
+        """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        FactorizationError
+            If H + damping·I is singular to working precision, or rounding leaves its inertia open.
+        """
         damping = finite_real(damping, "damping")
         with torch.no_grad():
             return inertia(self.problem, damping)
