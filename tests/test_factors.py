@@ -132,6 +132,16 @@ def test_samples_of_an_indefinite_matrix():
         lin.inverse(damping).sample(1, np.random.default_rng(0))
 
 
+def test_samples_are_never_nan():
+    """Inertia may be known otherwise than from the factors, one of whose pivots rounding may have made negative."""
+    lin, H = setting()
+    inverse = lin.inverse(1e-2)
+    assert np.linalg.eigvalsh(H)[0] < -1e-2
+    inverse._inertia = lh.Inertia(0, 0, len(H))
+    with pytest.raises(lh.errors.FactorizationError, match="made a pivot negative"):
+        inverse.sample(2)
+
+
 def test_quadratic_form():
     lin, H = setting()
     V = right_hand_sides(len(H), 3)

@@ -212,9 +212,20 @@ class BlockLDL:
         return self.problem.size
 
     def color(self, xi: Tensor) -> Tensor:
-        """L⁻ᵀ D^(−½) ξ for ξ of shape (N, k), of covariance (H + εI)⁻¹ where ξ is white; D must be positive."""
-        load = self._loads(self.problem, xi.to(torch.float64))
+        """L⁻ᵀ D^(−½) ξ for ξ of shape (N, k), of covariance (H + εI)⁻¹ where ξ is white.
+
+        Raises
+        ------
+        FactorizationError
+            If a pivot is not positive, be it by rounding.
+        """
         theta = _pivots(self._whitened.steps)
+        if any(part.numel() and not float(part.min()) > 0.0 for part in theta):
+            raise FactorizationError(
+                f"at damping={self.damping:g} H + damping·I is so close to singular that rounding made a pivot negative; use a larger one",
+                damping=self.damping,
+            )
+        load = self._loads(self.problem, xi.to(torch.float64))
         # As many directions are eliminated as there are visible controls, though delays move them between segments.
         white = torch.cat(self._factors.in_order(load)).split([part.numel() for part in theta])
         held = [part * pivots.sqrt()[:, None] for part, pivots in zip(white, theta, strict=True)]

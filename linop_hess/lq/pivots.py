@@ -112,11 +112,8 @@ class PivotsApart(Pivots):
     mu: Tensor | None = None
 
     @classmethod
-    def of(cls, K: Tensor, rest: Pivots, alone: Tensor, keep: Tensor) -> PivotsApart:
-        """Put them together: `alone` are the rows alone, of which `keep` marks those to eliminate."""
-        others = torch.ones(K.shape[0], dtype=torch.bool, device=K.device)
-        others[alone] = False
-        others = others.nonzero()[:, 0]
+    def of(cls, K: Tensor, rest: Pivots, others: Tensor, alone: Tensor, keep: Tensor) -> PivotsApart:
+        """Put them together: `alone` are the rows alone, of which `keep` marks those to eliminate, `others` the others."""
         kept, delayed, diagonal = alone[keep], alone[~keep], K.diagonal()
         W = K.new_zeros(K.shape[0], rest.delayed + delayed.numel())
         mu = diagonal[delayed]
@@ -241,13 +238,13 @@ def pivots_of(
     ArithmeticError
         If K holds NaN or Inf.
     """
-    alone = ((K != 0).sum(1) - (K.diagonal() != 0).long() == 0).nonzero()[:, 0]
-    if alone.numel() and K.shape[0] > _NARROW and not last:
-        others = torch.ones(K.shape[0], dtype=torch.bool, device=K.device)
-        others[alone] = False
-        keep = rule.keeps(K.diagonal()[alone], cross[alone])
-        rest, white = pivots_of(K[others][:, others], cross[others], rule, last=False, always_pivot=always_pivot)
-        return PivotsApart.of(K, rest, alone, keep), torch.cat([white, cross[alone[keep]]])
+    if K.shape[0] > _NARROW and not last:
+        coupled = (K != 0).sum(1) > (K.diagonal() != 0).long()
+        alone, others = (~coupled).nonzero()[:, 0], coupled.nonzero()[:, 0]
+        if alone.numel():
+            keep = rule.keeps(K.diagonal()[alone], cross[alone])
+            rest, white = pivots_of(K[others][:, others], cross[others], rule, last=False, always_pivot=always_pivot)
+            return PivotsApart.of(K, rest, others, alone, keep), torch.cat([white, cross[alone[keep]]])
     if K.shape[0] > _NARROW and (last or not always_pivot):
         if not bool(torch.isfinite(K).all()):
             raise ArithmeticError("NaN or Inf in a pivot")

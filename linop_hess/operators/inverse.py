@@ -220,6 +220,18 @@ class HessianInverse(Operator):
 
         Where H + εI is positive definite that is the inverse itself (in float32, from factors in float64). Preconditioned by it H + εI
         has eigenvalues ±1, so that MINRES stops after two iterations.
+
+        Returns
+        -------
+        PositiveOperator
+            Of shape (N, N).
+
+        Raises
+        ------
+        FactorizationError
+            If H + εI is singular to working precision.
+        MemoryError
+            If its factors do not fit in memory; nothing has been allocated.
         """
         try:
             definite = self.is_positive_definite

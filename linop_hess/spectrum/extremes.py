@@ -107,7 +107,7 @@ def _extreme(problem: Problem, H: LinearOperator, which: str, rtol: float) -> fl
     bracket(_CLOSE * norm)
     shift = sign * (outer + _CLOSE * norm)
     try:
-        value = shift + 1.0 / _end(HessianInverse(problem, -shift), "LM", rtol / _CLOSE, 100)
+        value = shift + norm / _end(_Scaled(HessianInverse(problem, -shift), norm), "LM", rtol / _CLOSE, 100)
         if not _beyond(problem, which, value, rtol):
             return value
     except (ArpackError, ArithmeticError, FactorizationError):
