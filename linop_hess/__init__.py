@@ -1,10 +1,11 @@
 """The exact inverse of a deep network's Hessian, and every piece of it, as SciPy linear operators."""
 
 from linop_hess import errors, krylov, lq, plot, spectrum
+from linop_hess.autograd import GaussNewton, Hessian
 from linop_hess.linearization import Linearization, linearize
-from linop_hess.lq.signs import Inertia
-from linop_hess.lq.solver import Solution
-from linop_hess.operators import GaussNewton, Hessian, to_dense
+from linop_hess.lq.inverse.solve import Solution
+from linop_hess.lq.pivots.inertia import Inertia
+from linop_hess.operators import to_dense
 from linop_hess.operators.inverse import HessianInverse
 
 __all__ = [

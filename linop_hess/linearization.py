@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linop_hess._checks import finite_real
-from linop_hess.chain.build import Chain, build_chain
-from linop_hess.chain.flatten import is_float
-from linop_hess.invertible import GaussNewtonLinearization, Invertible
+from linop_hess._validate import finite_real
+from linop_hess.autograd.snapshot import select_parameters
+from linop_hess.curvature import GaussNewtonLinearization, Invertible
+from linop_hess.graph.build import Chain, build_chain
+from linop_hess.graph.sequential import is_float
+from linop_hess.graph.verification import Reference
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
 from linop_hess.operators.algebra import Permutation
 from linop_hess.operators.base import Operator
-from linop_hess.operators.snapshot import select_parameters
-from linop_hess.reference import Reference
 
 
 def linearize(

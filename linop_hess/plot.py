@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from linop_hess.records import Record
+from linop_hess.krylov.record import Record
 from linop_hess.spectrum.density import Density
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from linop_hess import cli
+from linop_hess.cli import main as cli
 
 SMALL = ["--depth", "3", "--width", "4", "--batch", "5", "--maxiter", "30", "--no-progress"]
 
@@ -50,7 +50,7 @@ def test_a_command_is_required(capsys):
 
 
 def test_activations_offered_are_those_that_exist():
-    from linop_hess import demo
+    from linop_hess.cli import compare as demo
 
     assert tuple(demo.ACTIVATIONS) == cli.ACTIVATIONS
 
@@ -91,7 +91,7 @@ def test_every_row_is_there_and_the_exact_ones_are_exact(outcome):
 
 
 def test_the_judge_is_the_dense_double_backward_hessian():
-    from linop_hess import demo
+    from linop_hess.cli import compare as demo
 
     problem = demo.digits_problem(depth=2, width=3, batch=4, seed=1)
     outcome = demo.compare_solvers(problem, 0.05, maxiter=5)
@@ -118,7 +118,7 @@ def test_the_judge_is_the_dense_double_backward_hessian():
 
 
 def test_what_does_not_fit_is_left_out_and_said(monkeypatch, capsys, tmp_path):
-    from linop_hess import demo
+    from linop_hess.cli import compare as demo
 
     monkeypatch.setattr(demo, "available_bytes", lambda: 1000)
     assert cli.main(["compare", *SMALL, "--out", str(tmp_path)]) == 0
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_left_out_and_said(monkeypatch, capsys, tmp_path):
 
 
 def test_training_lowers_the_loss_and_seeds_leave_torch_alone():
-    from linop_hess import demo
+    from linop_hess.cli import compare as demo
 
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -143,7 +143,7 @@ def test_training_lowers_the_loss_and_seeds_leave_torch_alone():
 
 @pytest.mark.parametrize("activation", cli.ACTIVATIONS)
 def test_the_hessian_of_a_deep_network_is_not_negligible(activation):
-    from linop_hess import demo
+    from linop_hess.cli import compare as demo
 
     p = demo.digits_problem(activation=activation)
     gradient = torch.autograd.grad(p.loss_fn(p.model(p.inputs), p.targets), p.model[0].weight)[0]

@@ -15,7 +15,7 @@ from tests.test_inverse import random_network, right_hand_sides
 @pytest.fixture
 def no_columns(monkeypatch):
     """As if N were too large to solve for all columns of the inverse."""
-    from linop_hess.lq import entries
+    from linop_hess.lq.inverse import entries
 
     monkeypatch.setattr(entries, "_SMALL", 0)
 
@@ -233,7 +233,7 @@ def test_diagonal_of_other_layers_and_wide_ones(no_columns):
 
 
 def test_diagonal_with_delayed_directions(monkeypatch, no_columns):
-    from linop_hess.lq import block_ldl
+    from linop_hess.lq.inverse import factors as block_ldl
 
     lin, H = setting()
     monkeypatch.setattr(block_ldl, "GROWTH", 0.1)
@@ -247,7 +247,7 @@ def test_diagonal_with_delayed_directions(monkeypatch, no_columns):
 
 def test_diagonal_is_not_trusted(monkeypatch, no_columns):
     """A wrong entry is found by a certified solve: a warning, or if it is more than a little wrong an error."""
-    from linop_hess.lq.block_ldl import BlockLDL
+    from linop_hess.lq.inverse.factors import BlockLDL
 
     lin, H = setting()
     expected = np.diag(np.linalg.inv(H + 1e-2 * np.eye(len(H))))
@@ -263,7 +263,7 @@ def test_diagonal_is_not_trusted(monkeypatch, no_columns):
 
 def test_a_more_careful_diagonal(monkeypatch, no_columns):
     """What the first way gets wrong, the second one gets right."""
-    from linop_hess.lq.block_ldl import BlockLDL
+    from linop_hess.lq.inverse.factors import BlockLDL
 
     lin, H = setting()
     expected = np.diag(np.linalg.inv(H + 1e-2 * np.eye(len(H))))
@@ -376,7 +376,7 @@ def test_a_singular_matrix():
 @pytest.mark.parametrize("damping", [1e-4, -1e-5, 1e-7])
 def test_wide_segments_at_small_dampings(damping):
     """Hidden controls that only B sees are split off, and their pivots, coupled to no others, set apart."""
-    from linop_hess.lq.pivots import PivotsApart
+    from linop_hess.lq.pivots.rules import PivotsApart
 
     model = make_mlp([10, 30, 28, 32, 3], seed=2, gain=1.4)
     x, y = make_batch(10, 3, 4)

@@ -9,8 +9,8 @@ from torch.nn import functional as f
 import linop_hess as lh
 from linop_hess import _memory
 from linop_hess.errors import FactorizationError
-from linop_hess.lq import plan as plan_module
-from linop_hess.lq import solver as solver_module
+from linop_hess.lq.inverse import solve as solver_module
+from linop_hess.lq.methods import plan as plan_module
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 from tests.lq.problems import backward_error
 
@@ -189,7 +189,7 @@ def test_right_hand_sides_whose_norm_under_or_overflows(setting, scale):
 def test_certificate_of_a_tiny_right_hand_side_is_not_vacuous(setting, monkeypatch):
     """A norm that underflows to zero must not certify wrong factors."""
     lin, H = setting
-    from linop_hess.lq import banded
+    from linop_hess.lq.methods import banded
 
     monkeypatch.setattr(banded.BandedFactorization, "solve", lambda self, g: 1.01 * g)
     g = 1e-200 * right_hand_sides(len(H), 1)[:, 0]
@@ -335,7 +335,7 @@ def test_plan_of_a_network_too_large_for_one_method(setting, monkeypatch):
 def test_escalation_from_useless_factors(setting, monkeypatch):
     """A method whose factors are wrong is found out by the certificate and replaced."""
     lin, H = setting
-    from linop_hess.lq import banded
+    from linop_hess.lq.methods import banded
 
     monkeypatch.setattr(banded.BandedFactorization, "solve", lambda self, g: 1.01 * g)
     solution = lin.inverse(1e-3, "banded").solve(lin.gradient)

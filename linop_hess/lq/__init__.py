@@ -1,8 +1,8 @@
 """Linear-quadratic problems and their factorizations; knows nothing of networks and is usable by itself."""
 
-from linop_hess.lq.dense_stages import DenseStages, DiagonalStages
-from linop_hess.lq.plan import METHODS, Plan, make_plan
+from linop_hess.lq.inverse.solve import Solution, Solver
+from linop_hess.lq.methods.plan import METHODS, Plan, make_plan
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.solver import Solution, Solver
+from linop_hess.lq.stages.dense import DenseStages, DiagonalStages
 
 __all__ = ["METHODS", "DenseStages", "DiagonalStages", "Plan", "Problem", "Solution", "Solver", "make_plan"]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.dense_stages import DenseStages
+from linop_hess.lq.stages.dense import DenseStages
 
 
 def stage_of_arrays(l: int, *blocks: np.ndarray | Tensor) -> DenseStages:

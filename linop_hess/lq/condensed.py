@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linop_hess.lq.methods.singular import SingularPivotError
 from linop_hess.lq.segments import SegmentGroup, identity
-from linop_hess.lq.singular import SingularPivotError
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from linop_hess.lq.arrays import stage_of_arrays
 from linop_hess.lq.layout import Slots
 from linop_hess.lq.scaling import state_scales
 from linop_hess.lq.segments import SegmentGroup, segment_groups
-from linop_hess.lq.stages import Stages
+from linop_hess.lq.stages.base import Stages
 from linop_hess.lq.transition import Transition
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.layout import Slots
-from linop_hess.lq.rangesplit import RangeSplit
-from linop_hess.lq.stages import Stages
+from linop_hess.lq.stages.base import Stages
+from linop_hess.lq.stages.row_space import RangeSplit
 
 if TYPE_CHECKING:
     from linop_hess.lq.problem import Problem

@@ -15,7 +15,7 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-from linop_hess.lq.bands import BandMatrix
+from linop_hess.lq.band_storage import BandMatrix
 
 if TYPE_CHECKING:
     from linop_hess.lq.problem import Problem

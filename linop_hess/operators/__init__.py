@@ -1,15 +1,12 @@
-"""Linear operators over torch that keep SciPy's contract, and curvature products of any torch model."""
+"""Linear operators over torch that keep SciPy's contract."""
 
 from linop_hess.operators.algebra import Power, Product, Scaled, Sum, damped
-from linop_hess.operators.autograd import GaussNewton, Hessian
 from linop_hess.operators.base import Adjoint, Operator
 from linop_hess.operators.dense import to_dense
 from linop_hess.operators.permutation import Identity, Permutation
 
 __all__ = [
     "Adjoint",
-    "GaussNewton",
-    "Hessian",
     "Identity",
     "Operator",
     "Permutation",

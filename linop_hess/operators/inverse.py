@@ -12,16 +12,16 @@ from torch import Tensor
 
 from linop_hess._memory import require
 from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
-from linop_hess.lq import riccati
-from linop_hess.lq.block_ldl import BlockLDL, SegmentReport
-from linop_hess.lq.convexity import certain_inertia, inertia, smallest_convex_damping
-from linop_hess.lq.determinant import logabsdet
-from linop_hess.lq.entries import DiagonalEntries
-from linop_hess.lq.gram_factors import GramFactors
+from linop_hess.lq.inverse.counting import certain_inertia, inertia, smallest_convex_damping
+from linop_hess.lq.inverse.determinant import logabsdet
+from linop_hess.lq.inverse.entries import DiagonalEntries
+from linop_hess.lq.inverse.factors import BlockLDL, SegmentReport
+from linop_hess.lq.inverse.gram_factors import GramFactors
+from linop_hess.lq.inverse.solve import Solution, Solver
+from linop_hess.lq.methods import riccati
+from linop_hess.lq.methods.singular import SingularPivotError
+from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.signs import Inertia
-from linop_hess.lq.singular import SingularPivotError
-from linop_hess.lq.solver import Solution, Solver
 from linop_hess.operators.base import Operator
 from linop_hess.operators.convert import as_tensor, to_numpy
 

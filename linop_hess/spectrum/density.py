@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from linop_hess.lq.convexity import count_up_to
+from linop_hess.lq.inverse.counting import count_up_to
 from linop_hess.lq.problem import Problem
 from linop_hess.spectrum.extremes import extreme_eigenvalues
 from linop_hess.spectrum.null import NULL, HasSpectrum, nullity, problem_of

@@ -8,9 +8,9 @@ import numpy as np
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from scipy.sparse.linalg import eigsh as arpack
 
-from linop_hess._checks import finite_real
+from linop_hess._validate import finite_real
 from linop_hess.errors import FactorizationError
-from linop_hess.lq.convexity import NUDGE, count_up_to
+from linop_hess.lq.inverse.counting import NUDGE, count_up_to
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.dense import to_dense
 from linop_hess.operators.inverse import HessianInverse

@@ -7,7 +7,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator
 from scipy.sparse.linalg import eigsh as arpack
 
 from linop_hess.errors import FactorizationError
-from linop_hess.lq.convexity import inertia
+from linop_hess.lq.inverse.counting import inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.dense import to_dense
 from linop_hess.operators.inverse import HessianInverse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from linop_hess.lq.convexity import count_up_to
+from linop_hess.lq.inverse.counting import count_up_to
 from linop_hess.lq.problem import Problem
 
 # Eigenvalues up to this times ‖H‖ in size count as zero.

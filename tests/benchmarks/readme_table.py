@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from linop_hess import cli
-from linop_hess.records import readable_bytes
+from linop_hess.krylov.record import readable_bytes
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- compare: begin -->", "<!-- compare: end -->"

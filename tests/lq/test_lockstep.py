@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn import functional as f
 
 import linop_hess as lh
-from linop_hess.lq import convexity, lockstep
-from linop_hess.lq.lockstep import Lockstep, periodic_stretch, serves
-from linop_hess.lq.signs import ZERO, Inertia
+from linop_hess.lq.inverse import counting as convexity
+from linop_hess.lq.methods import parallel as lockstep
+from linop_hess.lq.methods.parallel import Lockstep, periodic_stretch, serves
+from linop_hess.lq.pivots.inertia import ZERO, Inertia
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 
 

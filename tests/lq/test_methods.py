@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
-from linop_hess.lq import banded, dense, ldu, pivots, riccati
+from linop_hess.lq.methods import banded, dense, riccati
+from linop_hess.lq.methods import block_ldu as ldu
+from linop_hess.lq.pivots import rules as pivots
 from tests.lq.problems import Blocks, backward_error, random_blocks
 
 CERTIFIED = ["banded", "riccati", "dense"]

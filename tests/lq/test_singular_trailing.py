@@ -9,7 +9,8 @@ import torch
 
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
-from linop_hess.lq import pivots, riccati
+from linop_hess.lq.methods import riccati
+from linop_hess.lq.pivots import rules as pivots
 from tests.lq.problems import Blocks, backward_error, random_blocks
 
 DELTAS = [1e-6, 1e-10, 1e-13, 0.0]

@@ -8,10 +8,10 @@ from torch.nn import functional as f
 
 import linop_hess as lh
 from linop_hess.errors import FactorizationError
-from linop_hess.lq import entries
-from linop_hess.lq.block_ldl import BlockLDL
-from linop_hess.lq.function_space import FunctionSpace
-from linop_hess.lq.gram_factors import GramFactors
+from linop_hess.lq.inverse import entries
+from linop_hess.lq.inverse.factors import BlockLDL
+from linop_hess.lq.inverse.gram_factors import GramFactors
+from linop_hess.lq.methods.function_space import FunctionSpace
 from tests.helpers import make_batch, make_mlp, oracle_jacobian
 from tests.lq.problems import backward_error
 from tests.test_linearization import NETWORKS, network

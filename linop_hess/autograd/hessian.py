@@ -1,0 +1,132 @@
+"""The Hessian and the Gauss-Newton matrix of any torch model by automatic differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linop_hess.autograd.differentiate import Gradients, differentiate
+from linop_hess.autograd.empirical_risk import Curvature
+
+
+class Hessian(Curvature):
+    r"""The Hessian of a model's loss, by Pearlmutter products.
+
+    .. math:: H v = \nabla_\theta \big( \nabla_\theta \ell(\theta)^\top v \big)
+
+    Two backward passes a product (`torch.autograd.grad` twice); no matrix is formed. k columns share one
+    graph of the gradient. The operator keeps its own copy of the model, so later changes of the model do not
+    change it; the data are referred to, not copied.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any module that maps a batch of inputs to an output, twice differentiable. At a kink, as ReLU's, the
+        second derivative is the one that holds almost everywhere (zero).
+    loss_fn : callable
+        ``loss_fn(output, targets)`` returns a scalar tensor.
+    data : tuple or iterable of tuples
+        One batch ``(inputs, targets)``, or a re-iterable of batches (a list, a DataLoader). The operator is
+        that of the loss of all data at once, also for batches of unequal sizes.
+    params : iterable of str, optional
+        Names of the parameters to differentiate by; the others are constants. By default all that require a
+        gradient. Flat vectors are in the order of `model.named_parameters()`.
+    reduction : {"sum", "mean"}, optional
+        How `loss_fn` combines the samples of a batch. Read from ``loss_fn.reduction`` where there is one, and
+        not needed for a single batch.
+    progress : bool, optional
+        Show a progress bar over batches (needs tqdm).
+    check_deterministic : bool, optional
+        Evaluate loss and gradient twice and raise where they differ.
+    check_symmetric : bool, optional
+        Apply the operator to two random vectors and raise where uᵀHv and vᵀHu differ. torch's second
+        derivatives of some fused operations are wrong without a word (`torch.nn.utils.weight_norm`), and this
+        shows it.
+
+    Attributes
+    ----------
+    loss : float
+        The loss at the parameters.
+    gradient : numpy.ndarray, shape (n,)
+        Its gradient.
+    names : tuple of str
+        The parameters, in order.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the loss is not a fixed function of the parameters (Dropout or BatchNorm in training mode), an
+        operation has no second derivative, or the model cannot be copied.
+    ValueError
+        No trainable or an unknown parameter, parameters on several devices, no batch, several batches without
+        a known reduction, a loss that is no scalar, not finite, or does not depend on the parameters.
+    TypeError
+        Parameters that are neither float32 nor float64 or of mixed dtypes, a one-shot iterator of batches.
+    ImportError
+        If `progress` is set and tqdm is not installed.
+
+    References
+    ----------
+    B. A. Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from linop_hess.autograd import Hessian
+    >>> from linop_hess.operators import to_dense
+    >>> x, y = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)
+    >>> H = Hessian(torch.nn.Linear(1, 1), torch.nn.MSELoss(reduction="sum"), (x, y))
+    >>> to_dense(H)
+    array([[10.,  6.],
+           [ 6.,  4.]], dtype=float32)
+    """
+
+    def _batch_products(self, inputs: Any, targets: Any, columns: list[list[Tensor]]) -> Iterator[Gradients]:
+        loss = self._loss(self._output(inputs), targets)
+        gradients = differentiate([loss], self.parameters, create_graph=True)
+        for column in columns:
+            yield differentiate(gradients, self.parameters, column, retain_graph=True)
+
+
+class GaussNewton(Curvature):
+    r"""The generalized Gauss-Newton matrix of a model's loss.
+
+    .. math:: G v = J^\top \, \nabla^2_z \ell \, J v, \qquad J = \partial z / \partial \theta
+
+    with z the model's output, a tensor. Jv is the derivative of the linear map u ↦ Jᵀu, so all is double
+    backward. For a loss convex in z, G is positive semidefinite. Parameters, attributes and errors are those
+    of `Hessian`.
+
+    References
+    ----------
+    N. N. Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural
+    Computation 14 (2002).
+    """
+
+    def _output(self, inputs: Any) -> Tensor:
+        output = self.model(inputs)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                "the Gauss-Newton matrix needs a model whose output is one tensor; got "
+                f"{type(output).__name__}. Wrap the model so that it returns the tensor the loss is taken of."
+            )
+        return output
+
+    def _batch_products(self, inputs: Any, targets: Any, columns: list[list[Tensor]]) -> Iterator[Gradients]:
+        output = self._output(inputs)
+        cotangent = torch.zeros_like(output, requires_grad=True)
+        pullback = differentiate([output], self.parameters, [cotangent], create_graph=True)
+        leaf = output.detach().requires_grad_()
+        slope = differentiate([self._loss(leaf, targets)], [leaf], create_graph=True)
+        for column in columns:
+            (pushed,) = differentiate(pullback, [cotangent], column, retain_graph=True)
+            curved: Tensor | None = None
+            if pushed is not None:
+                (curved,) = differentiate(slope, [leaf], [pushed], retain_graph=True)
+            if curved is None:
+                yield [None] * len(self.parameters)
+            else:
+                yield differentiate([output], self.parameters, [curved], retain_graph=True)

@@ -1,0 +1,315 @@
+"""Real data for `linop-hess compare`: solvers of one Newton system of a deep, narrow digits classifier."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor, nn
+
+from linop_hess import krylov
+from linop_hess._memory import available_bytes
+from linop_hess.autograd import Hessian
+from linop_hess.errors import FactorizationError
+from linop_hess.krylov.record import Comparison, Record, readable_bytes
+from linop_hess.linearization import Linearization, linearize
+
+DIGITS = 1797
+METHODS = ("banded", "riccati", "dense", "ldu")
+LDU_SECONDS = 60.0
+# With the gain of the orthogonal initialization that keeps derivatives alive through dozens of layers.
+ACTIVATIONS: dict[str, tuple[type[nn.Module], float]] = {
+    "tanh": (nn.Tanh, 1.2),
+    "relu": (nn.ReLU, 2**0.5),
+    "gelu": (nn.GELU, 1.6),
+    "silu": (nn.SiLU, 1.8),
+    "sigmoid": (nn.Sigmoid, 4.0),
+    "softplus": (nn.Softplus, 1.6),
+}
+
+Progress = Callable[[str, int], Any]
+"""Given a row's label and its number of steps, returns something with ``update(n)`` and ``close()``."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A classifier, its loss, and the batch at which its Hessian is taken."""
+
+    model: nn.Sequential
+    loss_fn: nn.Module
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `compare_solvers` found.
+
+    Attributes
+    ----------
+    comparison : Comparison
+        One record a row.
+    skipped : dict of str to str
+        Rows that were left out, and why.
+    parameters, loss, gradient_norm, hessian_norm
+        Facts about the system; the norm is that of H + damping·I, by power iteration, a lower bound.
+    """
+
+    comparison: Comparison
+    parameters: int
+    loss: float
+    gradient_norm: float
+    hessian_norm: float
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def digits_problem(
+    depth: int = 24,
+    width: int = 8,
+    batch: int = 16,
+    activation: str = "tanh",
+    train_steps: int = 0,
+    seed: int = 0,
+) -> Problem:
+    """Build a deep, narrow float64 classifier of scikit-learn's digits.
+
+    Parameters
+    ----------
+    depth : int
+        Hidden layers, each a Linear and an activation; a Linear to the 10 classes follows.
+    width : int
+        Neurons a hidden layer.
+    batch : int
+        Images in the batch that defines the Hessian, 1 to 1797.
+    activation : str
+        One of `ACTIVATIONS`.
+    train_steps : int
+        Adam steps at rate 1e-3 on random batches of 64 images first.
+    seed : int
+        Seeds the weights, the choice of images and the training; torch's global generator is left alone.
+
+    Returns
+    -------
+    Problem
+        Cross-entropy; pixels scaled to [-1, 1].
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    images, labels = torch.tensor(pixels / 8 - 1), torch.tensor(classes)
+    module, gain = ACTIVATIONS[activation]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # sigmoid(0) and softplus(0) are not 0; the biases take that off again, or every layer would saturate.
+        rest = float(module()(torch.zeros(())))
+        layers: list[nn.Module] = [_orthogonal(images.shape[1], width, gain, 0.0), module()]
+        for _ in range(depth - 1):
+            layers += [_orthogonal(width, width, gain, rest), module()]
+        model = nn.Sequential(*layers, _orthogonal(width, 10, 1.0, rest))
+        chosen = torch.randperm(len(images))[:batch]
+        loss_fn = nn.CrossEntropyLoss()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for _ in range(train_steps):
+            some = torch.randint(len(images), (64,))
+            optimizer.zero_grad()
+            loss_fn(model(images[some]), labels[some]).backward()
+            optimizer.step()
+    return Problem(model, loss_fn, images[chosen], labels[chosen])
+
+
+def _orthogonal(fan_in: int, fan_out: int, gain: float, rest: float) -> nn.Linear:
+    """Return a layer that maps the constant input `rest` to zero."""
+    layer = nn.Linear(fan_in, fan_out, dtype=torch.float64)
+    nn.init.orthogonal_(layer.weight, gain)
+    with torch.no_grad():
+        layer.bias.copy_(-rest * layer.weight.sum(dim=1))
+    return layer
+
+
+def compare_solvers(
+    problem: Problem,
+    damping: float = 1e-3,
+    *,
+    rtol: float = 1e-10,
+    maxiter: int = 300,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Solve (H + damping·I) x = gradient by every method and judge each by the same autograd products.
+
+    Parameters
+    ----------
+    problem : Problem
+        From `digits_problem`.
+    damping : float
+        Added to the Hessian's diagonal; positive.
+    rtol, maxiter
+        For the Krylov solvers; gmres never restarts.
+    progress : callable, optional
+        See `Progress`.
+
+    Returns
+    -------
+    Outcome
+    """
+    judge = Hessian(problem.model, problem.loss_fn, [(problem.inputs, problem.targets)]).damped(damping)
+    # The first calls pay for torch's and LAPACK's own set-up, which is no method's.
+    _linearize(problem).inverse(damping).solve(np.ones(judge.shape[0]))
+    begin = time.perf_counter()
+    lin = _linearize(problem)
+    linearizing = time.perf_counter() - begin
+    g = np.asarray(lin.gradient)
+    norm = _norm(judge)
+    records: list[Record] = []
+    skipped: dict[str, str] = {}
+
+    def iterate(label: str, solver: str, M: Any = None, setup: float = 0.0) -> None:
+        restart = maxiter if solver == "gmres" else None
+        with _bar(progress, label, maxiter) as step:
+            record = krylov.run(
+                solver, judge, g, M=M, rtol=rtol, maxiter=maxiter, restart=restart, name=label,
+                setup_seconds=setup, progress=lambda _: step(1),
+            )  # fmt: skip
+        held = 0 if M is None else int(M.nbytes)
+        records.append(record.replace(memory=(record.memory or 0) + held))
+
+    for solver in ("cg", "minres", "gmres"):
+        iterate(solver.upper(), solver)
+    try:
+        exact, seconds = _timed(lambda: lin.inverse(damping))
+        iterate("GMRES, M = exact inverse", "gmres", exact, linearizing + seconds)
+    except (FactorizationError, MemoryError) as error:
+        skipped["GMRES, M = exact inverse"] = str(error)
+    try:
+        newton, seconds = _timed(lambda: lin.gauss_newton().inverse(damping))
+        for solver in ("minres", "cg"):
+            label = f"{solver.upper()}, M = Gauss-Newton inverse"
+            iterate(label, solver, newton, linearizing + seconds)
+    except (FactorizationError, MemoryError) as error:
+        skipped["M = Gauss-Newton inverse"] = str(error)
+    for method in METHODS:
+        label = "paper's LDU" if method == "ldu" else f"exact inverse, {method}"
+        with _bar(progress, label, 1) as step:
+            outcome = _direct(lin, judge, g, damping, method, linearizing, label, rtol)
+            step(1)
+        if isinstance(outcome, str):
+            skipped[label] = outcome
+        else:
+            records.append(outcome)
+    why_not = _dense_does_not_fit(len(g))
+    if why_not:
+        skipped["dense LU"] = why_not
+    else:
+        with _bar(progress, "dense LU", len(g)) as step:
+            records.append(_dense_lu(judge, g, rtol, step))
+    judged = [r.replace(backward_error=_backward_error(r, g, norm)) for r in records]
+    return Outcome(Comparison(judged), len(g), float(lin.loss), float(np.linalg.norm(g)), norm, skipped)
+
+
+def _linearize(problem: Problem) -> Linearization:
+    return linearize(problem.model, problem.loss_fn, problem.inputs, problem.targets)
+
+
+def _direct(
+    lin: Linearization,
+    judge: LinearOperator,
+    g: np.ndarray,
+    damping: float,
+    method: str,
+    linearizing: float,
+    label: str,
+    rtol: float,
+) -> Record | str:
+    """Return the record of one method of `Linearization.inverse`, or why it was left out."""
+    plan = lin.plan(damping)
+    cost = plan.costs[method]
+    if not plan.fits(method):
+        return cost.why_not or f"needs about {readable_bytes(int(cost.nbytes))}"
+    if cost.seconds > LDU_SECONDS:
+        return f"its plan says about {cost.seconds:.0f} s, more than {LDU_SECONDS:.0f} s"
+    try:
+        inverse, seconds = _timed(lambda: lin.inverse(damping, method=method))
+        solutions = []
+
+        def solve(b: np.ndarray) -> np.ndarray:
+            solutions.append(inverse.solve(b))
+            return solutions[-1].x
+
+        record = krylov.direct(
+            solve, judge, g, rtol=rtol, name=label, setup_seconds=linearizing + seconds,
+            memory=int(inverse.nbytes),
+        )  # fmt: skip
+    except (FactorizationError, MemoryError) as error:
+        return str(error)
+    steps = solutions[-1].refinement_steps
+    used = solutions[-1].method
+    words = f"{record.status}, {steps} refinement step{'s' * (steps != 1)}"
+    return record.replace(status=words if used == method else f"{words}, escalated to {used}")
+
+
+def _dense_does_not_fit(n: int) -> str:
+    # The matrix, its factor, and the identity's columns in passing.
+    needed, available = 3 * 8 * n**2, available_bytes()
+    if needed > available:
+        return f"needs about {readable_bytes(needed)}, {readable_bytes(available)} are available"
+    return "" if n <= 10_000 else f"would take {n:,} Hessian products, more than 10,000"
+
+
+def _dense_lu(judge: LinearOperator, g: np.ndarray, rtol: float, step: Callable[[int], Any]) -> Record:
+    n = len(g)
+
+    def factor() -> Any:
+        dense = np.empty((n, n))
+        for first in range(0, n, 32):
+            columns = np.arange(first, min(first + 32, n))
+            probes = np.zeros((n, len(columns)))
+            probes[columns, np.arange(len(columns))] = 1.0
+            dense[:, columns] = judge.matmat(probes)
+            step(len(columns))
+        return scipy.linalg.lu_factor(dense, overwrite_a=True)
+
+    factors, seconds = _timed(factor)
+    record = krylov.direct(
+        lambda b: scipy.linalg.lu_solve(factors, b), judge, g, rtol=rtol, name="dense LU",
+        setup_seconds=seconds, memory=8 * n * n,
+    )  # fmt: skip
+    return record.replace(products_A=n, status=f"{record.status}, formed by {n:,} products")
+
+
+def _norm(A: LinearOperator, steps: int = 30) -> float:
+    """Return a lower bound of ``||A||`` for a symmetric A, by power iteration."""
+    v = np.random.default_rng(0).standard_normal(A.shape[0])
+    norm = 0.0
+    for _ in range(steps):
+        v = A.matvec(v / np.linalg.norm(v))
+        norm = max(norm, float(np.linalg.norm(v)))
+    return norm
+
+
+def _backward_error(record: Record, b: np.ndarray, norm: float) -> float:
+    size = float(np.linalg.norm(b))
+    return record.residual * size / (norm * float(np.linalg.norm(record.x)) + size)
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    begin = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - begin
+
+
+@contextmanager
+def _bar(progress: Progress | None, label: str, total: int) -> Iterator[Callable[[int], Any]]:
+    if progress is None:
+        yield lambda _: None
+        return
+    bar = progress(label, total)
+    try:
+        yield bar.update
+    finally:
+        bar.close()

@@ -1,0 +1,210 @@
+"""The command ``linop-hess``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from linop_hess.cli.compare import Outcome
+
+ACTIVATIONS = ("tanh", "relu", "gelu", "silu", "sigmoid", "softplus")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments after the program's name; ``sys.argv[1:]`` by default.
+
+    Returns
+    -------
+    int
+        The exit status. Wrong arguments end in ``SystemExit(2)`` with a usage message.
+    """
+    arguments = _parser().parse_args(argv)
+    return int(arguments.command(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="linop-hess", description="The exact inverse Hessian of a deep network, as SciPy operators."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    compare = commands.add_parser(
+        "compare",
+        help="compare Krylov and direct solvers of one Newton system",
+        description="Solve (H + damping I) x = gradient for a deep, narrow classifier of scikit-learn's "
+        "digits by Krylov solvers, preconditioned ones, and the exact inverse. Prints a table, writes "
+        "convergence.png and results.json.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    compare.set_defaults(command=_compare)
+    add = compare.add_argument
+    add("--depth", type=_integer(1), default=24, metavar="N", help="hidden layers, at least 1")
+    add("--width", type=_integer(1), default=8, metavar="N", help="neurons a hidden layer, at least 1")
+    add("--batch", type=_integer(1, 1797), default=16, metavar="N", help="images in the loss, 1 to 1797")
+    add("--damping", type=_positive(), default=1e-3, metavar="X", help="added to the diagonal, positive")
+    add("--activation", choices=ACTIVATIONS, default="tanh", help="between the layers")
+    add("--train-steps", type=_integer(0), default=0, metavar="N", help="Adam steps first, at least 0")
+    add("--seed", type=_integer(0, 2**63 - 1), default=0, metavar="N", help="from 0 to 2^63 - 1")
+    add("--rtol", type=_positive(1.0), default=1e-10, metavar="X", help="for Krylov, between 0 and 1")
+    add("--maxiter", type=_integer(1), default=300, metavar="N", help="for Krylov, at least 1")
+    add("--threads", type=_integer(1), default=1, metavar="N", help="torch's; narrow layers gain nothing")
+    add("--out", type=_folder, default=Path("."), metavar="DIR", help="where the files go, made if missing")
+    add("--no-progress", action="store_true", help="no progress bars")
+    return parser
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _positive(below: float = math.inf) -> Callable[[str], float]:
+    expected = "a positive number" if below == math.inf else f"a number between 0 and {below:g}, exclusive"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < below:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, or a name for a new one, got the file {text!r}")
+    return path
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        print(f"linop-hess compare needs {error.name}: pip install 'linop-hess[demo]'", file=sys.stderr)
+        return 1
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        return _run(arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from linop_hess.cli import compare as demo
+
+    begin = time.perf_counter()
+    problem = demo.digits_problem(
+        arguments.depth, arguments.width, arguments.batch,
+        arguments.activation, arguments.train_steps, arguments.seed,
+    )  # fmt: skip
+    outcome = demo.compare_solvers(
+        problem,
+        arguments.damping,
+        rtol=arguments.rtol,
+        maxiter=arguments.maxiter,
+        progress=None if arguments.no_progress else _bar,
+    )
+    print(_headline(arguments, outcome))
+    print()
+    print(outcome.comparison)
+    for label, why in outcome.skipped.items():
+        print(f"left out: {label}: {why}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    picture, results = arguments.out / "convergence.png", arguments.out / "results.json"
+    _draw(arguments, outcome, picture)
+    seconds = time.perf_counter() - begin
+    results.write_text(json.dumps(_results(arguments, outcome, seconds), indent=1, allow_nan=False) + "\n")
+    print(f"\nwrote {picture} and {results}; {seconds:.0f} s in all")
+    return 0
+
+
+def _bar(label: str, total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(desc=label, total=total, leave=False, delay=0.5, file=sys.stderr)
+
+
+def _headline(arguments: argparse.Namespace, outcome: Outcome) -> str:
+    return (
+        f"digits, {arguments.depth} hidden layers of {arguments.width}, {arguments.activation}, "
+        f"{arguments.batch} images, {arguments.train_steps} training steps, seed {arguments.seed}\n"
+        f"{outcome.parameters:,} parameters, loss {outcome.loss:.4g}, "
+        f"|gradient| {outcome.gradient_norm:.3g}\n"
+        f"solving (H + {arguments.damping:g} I) x = gradient, |H + {arguments.damping:g} I| about "
+        f"{outcome.hessian_norm:.3g}\n"
+        f"A = that matrix by Pearlmutter products, which also measure every row's true residual"
+    )
+
+
+def _draw(arguments: argparse.Namespace, outcome: Outcome, path: Path) -> None:
+    from linop_hess import plot
+
+    title = (
+        f"Newton step of a {arguments.depth}×{arguments.width} {arguments.activation} network on digits "
+        f"({outcome.parameters:,} parameters, damping {arguments.damping:g})"
+    )
+    plot.convergence(outcome.comparison, title=title).savefig(path)
+
+
+def _results(arguments: argparse.Namespace, outcome: Outcome, seconds: float) -> dict[str, Any]:
+    import numpy
+    import scipy
+    import torch
+
+    import linop_hess
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("command", "out", "no_progress")}
+    return {
+        "options": options,
+        "parameters": outcome.parameters,
+        "loss": outcome.loss,
+        "gradient_norm": outcome.gradient_norm,
+        "damped_hessian_norm": outcome.hessian_norm,
+        "seconds": seconds,
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "linop_hess": linop_hess.__version__,
+            "torch": torch.__version__,
+            "scipy": scipy.__version__,
+            "numpy": numpy.__version__,
+        },
+        "rows": [record.as_dict() for record in outcome.comparison],
+        "skipped": outcome.skipped,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""What a chain's Hessian and its Gauss-Newton matrix share: damping, inverses, and questions to their spectrum."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from linop_hess._validate import finite_real
+from linop_hess.lq.inverse.counting import count_up_to, inertia, smallest_convex_damping
+from linop_hess.lq.methods.plan import Plan, make_plan
+from linop_hess.lq.pivots.inertia import Inertia
+from linop_hess.lq.problem import Problem
+from linop_hess.operators import pieces
+from linop_hess.operators.algebra import damped
+from linop_hess.operators.base import Operator
+from linop_hess.operators.inverse import HessianInverse
+from linop_hess.spectrum.extremes import condition_number, extreme_eigenvalues
+
+
+class Invertible(ABC):
+    """A symmetric matrix H given by an LQ problem."""
+
+    problem: Problem
+
+    @property
+    @abstractmethod
+    def _matrix(self) -> Operator:
+        """H."""
+
+    def damped(self, damping: float) -> Operator:
+        """H + damping·I.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        """
+        return damped(self._matrix, finite_real(damping, "damping"))
+
+    def plan(self, damping: float) -> Plan:
+        """Flops, bytes and modelled time of each method, and the choice of ``method="auto"``; print it.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        """
+        return make_plan(self.problem, finite_real(damping, "damping"))
+
+    def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
+        """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
+        return HessianInverse(self.problem, damping, method, tolerance=tolerance)
+
+    def inertia(self, damping: float) -> Inertia:
+        """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        FactorizationError
+            If H + damping·I is singular to working precision, or rounding leaves its inertia open.
+        """
+        damping = finite_real(damping, "damping")
+        with torch.no_grad():
+            return inertia(self.problem, damping)
+
+    def count_eigenvalues(self, a: float, b: float) -> int:
+        """Count the eigenvalues of H in (a, b], from two inertias.
+
+        Parameters
+        ----------
+        a, b : float
+            An end that is an eigenvalue to rounding is moved up by 1e-7‖H‖, so that it is counted at b and not at a.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an end is no finite real number, or a > b.
+        """
+        a, b = finite_real(a, "a"), finite_real(b, "b")
+        if a > b:
+            raise ValueError(f"an interval (a, b] needs a <= b, got a={a!r}, b={b!r}")
+        with torch.no_grad():
+            return count_up_to(self.problem, b) - count_up_to(self.problem, a) if a < b else 0
+
+    def smallest_convex_damping(self, margin: float = 0.0, rtol: float = 1e-3) -> float:
+        """Return the least damping ε for which H + εI is positive definite, by bisection on inertia.
+
+        Parameters
+        ----------
+        margin : float
+            What to add, relatively.
+        rtol : float
+            The result is above the least damping by at most this, relatively.
+
+        Returns
+        -------
+        float
+            Where H is positive semidefinite, 1e-7‖H‖; where it is zero, 1.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If `margin` is negative, or `rtol` not between 0 and 1.
+        """
+        margin, rtol = finite_real(margin, "margin"), finite_real(rtol, "rtol")
+        if not (margin >= 0.0 and 0.0 < rtol < 1.0):
+            raise ValueError(
+                f"margin must be at least 0 and rtol between 0 and 1, got margin={margin!r}, rtol={rtol!r}"
+            )
+        with torch.no_grad():
+            return (1.0 + margin) * smallest_convex_damping(self.problem, rtol)
+
+    def extreme_eigenvalues(self, rtol: float = 1e-8) -> tuple[float, float]:
+        """Smallest and largest eigenvalue of H, by Lanczos or bisection; that none lies outside is verified by inertia.
+
+        Parameters
+        ----------
+        rtol : float
+            How well, in terms of ‖H‖.
+
+        Returns
+        -------
+        tuple of float
+
+        Raises
+        ------
+        ValueError, TypeError
+            If `rtol` is not between 0 and 1.
+        """
+        if not 0.0 < finite_real(rtol, "rtol") < 1.0:
+            raise ValueError(f"rtol must be between 0 and 1, got {rtol!r}")
+        return extreme_eigenvalues(self.problem, rtol)
+
+    def condition_number(self, damping: float) -> float:
+        """‖H + εI‖·‖(H + εI)⁻¹‖ in the 2-norm, by Lanczos on both or bisection, to about 1e-6.
+
+        Raises
+        ------
+        FactorizationError
+            If H + εI is singular to working precision.
+        """
+        return condition_number(self.problem, finite_real(damping, "damping"))
+
+
+class GaussNewtonLinearization(Invertible, pieces.ChainHessian):
+    """The generalized Gauss-Newton matrix of a chain, an operator of shape (N, N), with `damped`, `inverse` and the rest."""
+
+    @property
+    def _matrix(self) -> Operator:
+        return self

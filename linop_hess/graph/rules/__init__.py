@@ -1,0 +1,1 @@
+"""Families of layers and their derivatives, a family a file."""

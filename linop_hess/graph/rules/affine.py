@@ -1,0 +1,46 @@
+"""Linear layers and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from linop_hess.graph.rules.base import Kind, Layer
+from linop_hess.lq.stages.affine import BilinearStages
+from linop_hess.lq.stages.base import Stages
+from linop_hess.lq.stages.embedding import SelectionStages
+
+
+class Linear(Kind):
+    """`nn.Linear`, acting on the last axis of an input of any shape."""
+
+    def signature(self, layer: Layer, z: Tensor) -> Hashable:
+        module = layer.module
+        return (type(module), z.shape, module.weight.shape, module.bias is None, layer.params)
+
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+        W = torch.stack([layer.module.weight.detach() for layer in layers])
+        rows = Z.reshape(len(layers), -1, W.shape[2])
+        return BilinearStages(W, rows, None, "weight" in layers[0].params, "bias" in layers[0].params)
+
+    def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
+        assert isinstance(stages, BilinearStages)
+        return replace(stages, beta=beta.reshape(stages.count, stages.rows, stages.W.shape[1]).contiguous())
+
+
+class Embedding(Kind):
+    """`nn.Embedding` as the first layer: its input are indices, which have no derivative."""
+
+    def signature(self, layer: Layer, z: Tensor) -> Hashable:
+        return id(layer.module)
+
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+        module = layers[0].module
+        index = Z[0].reshape(-1)
+        seen = torch.ones_like(index, dtype=torch.bool)
+        if module.padding_idx is not None:
+            seen = index != module.padding_idx
+        return SelectionStages.of(module.weight.detach(), index, seen, trainable=bool(layers[0].params))

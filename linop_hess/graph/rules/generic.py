@@ -1,0 +1,82 @@
+"""Any other module that maps one tensor to one tensor: dense blocks by double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from linop_hess.autograd.second_order import double_backward, symmetric, unit_cotangents, vjps
+from linop_hess.errors import UnsupportedModelError
+from linop_hess.graph.rules.base import Kind, Layer
+from linop_hess.lq.stages.base import Stages
+from linop_hess.lq.stages.dense import DenseStages
+
+
+class Generic(Kind):
+    """A module without known structure. Cost: n_out + n_in + p backward passes; memory (n_in + p)²."""
+
+    def signature(self, layer: Layer, z: Tensor) -> Hashable:
+        return object()  # never stacked, even where one module stands in two places
+
+    def forward(self, layer: Layer, z: Tensor) -> Tensor:
+        y = layer.module(z.clone())
+        if not isinstance(y, Tensor):
+            raise UnsupportedModelError(
+                f"{_title(layer)} returns {type(y).__name__}; a layer of a chain maps "
+                "one tensor to one tensor: wrap it in a module that does"
+            )
+        return y
+
+    def _record(self, layer: Layer, z: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        params = {name: layer.module.get_parameter(name).detach().clone().requires_grad_() for name in layer.params}
+        u = z.detach().clone()
+        if u.is_floating_point():
+            u.requires_grad_()
+        y = functional_call(layer.module, params, (u * 1 if u.requires_grad else u,))
+        again = functional_call(layer.module, params, (u * 1 if u.requires_grad else u,))
+        if not torch.equal(y, again):
+            raise UnsupportedModelError(
+                f"{_title(layer)} gives another output each time; call model.eval() or remove its randomness"
+            )
+        return u, list(params.values()), y
+
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+        with double_backward(_title(layers[0])):
+            u, params, y = self._record(layers[0], Z[0])
+            sources = [u, *params] if u.requires_grad else params
+            rows = vjps(y, sources, unit_cotangents(y)) if sources else []
+        n = y.numel()
+        F = rows.pop(0) if u.requires_grad else Z.new_zeros(n, 0, dtype=y.dtype)
+        G = torch.cat(rows, 1) if rows else None
+        return DenseStages.plain(F[None], None if G is None else G[None], None, None, None)
+
+    def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
+        assert isinstance(stages, DenseStages)
+        layer = layers[0]
+        with double_backward(_title(layer)):
+            u, params, y = self._record(layer, Z[0])
+            sources = [*params, u] if u.requires_grad else params
+            if not y.requires_grad:
+                return stages
+            firsts = torch.autograd.grad(
+                y, sources, beta[0].reshape(y.shape), create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            first = torch.cat([part.reshape(-1) for part in firsts])
+            curvature = torch.cat(vjps(first, sources, unit_cotangents(first)), 1)
+        curvature = symmetric(curvature, _title(layer), float(first.detach().abs().max()))
+        p = stages.p
+        A, B, C = curvature[:p, :p], curvature[:p, p:], curvature[p:, p:]
+        return replace(
+            stages,
+            a=A[None] if bool(A.any()) else None,
+            b=B[None, :, None] if p and bool(B.any()) else None,
+            c=C[None, None] if bool(C.any()) else None,
+        )
+
+
+def _title(layer: Layer) -> str:
+    return f"layer {layer.name!r} ({type(layer.module).__name__})"

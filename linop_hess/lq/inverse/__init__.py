@@ -1,0 +1,1 @@
+"""What a factorization can be asked, a question a file."""

@@ -1,0 +1,1 @@
+"""Methods that factor H + damping·I, a method a file."""

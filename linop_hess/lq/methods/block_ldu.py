@@ -1,0 +1,163 @@
+"""Method "ldu": the algorithm of the paper as published, for comparison.
+
+𝒦' = Π𝒦Πᵀ, with the unknowns of a layer (x_l, y_l, z_l) together, is block tridiagonal with blocks of size p_l + 2 n_l. Its
+block LDU decomposition factors every diagonal block densely (rows pivoted within a block only), at max(n, p)³ a layer:
+
+    D_l = T_ll − T_l,l−1 D_{l−1}⁻¹ T_l−1,l.
+
+As in the paper's own code a layer is a parametric map together with the activation after it, so A_l is a dense p × p block.
+Source: A. Rahimi, "The Hessian of tall-skinny networks is easy to invert", arXiv 2601.06096.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linop_hess.lq.methods.cost import Cost
+from linop_hess.lq.methods.singular import SingularPivotError
+from linop_hess.lq.problem import Problem
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Dense blocks of a stage with controls and the control-free stages after it."""
+
+    stage: int
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    F: Tensor
+    G: Tensor
+
+
+def _layer(problem: Problem, start: int, stop: int) -> _Layer:
+    stage = problem.stages[start]
+    p, n = stage.p, 0 if start == problem.first else stage.n_in
+    F = stage.dense_F()[0][:, :n]
+    G = stage.dense_G()[0]
+    A, B, C = stage.dense_A(), stage.dense_B(), stage.dense_C()
+    A = F.new_zeros(p, p) if A is None else A[0]
+    B = F.new_zeros(p, n) if B is None else B[0][:, :n]
+    C = F.new_zeros(n, n) if C is None else C[0][:n, :n]
+    for after in problem.stages[start + 1 : stop]:
+        curvature = after.dense_C()
+        if curvature is not None:
+            A = A + G.mT @ (curvature[0] @ G)
+            B = B + G.mT @ (curvature[0] @ F)
+            C = C + F.mT @ (curvature[0] @ F)
+        F, G = after.F(F[None])[0], after.F(G[None])[0]
+    return _Layer(start, A, B, C, F, G)
+
+
+class LduFactorization:
+    """Block LDU of 𝒦' of `problem` at `damping`.
+
+    Raises
+    ------
+    SingularPivotError
+        If a diagonal block is exactly singular.
+    """
+
+    method = "ldu"
+
+    def __init__(self, problem: Problem, damping: float) -> None:
+        self.problem = problem
+        starts = np.flatnonzero(problem.p)
+        stops = np.append(starts[1:], problem.length)[: starts.size]
+        self._layers = [_layer(problem, int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
+        self._factors: list[tuple[Tensor, Tensor]] = []
+        carried: Tensor | None = None
+        for l, layer in enumerate(self._layers):
+            after = self._layers[l + 1] if l + 1 < len(self._layers) else None
+            m, p = layer.G.shape
+            block = _diagonal_block(layer, after, damping)
+            if carried is not None:
+                block -= carried
+            packed, pivots, info = torch.linalg.lu_factor_ex(block)
+            if int(info) > 0:
+                raise SingularPivotError(layer.stage)
+            self._factors.append((packed, pivots))
+            if after is None:
+                break
+            upper = _to_next(layer, after, torch.eye(sum(after.G.shape) + after.G.shape[0], dtype=problem.dtype))
+            # Rows of the layer after see only y_l.
+            carried = _from_previous(after, torch.linalg.lu_solve(packed, pivots, upper)[p : p + m])
+
+    def solve(self, g: Tensor) -> Tensor:
+        """(H + εI)⁻¹ g for g of shape (N, k)."""
+        offsets = self.problem.x_offsets
+        halves: list[Tensor] = []
+        for l, layer in enumerate(self._layers):
+            m, p = layer.G.shape
+            rhs = g.new_zeros(p + 2 * m, g.shape[1])
+            rhs[:p] = g[offsets[layer.stage] : offsets[layer.stage + 1]]
+            if l:
+                q, n = self._layers[l - 1].G.shape[1], self._layers[l - 1].G.shape[0]
+                rhs -= _from_previous(layer, halves[-1][q : q + n])
+            halves.append(torch.linalg.lu_solve(*self._factors[l], rhs))
+        x = torch.zeros_like(g)
+        value: Tensor | None = None
+        for l in range(len(self._layers) - 1, -1, -1):
+            layer, half = self._layers[l], halves[l]
+            if value is not None:
+                half = half - torch.linalg.lu_solve(*self._factors[l], _to_next(layer, self._layers[l + 1], value))
+            value = half
+            x[offsets[layer.stage] : offsets[layer.stage + 1]] = value[: layer.G.shape[1]]
+        return x
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the factors and blocks."""
+        blocks = sum(b.nbytes for la in self._layers for b in (la.A, la.B, la.C, la.F, la.G))
+        return blocks + sum(lu.nbytes + pivots.nbytes for lu, pivots in self._factors)
+
+
+def _diagonal_block(layer: _Layer, after: _Layer | None, damping: float) -> Tensor:
+    """[A+εI, 0, Gᵀ; −G, I, 0; 0, −C', I] in the unknowns (x_l, y_l, z_l), C' the curvature of the layer after."""
+    m, p = layer.G.shape
+    block = layer.A.new_zeros(p + 2 * m, p + 2 * m)
+    block.diagonal().fill_(1.0)
+    block[:p, :p] = layer.A
+    block.diagonal()[:p].add_(damping)
+    block[:p, p + m :] = layer.G.mT
+    block[p : p + m, :p] = -layer.G
+    if after is not None:
+        block[p + m :, p : p + m] = -after.C
+    return block
+
+
+def _to_next(layer: _Layer, after: _Layer, v: Tensor) -> Tensor:
+    """T_l,l+1 v: only the row of z_l sees the layer after, by −B'ᵀ x − F'ᵀ z."""
+    (m, p), (n, q) = layer.G.shape, after.G.shape
+    out = v.new_zeros(p + 2 * m, v.shape[1])
+    out[p + m :] = -(after.B.mT @ v[:q]) - after.F.mT @ v[q + n :]
+    return out
+
+
+def _from_previous(layer: _Layer, y: Tensor) -> Tensor:
+    """T_l,l−1 applied to y_{l−1}: B y in the row of x, −F y in the row of y."""
+    m, p = layer.G.shape
+    out = y.new_zeros(p + 2 * m, y.shape[1])
+    out[:p] = layer.B @ y
+    out[p : p + m] = -(layer.F @ y)
+    return out
+
+
+def factor(problem: Problem, damping: float) -> LduFactorization:
+    """Factor 𝒦' by block LDU."""
+    return LduFactorization(problem, damping)
+
+
+def estimate(problem: Problem) -> Cost:
+    """LU of every diagonal block and its solves with the couplings."""
+    starts = np.flatnonzero(problem.p)
+    last = np.append(starts[1:], problem.length)[: starts.size] - 1
+    size = (problem.p[starts] + 2 * problem.n_out[last]).astype(float)
+    item = problem.numpy_dtype.itemsize
+    flops = float((2 / 3 * size**3).sum() + (2 * size[:-1] ** 2 * size[1:]).sum())
+    nbytes = item * float((2 * size**2).sum())
+    return Cost(flops, nbytes + 4 * item * float(size.max(initial=0.0)) ** 2, flops / 4e10 + 4e-4 * starts.size)

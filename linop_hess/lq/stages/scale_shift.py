@@ -1,0 +1,114 @@
+"""Stages y_j = w_f(j) ẑ_j + w₀_f(j) with ẑ affine in z entry by entry: the affine part of normalizations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from linop_hess.lq.stages.base import Stages
+
+
+@dataclass(frozen=True)
+class Features:
+    """Which of the `count` features each state entry belongs to: `index`, shape (n,)."""
+
+    index: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class ScaleShiftStages(Stages):
+    """K stages of scale and shift per feature; the controls are w and w₀, or either alone.
+
+    F = diag(w_f slope);  G [X, X₀] = ẑ ∘ X_f + X₀_f;  B δ sums β ∘ slope ∘ δ over each feature, in the rows of w.
+
+    Parameters
+    ----------
+    normalized : Tensor, shape (K, n)
+        ẑ.
+    slope : Tensor, shape (K, n)
+        dẑ/dz.
+    scale : Tensor, shape (K, n)
+        w of each entry.
+    beta : Tensor or None, shape (K, n)
+        Adjoint of the output.
+    features : Features
+    weight, bias : bool
+        Whether w, and whether w₀, is a control.
+    """
+
+    normalized: Tensor
+    slope: Tensor
+    scale: Tensor
+    beta: Tensor | None
+    features: Features
+    weight: bool
+    bias: bool
+
+    @property
+    def count(self) -> int:
+        return self.scale.shape[0]
+
+    @property
+    def n_in(self) -> int:
+        return self.scale.shape[1]
+
+    @property
+    def n_out(self) -> int:
+        return self.scale.shape[1]
+
+    @property
+    def p(self) -> int:
+        return self.features.count * (self.weight + self.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    def F(self, d: Tensor) -> Tensor:
+        return (self.scale * self.slope)[..., None] * d
+
+    def Ft(self, y: Tensor) -> Tensor:
+        return self.F(y)
+
+    def _sum_features(self, y: Tensor) -> Tensor:
+        out = y.new_zeros(y.shape[0], self.features.count, y.shape[-1])
+        return out.index_add_(1, self.features.index, y)
+
+    def G(self, x: Tensor) -> Tensor:
+        y = x.new_zeros(self.count, self.n_out, x.shape[-1])
+        if self.weight:
+            y = y + self.normalized[..., None] * x[:, : self.features.count][:, self.features.index]
+        if self.bias:
+            y = y + x[:, x.shape[1] - self.features.count :][:, self.features.index]
+        return y
+
+    def Gt(self, y: Tensor) -> Tensor:
+        parts = []
+        if self.weight:
+            parts.append(self._sum_features(self.normalized[..., None] * y))
+        if self.bias:
+            parts.append(self._sum_features(y))
+        return torch.cat(parts, 1) if parts else super().Gt(y)
+
+    def B(self, d: Tensor) -> Tensor | None:
+        if self.beta is None or not self.weight:
+            return None
+        out = d.new_zeros(self.count, self.p, d.shape[-1])
+        out[:, : self.features.count] = self._sum_features((self.beta * self.slope)[..., None] * d)
+        return out
+
+    def Bt(self, x: Tensor) -> Tensor | None:
+        if self.beta is None or not self.weight:
+            return None
+        return (self.beta * self.slope)[..., None] * x[:, : self.features.count][:, self.features.index]
+
+    def without_curvature(self) -> Self:
+        return replace(self, beta=None)
