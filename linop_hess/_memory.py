@@ -76,3 +76,12 @@ def require(nbytes: float, what: str, available: int | None = None) -> None:
             f"{what} needs about {nbytes / 2**30:.3g} GiB, but only {available / 2**30:.3g} GiB is available; "
             "choose another method, or a smaller batch or model"
         )
+
+
+def format_bytes(n: float) -> str:
+    """Return a number of bytes as text, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.3g} {unit}"
+        n /= 1024
+    return f"{n:.3g} TiB"

@@ -1,16 +1,15 @@
-"""What a chain's Hessian and its Gauss-Newton matrix share: damping, inverses, and questions to their spectrum."""
+"""The Hessian of a chain and its Gauss-Newton matrix, as one operator class: damping, inverses, and questions to their spectrum."""
 
 from __future__ import annotations
-
-from abc import ABC, abstractmethod
 
 import torch
 
 from linop_hess._validate import finite_real
-from linop_hess.lq.inverse.counting import count_up_to, inertia, smallest_convex_damping
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.counting import count_up_to, smallest_convex_damping
+from linop_hess.lq.inverse.inertia import inertia
 from linop_hess.lq.methods.plan import Plan, make_plan
 from linop_hess.lq.pivots.inertia import Inertia
-from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
 from linop_hess.operators.algebra import damped
 from linop_hess.operators.base import Operator
@@ -18,15 +17,22 @@ from linop_hess.operators.inverse import HessianInverse
 from linop_hess.spectrum.extremes import condition_number, extreme_eigenvalues
 
 
-class Invertible(ABC):
-    """A symmetric matrix H given by an LQ problem."""
+class ChainCurvature(pieces.ChainHessian):
+    """A symmetric curvature matrix H of a chain, of shape (N, N): `Linearization.H`, or `Linearization.gauss_newton()`.
 
-    problem: Problem
+    Parameters
+    ----------
+    analysis : Analysis
+        Of the LQ problem that H belongs to.
 
-    @property
-    @abstractmethod
-    def _matrix(self) -> Operator:
-        """H."""
+    Attributes
+    ----------
+    analysis : Analysis
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        super().__init__(analysis.problem)
+        self.analysis = analysis
 
     def damped(self, damping: float) -> Operator:
         """H + damping·I.
@@ -36,7 +42,7 @@ class Invertible(ABC):
         ValueError, TypeError
             If damping is not a finite real number.
         """
-        return damped(self._matrix, finite_real(damping, "damping"))
+        return damped(self, finite_real(damping, "damping"))
 
     def plan(self, damping: float) -> Plan:
         """Flops, bytes and modelled time of each method, and the choice of ``method="auto"``; print it.
@@ -46,11 +52,11 @@ class Invertible(ABC):
         ValueError, TypeError
             If damping is not a finite real number.
         """
-        return make_plan(self.problem, finite_real(damping, "damping"))
+        return make_plan(self.analysis, finite_real(damping, "damping"))
 
     def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
-        return HessianInverse(self.problem, damping, method, tolerance=tolerance)
+        return HessianInverse(self.analysis, damping, method, tolerance=tolerance)
 
     def inertia(self, damping: float) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse.
@@ -64,7 +70,7 @@ class Invertible(ABC):
         """
         damping = finite_real(damping, "damping")
         with torch.no_grad():
-            return inertia(self.problem, damping)
+            return inertia(self.analysis, damping)
 
     def count_eigenvalues(self, a: float, b: float) -> int:
         """Count the eigenvalues of H in (a, b], from two inertias.
@@ -83,7 +89,7 @@ class Invertible(ABC):
         if a > b:
             raise ValueError(f"an interval (a, b] needs a <= b, got a={a!r}, b={b!r}")
         with torch.no_grad():
-            return count_up_to(self.problem, b) - count_up_to(self.problem, a) if a < b else 0
+            return count_up_to(self.analysis, b) - count_up_to(self.analysis, a) if a < b else 0
 
     def smallest_convex_damping(self, margin: float = 0.0, rtol: float = 1e-3) -> float:
         """Return the least damping ε for which H + εI is positive definite, by bisection on inertia.
@@ -111,7 +117,7 @@ class Invertible(ABC):
                 f"margin must be at least 0 and rtol between 0 and 1, got margin={margin!r}, rtol={rtol!r}"
             )
         with torch.no_grad():
-            return (1.0 + margin) * smallest_convex_damping(self.problem, rtol)
+            return (1.0 + margin) * smallest_convex_damping(self.analysis, rtol)
 
     def extreme_eigenvalues(self, rtol: float = 1e-8) -> tuple[float, float]:
         """Smallest and largest eigenvalue of H, by Lanczos or bisection; that none lies outside is verified by inertia.
@@ -132,7 +138,7 @@ class Invertible(ABC):
         """
         if not 0.0 < finite_real(rtol, "rtol") < 1.0:
             raise ValueError(f"rtol must be between 0 and 1, got {rtol!r}")
-        return extreme_eigenvalues(self.problem, rtol)
+        return extreme_eigenvalues(self.analysis, rtol)
 
     def condition_number(self, damping: float) -> float:
         """‖H + εI‖·‖(H + εI)⁻¹‖ in the 2-norm, by Lanczos on both or bisection, to about 1e-6.
@@ -142,12 +148,4 @@ class Invertible(ABC):
         FactorizationError
             If H + εI is singular to working precision.
         """
-        return condition_number(self.problem, finite_real(damping, "damping"))
-
-
-class GaussNewtonLinearization(Invertible, pieces.ChainHessian):
-    """The generalized Gauss-Newton matrix of a chain, an operator of shape (N, N), with `damped`, `inverse` and the rest."""
-
-    @property
-    def _matrix(self) -> Operator:
-        return self
+        return condition_number(self.analysis, finite_real(damping, "damping"))

@@ -41,3 +41,17 @@ class FactorizationError(np.linalg.LinAlgError):
 
 class NotPositiveDefiniteError(np.linalg.LinAlgError):
     """A positive definite matrix was needed and H + damping·I is not one."""
+
+
+class SingularPivotError(np.linalg.LinAlgError):
+    """A factorization met a singular pivot; solves turn it into an escalation, or a `FactorizationError`.
+
+    Attributes
+    ----------
+    stage : int or None
+        Its stage in the chain (0-based), where one can be named.
+    """
+
+    def __init__(self, stage: int | None = None) -> None:
+        super().__init__("singular pivot")
+        self.stage = stage

@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from linop_hess._validate import finite_real
 from linop_hess.autograd.snapshot import select_parameters
-from linop_hess.curvature import GaussNewtonLinearization, Invertible
+from linop_hess.curvature import ChainCurvature
 from linop_hess.graph.build import Chain, build_chain
 from linop_hess.graph.sequential import is_float
 from linop_hess.graph.verification import Reference
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.methods.plan import Plan
+from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
 from linop_hess.operators.algebra import Permutation
 from linop_hess.operators.base import Operator
+from linop_hess.operators.inverse import HessianInverse
 
 
 def linearize(
@@ -80,7 +84,7 @@ def linearize(
     return lin
 
 
-class Linearization(Invertible):
+class Linearization:
     """First and second derivatives of a chain, as operators. Made by `linearize`.
 
     Attributes
@@ -90,10 +94,13 @@ class Linearization(Invertible):
         The parameters, in the order of the flat vectors, which is that of `model.named_parameters()`.
     problem : lq.Problem
         The LQ problem behind every operator.
+    analysis : lq.Analysis
+        What all factorizations of H share.
     """
 
     def __init__(self, chain: Chain, reference: Reference | None = None) -> None:
         self.problem: Problem = chain.problem
+        self.analysis = Analysis(chain.problem)
         self.loss = chain.loss
         self.names = chain.names
         self._chain = chain
@@ -145,13 +152,49 @@ class Linearization(Invertible):
         return pieces.StateCurvature(self.problem)
 
     @cached_property
-    def H(self) -> Operator:
+    def H(self) -> ChainCurvature:
         """The Hessian, shape (N, N)."""
-        return pieces.ChainHessian(self.problem)
+        return ChainCurvature(self.analysis)
 
-    @property
-    def _matrix(self) -> Operator:
-        return self.H
+    @cached_property
+    def _gauss_newton(self) -> ChainCurvature:
+        return ChainCurvature(self.analysis.gauss_newton())
+
+    def gauss_newton(self) -> ChainCurvature:
+        """Return the generalized Gauss-Newton matrix, shape (N, N): of all curvature only the loss's is kept."""
+        return self._gauss_newton
+
+    def damped(self, damping: float) -> Operator:
+        """H + damping·I; see `ChainCurvature.damped`."""
+        return self.H.damped(damping)
+
+    def plan(self, damping: float) -> Plan:
+        """Cost of each method; see `ChainCurvature.plan`."""
+        return self.H.plan(damping)
+
+    def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
+        """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
+        return self.H.inverse(damping, method, tolerance=tolerance)
+
+    def inertia(self, damping: float) -> Inertia:
+        """Signs of the eigenvalues of H + damping·I; see `ChainCurvature.inertia`."""
+        return self.H.inertia(damping)
+
+    def count_eigenvalues(self, a: float, b: float) -> int:
+        """Count the eigenvalues of H in (a, b]; see `ChainCurvature.count_eigenvalues`."""
+        return self.H.count_eigenvalues(a, b)
+
+    def smallest_convex_damping(self, margin: float = 0.0, rtol: float = 1e-3) -> float:
+        """Return the least damping that makes H + damping·I positive definite; see `ChainCurvature.smallest_convex_damping`."""
+        return self.H.smallest_convex_damping(margin, rtol)
+
+    def extreme_eigenvalues(self, rtol: float = 1e-8) -> tuple[float, float]:
+        """Smallest and largest eigenvalue of H; see `ChainCurvature.extreme_eigenvalues`."""
+        return self.H.extreme_eigenvalues(rtol)
+
+    def condition_number(self, damping: float) -> float:
+        """‖H + damping·I‖·‖(H + damping·I)⁻¹‖; see `ChainCurvature.condition_number`."""
+        return self.H.condition_number(damping)
 
     def augmented(self, damping: float) -> Operator:
         """𝒦 at `damping`, in the unknowns (x, y, z).
@@ -181,11 +224,7 @@ class Linearization(Invertible):
     @property
     def block_sizes(self) -> np.ndarray:
         """Sizes p_l + 2 n_l of the blocks of 𝒦', shape (L,)."""
-        return self.problem.p + 2 * self.problem.n_out
-
-    def gauss_newton(self) -> GaussNewtonLinearization:
-        """Return the generalized Gauss-Newton matrix: of all curvature only the loss's is kept."""
-        return GaussNewtonLinearization(self.problem.without_curvature())
+        return self.problem.layout.p + 2 * self.problem.layout.n_out
 
     def verify(self, probes: int = 2) -> float:
         """Compare `H` with double-backward products on random vectors.
@@ -228,9 +267,9 @@ class Linearization(Invertible):
     def _suspects(self, gap: Tensor) -> str:
         if self._chain.unverified:
             return ", ".join(map(repr, self._chain.unverified))
-        by_stage = np.add.reduceat(np.append(gap.max(1).values.cpu().numpy(), 0.0), self.problem.x_offsets[:-1]) * (
-            self.problem.p > 0
-        )
+        by_stage = np.add.reduceat(
+            np.append(gap.max(1).values.cpu().numpy(), 0.0), self.problem.layout.x_offsets[:-1]
+        ) * (self.problem.layout.p > 0)
         return f"at or after stage {self.problem.name(int(by_stage.argmax()))}"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from linop_hess.graph.rules.loss import linearize_loss
 from linop_hess.graph.rules.pointwise import Pointwise, is_elementwise
 from linop_hess.graph.sequential import flatten, is_float
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.stages.base import Stages
+from linop_hess.lq.stages.base import Stage
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def build_chain(
         loss, cost = linearize_loss(loss_fn, output, targets)
         stacks = _stack(layers, states)
         order = np.zeros((len(layers) + 1, 2), dtype=np.int64)
-        blocks: list[Stages] = []
+        blocks: list[Stage] = []
         for b, (members, Z) in enumerate(stacks):
             order[members] = np.column_stack([np.full(len(members), b), np.arange(len(members))])
             chosen = [layers[l] for l in members]
@@ -89,13 +89,13 @@ def build_chain(
         stage_names = [f"{layer.name or '<model>'}: {type(layer.module).__name__}" for layer in layers] + ["loss"]
         slopes = Problem([*blocks, cost], order, stage_names)
         _check_finite(slopes, slopes.blocks)
-        seed = torch.zeros(slopes.size_out, 1, dtype=slopes.dtype, device=slopes.device)
+        seed = torch.zeros(slopes.layout.size_out, 1, dtype=slopes.dtype, device=slopes.device)
         seed[-1] = 1.0
-        adjoint = slopes.transition.solve_adjoint(seed)
+        adjoint = slopes.transition.substitute_adjoint(seed)
         gradient = slopes.apply_Gt(adjoint)[:, 0]
         curved = [
             layers[members[0]].kind.curve(block, [layers[l] for l in members], Z, slots.gather(adjoint)[..., 0])
-            for block, slots, (members, Z) in zip(blocks, slopes.out_slots[:-1], stacks, strict=True)
+            for block, slots, (members, Z) in zip(blocks, slopes.layout.out_slots[:-1], stacks, strict=True)
         ]
         problem = slopes.with_curvature([*curved, cost])
         _check_finite(problem, problem.blocks)
@@ -134,7 +134,7 @@ def _stack(layers: Sequence[Layer], states: Sequence[Tensor]) -> list[tuple[list
     return [(members, torch.stack([states[l] for l in members])) for members in groups.values()]
 
 
-def _check_finite(problem: Problem, blocks: Sequence[Stages]) -> None:
+def _check_finite(problem: Problem, blocks: Sequence[Stage]) -> None:
     for b, block in enumerate(blocks):
         bad = block.first_not_finite()
         if bad is not None:

@@ -1,8 +1,21 @@
 """Linear-quadratic problems and their factorizations; knows nothing of networks and is usable by itself."""
 
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.inverse import Inverse
 from linop_hess.lq.inverse.solve import Solution, Solver
 from linop_hess.lq.methods.plan import METHODS, Plan, make_plan
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.stages.dense import DenseStages, DiagonalStages
+from linop_hess.lq.stages import DenseStage, DiagonalStage
 
-__all__ = ["METHODS", "DenseStages", "DiagonalStages", "Plan", "Problem", "Solution", "Solver", "make_plan"]
+__all__ = [
+    "METHODS",
+    "Analysis",
+    "DenseStage",
+    "DiagonalStage",
+    "Inverse",
+    "Plan",
+    "Problem",
+    "Solution",
+    "Solver",
+    "make_plan",
+]

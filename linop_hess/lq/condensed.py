@@ -14,18 +14,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linop_hess.lq.methods.singular import SingularPivotError
 from linop_hess.lq.segments import SegmentGroup, identity
 
 
 @dataclass(frozen=True)
 class Condensed:
-    """The blocks of a group of K segments but for the damping."""
+    """The blocks of a group of K segments but for the damping.
+
+    Attributes
+    ----------
+    r : int
+    curvature : Tensor, shape (K, r + n_in, r + n_in)
+        T at ε = 0 without the hidden controls.
+    gram : Tensor or None, shape (K, n_in, n_in)
+        Bᵀ(I − QQᵀ)B of the hidden controls; None where they are not coupled to the state.
+    W : Tensor, shape (K, n_out, r + n_in)
+    """
 
     r: int
-    curvature: Tensor  # T at ε = 0 without the hidden controls, (K, r + n_in, r + n_in)
-    gram: Tensor | None  # Bᵀ(I − QQᵀ)B of the hidden controls, (K, n_in, n_in)
-    W: Tensor  # (K, n_out, r + n_in)
+    curvature: Tensor
+    gram: Tensor | None
+    W: Tensor
 
     def T(self, damping: float) -> Tensor:
         """T at a damping, (K, r + n_in, r + n_in)."""
@@ -36,50 +45,29 @@ class Condensed:
         return T
 
 
-def condensed(group: SegmentGroup, damping: float) -> Condensed:
-    """Return the condensed blocks of a group, computed once for all dampings.
-
-    Raises
-    ------
-    SingularPivotError
-        If damping = 0 and there are controls that the output does not see.
-    """
-    if group.split.complement and damping == 0.0:
-        raise SingularPivotError(int(group.stages[0]))
-    if "condensed" not in group.__dict__:
-        group.__dict__["condensed"] = _condense(group)
-    blocks: Condensed = group.__dict__["condensed"]
-    return blocks
-
-
-def _condense(group: SegmentGroup) -> Condensed:
-    control, split, n_in, r = group.steps[0], group.split, group.n_in, group.r
-    W = split.R(identity(group))
-    T = W.new_zeros(group.count, r + n_in, r + n_in)
-    gram: Tensor | None = None
-    A = split.A_range()
-    if A is not None:
-        T[:, :r, :r] = A
-    if n_in:
-        W = torch.cat([W, control.dense_F()], 2)
-        B = split.B_range()
-        if B is not None:
-            T[:, :r, r:] = B
-            T[:, r:, :r] = B.mT
-        C = control.dense_C()
-        if C is not None:
-            T[:, r:, r:] = C
-        gram = split.B_complement_gram() if split.coupled else None
-    for stage in group.steps[1:]:
-        curved = stage.C(W)
-        if curved is not None:
-            T.baddbmm_(W.mT, curved)
+def condense(group: SegmentGroup) -> Condensed:
+    """Return the condensed blocks of a group."""
+    control, space, n_in, r = group.control, group.space, group.n_in, group.r
+    R = space.R(identity(group))
+    T = R.new_zeros(group.count, r + n_in, r + n_in)
+    if "A" in control.nonzero:
+        T[:, :r, :r] = space.QtAQ()
+    if "B" in control.nonzero and n_in:
+        B = space.QtB()
+        T[:, :r, r:] = B
+        T[:, r:, :r] = B.mT
+    if "C" in control.nonzero and n_in:
+        T[:, r:, r:] = control.dense_C()
+    W = torch.cat([R, control.dense_F()], 2)
+    # Push u = (s, δ) through the control-free stages; each adds its own curvature, seen from u.
+    for stage in group.free:
+        if "C" in stage.nonzero:
+            T.baddbmm_(W.mT, stage.C(W))
         W = stage.F(W)
-    W = W / group.scale_out
-    if n_in:
-        unit = group.scale_in
-        W[:, :, r:] *= unit.mT
-        T[:, r:] *= unit
-        T[:, :, r:] *= unit.mT
-        gram = None if gram is None else gram * unit * unit.mT
+    unit = group.unit_in
+    W = W / group.unit_out
+    W[:, :, r:] *= unit.mT
+    T[:, r:] *= unit
+    T[:, :, r:] *= unit.mT
+    gram = group.space.hidden_gram() * unit * unit.mT if group.is_coupled else None
     return Condensed(r, T, gram, W)

@@ -1,7 +1,8 @@
 """A chain cut into segments: a stage with controls and the control-free stages after it.
 
-Segments of the same make-up form a group and are computed together, as arrays with a leading axis. In each segment the
-control component x⊥ that the output does not see is eliminated exactly (see `lq.rangesplit`), which leaves r visible controls s.
+Segments of the same make-up form a group and are computed together, as arrays with a leading axis. What precedes the first controls
+never moves, so the first segment has no state before it. In each segment the control component x⊥ that the output does not see (the
+hidden controls, see `lq.stages.row_space`) is eliminated exactly, which leaves r visible controls s.
 """
 
 from __future__ import annotations
@@ -9,64 +10,58 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from linop_hess.lq.layout import Slots
-from linop_hess.lq.stages.base import Stages
-from linop_hess.lq.stages.row_space import RangeSplit
+from linop_hess.lq.problem import Problem
+from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.initial import InitialStage
+from linop_hess.lq.stages.row_space import RowSpace
 
-if TYPE_CHECKING:
-    from linop_hess.lq.problem import Problem
+# Dense blocks cost more flops and fewer calls; up to this size (r + n_in + widest state) the calls are what takes the time.
+CONDENSED_UP_TO = 160
 
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """K segments of one make-up: which stacks they run through, and where they are."""
+    """K segments of one make-up.
 
-    problem: Problem
-    segments: np.ndarray  # (K,) positions among the segments of the chain
-    stages: np.ndarray  # (K,) positions of their control stages in the chain
-    blocks: tuple[int, ...]  # stacks, control stage first
-    positions: np.ndarray  # (K, len(blocks)) positions in those stacks
-    is_first: bool  # the chain's first segment, before which δ = 0
-    extended: bool = False  # whether controls that only B sees count as visible
+    Attributes
+    ----------
+    segments : ndarray of int, shape (K,)
+        Their positions among the segments of the chain.
+    stages : ndarray of int, shape (K,)
+        Positions of their control stages in the chain.
+    path : tuple of int
+        The stacks that they run through.
+    control : Stage
+        The control stages, a stack of K.
+    space : RowSpace
+        Their row spaces.
+    free : tuple of Stage
+        The control-free stages after them, each a stack of K.
+    x_slots : Slots
+        Where the controls lie in a flat vector.
+    unit_in, unit_out : Tensor, shapes (K, n_in, 1) and (K, n_out, 1)
+        Units of the states before and after; see `lq.scaling`.
+    is_first : bool
+        Whether this is the first segment of the chain.
+    """
 
-    @cached_property
-    def steps(self) -> list[Stages]:
-        """The stages the segments run through, each as a stack of K."""
-        return [self._picked(step) for step in range(len(self.blocks))]
-
-    def _picked(self, step: int) -> Stages:
-        block, positions = self.problem.blocks[self.blocks[step]], self.positions[:, step]
-        return block if positions.size == block.count else block.take(_as_slice(positions))
-
-    @cached_property
-    def split(self) -> RangeSplit:
-        """The range splits of the control stages."""
-        block, positions = self.problem.blocks[self.blocks[0]], self.positions[:, 0]
-        split = block.split if positions.size == block.count else block.split.take(_as_slice(positions))
-        return split.extended(self.steps[0]) if self.extended else split
-
-    @cached_property
-    def x_slots(self) -> Slots:
-        """Where the controls lie."""
-        return self.problem.x_slots[self.blocks[0]].take(self.positions[:, 0])
-
-    @cached_property
-    def scale_in(self) -> Tensor:
-        """The unit of each entry of the state before a segment, (K, n_in, 1); see `lq.scaling`."""
-        slots = self.problem.in_slots[self.blocks[0]].take(self.positions[:, 0])
-        return slots.gather(self.problem.state_scales[:, None])[:, : self.n_in]
-
-    @cached_property
-    def scale_out(self) -> Tensor:
-        """The same of the state after it, (K, n_out, 1)."""
-        slots = self.problem.out_slots[self.blocks[-1]].take(self.positions[:, -1])
-        return slots.gather(self.problem.scales_after[:, None])
+    segments: np.ndarray
+    stages: np.ndarray
+    path: tuple[int, ...]
+    control: Stage
+    space: RowSpace
+    free: tuple[Stage, ...]
+    x_slots: Slots
+    unit_in: Tensor
+    unit_out: Tensor
+    is_first: bool
 
     @property
     def count(self) -> int:
@@ -76,82 +71,95 @@ class SegmentGroup:
     @property
     def r(self) -> int:
         """Number of visible controls of a segment."""
-        return self.split.r
+        return self.space.r
+
+    @property
+    def hidden(self) -> int:
+        """Number of hidden controls of a segment."""
+        return self.space.hidden
 
     @property
     def n_in(self) -> int:
         """Size of the state before a segment; before the first there is none."""
-        return 0 if self.is_first else self.steps[0].n_in
+        return self.control.n_in
 
     @property
     def n_out(self) -> int:
         """Size of the state after a segment."""
-        return self.steps[-1].n_out
+        return self.free[-1].n_out if self.free else self.control.n_out
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether the state acts on the hidden controls."""
+        return "B" in self.control.nonzero and self.n_in > 0 and self.space.hidden > 0 and self.space.coupled
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the segments are condensed to dense blocks."""
+        widest = max(stage.n_out for stage in (self.control, *self.free))
+        return self.r + self.n_in + widest <= CONDENSED_UP_TO
+
+    @cached_property
+    def state_unit(self) -> Tensor | None:
+        """The unit in which a recursion keeps the state before a segment; None: 1, as where segments are not condensed."""
+        return self.unit_in if self.is_narrow else None
 
 
-def segment_groups(problem: Problem) -> list[SegmentGroup]:
-    """Cut the chain into segments and group those that run through the same stacks."""
-    starts = np.flatnonzero(problem.p)
+def segment_groups(problem: Problem, row_spaces: Sequence[RowSpace | None], scales: Tensor) -> list[SegmentGroup]:
+    """Cut a chain into segments and group those that run through the same stacks.
+
+    Parameters
+    ----------
+    problem : Problem
+    row_spaces : sequence of RowSpace
+        One for each stack that has controls.
+    scales : Tensor, shape (Σ n_0..n_{L−1},)
+        Units of the states; see `lq.scaling`.
+    """
+    layout = problem.layout
+    scales_after = scales.new_ones(layout.size_out)  # 1 after the last
+    scales_after[: layout.size_out - int(layout.n_out[-1])] = scales[int(layout.n_in[0]) :]
+    starts = np.flatnonzero(layout.p)
     lengths = np.diff(np.append(starts, problem.length))
     groups: list[SegmentGroup] = []
     for length in np.unique(lengths):
         of_length = np.flatnonzero(lengths == length)
         members = starts[of_length][:, None] + np.arange(length)
-        paths = problem.order[members, 0]
-        paths_and_first = np.column_stack([paths, of_length == 0])
+        paths_and_first = np.column_stack([layout.order[members, 0], of_length == 0])
         kinds, kind_of = np.unique(paths_and_first, axis=0, return_inverse=True)
         for kind, path in enumerate(kinds):
             chosen = np.flatnonzero(kind_of.ravel() == kind)
+            blocks, is_first = tuple(int(b) for b in path[:-1]), bool(path[-1])
+            at = layout.order[members[chosen], 1]  # (K, length) positions in those stacks
+            picked = [_picked(problem.blocks[b], at[:, k]) for k, b in enumerate(blocks)]
+            space = row_spaces[blocks[0]]
+            assert space is not None
+            unit_in = layout.in_slots[blocks[0]].take(at[:, 0]).gather(scales[:, None])
             groups.append(
                 SegmentGroup(
-                    problem,
                     segments=of_length[chosen],
                     stages=starts[of_length[chosen]],
-                    blocks=tuple(int(b) for b in path[:-1]),
-                    positions=problem.order[members[chosen], 1],
-                    is_first=bool(path[-1]),
+                    path=blocks,
+                    control=InitialStage(picked[0]) if is_first else picked[0],
+                    space=_picked(space, at[:, 0]),
+                    free=tuple(picked[1:]),
+                    x_slots=layout.x_slots[blocks[0]].take(at[:, 0]),
+                    unit_in=unit_in[:, :0] if is_first else unit_in,
+                    unit_out=layout.out_slots[blocks[-1]].take(at[:, -1]).gather(scales_after[:, None]),
+                    is_first=is_first,
                 )
             )
     return groups
 
 
-def _as_slice(positions: np.ndarray) -> slice | np.ndarray:
+_Stack = TypeVar("_Stack", Stage, RowSpace)
+
+
+def _picked(stack: _Stack, positions: np.ndarray) -> _Stack:
     first, last = int(positions[0]), int(positions[-1])
-    return slice(first, last + 1) if last - first + 1 == positions.size else positions
-
-
-@dataclass(frozen=True)
-class Loads:
-    """What a right-hand side g puts on a group of K segments, the states in units of `SegmentGroup.scale_in`."""
-
-    visible: Tensor  # Qᵀg, (K, r, k)
-    hidden: Tensor | None  # g⊥, (K, p, k); None where all controls are visible
-    state: Tensor | None  # (1/ε) Bᵀg⊥, (K, n_in, k); None where zero
-
-
-def loads(group: SegmentGroup, g: Tensor, damping: float) -> Loads:
-    """Split g of shape (N, k) into the loads on the visible controls and states of a group."""
-    mine = group.x_slots.gather(g)
-    visible = group.split.Qt(mine)
-    if not group.split.complement:
-        return Loads(visible, None, None)
-    hidden = mine - group.split.Q(visible)
-    push = group.steps[0].Bt(hidden) if group.n_in and group.split.coupled else None
-    return Loads(visible, hidden, None if push is None else push * group.scale_in / damping)
-
-
-def put_controls(x: Tensor, group: SegmentGroup, load: Loads, s: Tensor, d: Tensor | None, damping: float) -> None:
-    """Write x = Q s + (g⊥ − (I − QQᵀ)B δ)/ε of a group into x of shape (N, k); s is (K, r, k), d (K, n_in, k), in its units."""
-    if load.hidden is None:
-        mine = group.split.Q(s)
-    else:
-        rest = load.hidden
-        pull = group.steps[0].B(d * group.scale_in) if d is not None and group.n_in and group.split.coupled else None
-        if pull is not None:
-            rest = rest - pull
-            s = s + group.split.Qt(pull) / damping
-        mine = group.split.Q(s) + rest / damping
-    group.x_slots.put(x, mine)
+    if positions.size == stack.count:
+        return stack
+    return stack.take(slice(first, last + 1) if last - first + 1 == positions.size else positions)
 
 
 def order_of(groups: Sequence[SegmentGroup]) -> np.ndarray:
@@ -164,7 +172,53 @@ def order_of(groups: Sequence[SegmentGroup]) -> np.ndarray:
     return of
 
 
+@dataclass(frozen=True)
+class Loads:
+    """What a right-hand side g puts on a group of K segments, the states in units of `SegmentGroup.state_unit`."""
+
+    visible: Tensor  # Qᵀg, (K, r, k)
+    hidden: Tensor | None  # g⊥, (K, p, k); None where all controls are visible
+    state: Tensor | None  # (1/ε) Bᵀg⊥, (K, n_in, k); None where zero
+
+
+def split_load(group: SegmentGroup, g: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Qᵀg and g⊥ = (I − QQᵀ)g on a group, (K, r, k) and (K, p, k) or None, for g of shape (N, k)."""
+    mine = group.x_slots.gather(g)
+    visible = group.space.Qt(mine)
+    return visible, mine - group.space.Q(visible) if group.hidden else None
+
+
+def state_load(group: SegmentGroup, hidden: Tensor | None, damping: float) -> Tensor | None:
+    """(1/ε) Bᵀg⊥, what the elimination of the hidden controls leaves on the state."""
+    if hidden is None or not group.is_coupled:
+        return None
+    push = group.control.Bt(hidden)
+    return (push if group.state_unit is None else push * group.state_unit).div_(damping)
+
+
+def loads(group: SegmentGroup, g: Tensor, damping: float) -> Loads:
+    """Split g of shape (N, k) into the loads on the visible controls and states of a group."""
+    visible, hidden = split_load(group, g)
+    return Loads(visible, hidden, state_load(group, hidden, damping))
+
+
+def put_controls(x: Tensor, group: SegmentGroup, hidden: Tensor | None, s: Tensor, d: Tensor, damping: float) -> None:
+    """Write x = Q s + h − (I − QQᵀ)B δ/ε of a group into x of shape (N, k).
+
+    h = g⊥/ε is `hidden`, (K, p, k); s is (K, r, k); d is (K, n_in, k), in units of `SegmentGroup.state_unit`.
+    """
+    if hidden is None:
+        mine = group.space.Q(s)
+    elif not group.is_coupled:
+        mine = group.space.Q(s).add_(hidden)
+    else:
+        pull = group.control.B(d if group.state_unit is None else d * group.state_unit)
+        s = s + group.space.Qt(pull) / damping
+        mine = group.space.Q(s).add_(hidden).sub_(pull, alpha=1.0 / damping)
+    group.x_slots.put(x, mine)
+
+
 def identity(group: SegmentGroup) -> Tensor:
     """Identity matrices on the visible controls, (K, r, r), sharing memory."""
-    q = group.problem
-    return torch.eye(group.r, dtype=q.dtype, device=q.device).expand(group.count, group.r, group.r)
+    like = group.control
+    return torch.eye(group.r, dtype=like.dtype, device=like.device).expand(group.count, group.r, group.r)

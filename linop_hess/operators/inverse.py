@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from linop_hess._memory import require
-from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
-from linop_hess.lq.inverse.counting import certain_inertia, inertia, smallest_convex_damping
-from linop_hess.lq.inverse.determinant import logabsdet
-from linop_hess.lq.inverse.entries import DiagonalEntries
-from linop_hess.lq.inverse.factors import BlockLDL, SegmentReport
-from linop_hess.lq.inverse.gram_factors import GramFactors
-from linop_hess.lq.inverse.solve import Solution, Solver
-from linop_hess.lq.methods import riccati
-from linop_hess.lq.methods.singular import SingularPivotError
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.factors import SegmentReport
+from linop_hess.lq.inverse.inverse import Inverse
+from linop_hess.lq.inverse.solve import Solution
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.base import Operator
 from linop_hess.operators.convert import as_tensor, to_numpy
-
-_Answer = TypeVar("_Answer")
 
 
 class HessianInverse(Operator):
@@ -35,7 +27,7 @@ class HessianInverse(Operator):
 
     Parameters
     ----------
-    problem : Problem
+    problem : Problem or Analysis
         The chain, as `Linearization.inverse` passes it.
     damping : float
         ε; may be zero or negative.
@@ -68,34 +60,36 @@ class HessianInverse(Operator):
     symmetric = True
 
     def __init__(
-        self, problem: Problem, damping: float, method: str = "auto", *, tolerance: float | None = None
+        self, problem: Problem | Analysis, damping: float, method: str = "auto", *, tolerance: float | None = None
     ) -> None:
-        super().__init__((problem.size, problem.size), problem.dtype, problem.device)
+        analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
+        N = analysis.problem.size
+        super().__init__((N, N), analysis.problem.dtype, analysis.problem.device)
         with torch.no_grad():
-            self._solver = Solver(problem, damping, method, tolerance=tolerance)
+            self._inverse = Inverse(analysis, damping, method, tolerance=tolerance)
 
     @property
     def damping(self) -> float:
         """ε."""
-        return self._solver.damping
+        return self._inverse.damping
 
     @property
     def method(self) -> str:
         """The method whose factors are in use."""
-        return self._solver.method
+        return self._inverse.solver.method
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the factors."""
-        return self._solver.nbytes
+        return self._inverse.solver.nbytes
 
     @property
     def tolerance(self) -> float:
         """Backward error every solve must reach."""
-        return self._solver.tolerance
+        return self._inverse.solver.tolerance
 
     def _apply(self, X: Tensor) -> Tensor:
-        return self._solver.solve(X).x
+        return self._inverse.solve(X).x
 
     def solve(self, g: Any) -> Solution:
         """Solve (H + εI) x = g and tell how well.
@@ -125,39 +119,10 @@ class HessianInverse(Operator):
                 device=self.device,
                 who=type(self).__name__,
             )
-            solution = self._solver.solve(operand[:, None] if operand.ndim == 1 else operand)
+            solution = self._inverse.solve(operand[:, None] if operand.ndim == 1 else operand)
             x = solution.x.reshape(operand.shape)
             x = x.clone() if isinstance(g, Tensor) else to_numpy(x)
         return Solution(x, solution.backward_error, solution.residual_norm, solution.refinement_steps, solution.method)
-
-    @cached_property
-    def _ldl(self) -> BlockLDL | GramFactors:
-        solver = self._solver
-        if solver.method == "woodbury" and GramFactors.serves(solver.problem.in_float64, self.damping):
-            return GramFactors(solver.problem, self.damping)
-        return self._block_ldl
-
-    @cached_property
-    def _block_ldl(self) -> BlockLDL:
-        solver = self._solver
-        cost = solver.plan.costs["riccati"]
-        require(2 * cost.nbytes, f"the block LDLᵀ factorization for {self.shape[0]} parameters", solver.plan.available)
-        at_hand = solver.factorization
-        return BlockLDL(
-            solver.problem, self.damping, at_hand if isinstance(at_hand, riccati.RiccatiFactorization) else None
-        )
-
-    def _of_factors(self, question: Callable[[BlockLDL | GramFactors], _Answer]) -> _Answer:
-        try:
-            with torch.no_grad():
-                return question(self._ldl)
-        except SingularPivotError as error:
-            where = "" if error.stage is None else f" (met at stage {self._solver.problem.name(error.stage)})"
-            raise FactorizationError(
-                f"H + damping·I with damping={self.damping:g} has no block LDLᵀ factorization{where}: it is singular to working "
-                "precision, or damping is zero and there are parameters that the batch does not see; use another damping",
-                damping=self.damping,
-            ) from None
 
     def inertia(self) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + εI.
@@ -173,14 +138,8 @@ class HessianInverse(Operator):
         FactorizationError
             If H + εI is singular to working precision.
         """
-        return self._inertia
-
-    @cached_property
-    def _inertia(self) -> Inertia:
-        if isinstance(self._solver.factorization, riccati.RiccatiFactorization):
-            return self._of_factors(lambda _: certain_inertia(self._block_ldl))
         with torch.no_grad():
-            return inertia(self._solver.problem, self.damping)
+            return self._inverse.inertia
 
     @property
     def is_positive_definite(self) -> bool:
@@ -197,13 +156,8 @@ class HessianInverse(Operator):
         FactorizationError
             If H + εI is singular to working precision.
         """
-        if self._inertia.zero:
-            raise FactorizationError(
-                f"H + damping·I with damping={self.damping:g} is singular to working precision, so it has no determinant to speak of",
-                damping=self.damping,
-            )
-        sign = -1.0 if self._inertia.negative % 2 else 1.0
-        return sign, self._of_factors(lambda ldl: logabsdet(ldl, self._solver))
+        with torch.no_grad():
+            return self._inverse.slogdet()
 
     def factor_report(self) -> list[SegmentReport]:
         """Pivot extremes, hidden controls and delayed directions of each segment of the chain.
@@ -213,7 +167,8 @@ class HessianInverse(Operator):
         FactorizationError
             If H + εI is singular to working precision.
         """
-        return self._of_factors(lambda _: self._block_ldl.report())
+        with torch.no_grad():
+            return self._inverse.report()
 
     def positive(self) -> PositiveOperator:
         """Return L⁻ᵀ|D|⁻¹L⁻¹ where H + εI = L D Lᵀ: positive definite, a legal `M` for cg and minres.
@@ -233,18 +188,8 @@ class HessianInverse(Operator):
         MemoryError
             If its factors do not fit in memory; nothing has been allocated.
         """
-        try:
-            definite = self.is_positive_definite
-        except FactorizationError:  # a damping too small to tell
-            definite = False
-        if definite and self.torch_dtype == torch.float64:
-            return PositiveOperator(self, self._apply)
-        self._of_factors(lambda ldl: ldl.factor())
-        return PositiveOperator(self, self._ldl.positive)
-
-    @cached_property
-    def _entries(self) -> DiagonalEntries:
-        return self._of_factors(lambda ldl: DiagonalEntries(ldl, self._solver))
+        with torch.no_grad():
+            return PositiveOperator(self, self._inverse.positive())
 
     def diagonal(self) -> np.ndarray:
         """Diagonal of the inverse, shape (N,).
@@ -264,18 +209,20 @@ class HessianInverse(Operator):
         ArithmeticError
             If the comparison fails by more than 1e-5 of the largest entry.
         """
-        return to_numpy(self._entries.diagonal.to(self.torch_dtype))
+        with torch.no_grad():
+            return to_numpy(self._inverse.entries.diagonal.to(self.torch_dtype))
 
     def trace(self) -> float:
         """Trace of the inverse; errors as of `diagonal`."""
-        return float(self._entries.diagonal.sum())
+        with torch.no_grad():
+            return float(self._inverse.entries.diagonal.sum())
 
     def block_diagonal(self) -> list[np.ndarray]:
         """Diagonal blocks of the inverse: one of shape (p, p) for each layer with parameters, in order; errors as of `diagonal`."""
-        widest = float(np.square(self._solver.problem.p.astype(float)).sum())
-        require(8 * widest, "the diagonal blocks of the inverse")
-        entries = self._entries
-        return [to_numpy(block.to(self.torch_dtype)) for block in self._of_factors(lambda _: entries.blocks())]
+        sizes = self._inverse.analysis.problem.layout.p.astype(float)
+        require(8 * float(np.square(sizes).sum()), "the diagonal blocks of the inverse")
+        with torch.no_grad():
+            return [to_numpy(block.to(self.torch_dtype)) for block in self._inverse.blocks()]
 
     def quadratic_form(self, v: Any) -> float | np.ndarray:
         """Return vᵀ (H + εI)⁻¹ v for v of shape (N,), or those of the columns of v of shape (N, k); v as in `solve`."""
@@ -309,18 +256,10 @@ class HessianInverse(Operator):
             raise ValueError(f"k must be a number of samples, got {k!r}")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-        found = self.inertia()
-        if found.positive < self.shape[0]:
-            damping = smallest_convex_damping(self._solver.problem, 0.01)
-            raise NotPositiveDefiniteError(
-                f"samples need a positive definite H + damping·I; with damping={self.damping:g} it has {found.negative} negative "
-                f"and {found.zero} zero eigenvalues; damping={1.01 * damping:.2e} works"
-            )
         if not k:
             return np.zeros((self.shape[0], 0), dtype=self.dtype)
-        size = self._of_factors(lambda ldl: ldl.noise)
-        xi = torch.randn(size, k, generator=generator, dtype=torch.float64).to(self.device)
-        return to_numpy(self._of_factors(lambda ldl: ldl.color(xi)).to(self.torch_dtype))
+        with torch.no_grad():
+            return to_numpy(self._inverse.sample(int(k), generator).to(self.torch_dtype))
 
     def with_damping(self, damping: float) -> HessianInverse:
         """Factor again with another damping; derivatives are not computed again.
@@ -333,8 +272,8 @@ class HessianInverse(Operator):
         -------
         HessianInverse
         """
-        solver = self._solver
-        return HessianInverse(solver.problem, damping, solver.requested, tolerance=solver.tolerance)
+        solver = self._inverse.solver
+        return HessianInverse(solver.analysis, damping, solver.requested, tolerance=solver.tolerance)
 
 
 class PositiveOperator(Operator):

@@ -27,7 +27,7 @@ class Transition(Piece):
     """M, unit lower block bidiagonal: (M v)_l = v_l − F_l v_{l−1}. Shape (Σ n_1..L, Σ n_1..L); cost O(L)."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem, problem.size_out, problem.size_out)
+        super().__init__(problem, problem.layout.size_out, problem.layout.size_out)
 
     def _apply(self, X: Tensor) -> Tensor:
         return self.problem.transition.apply(X)
@@ -40,33 +40,33 @@ class InverseTransition(Piece):
     """M⁻¹ by forward substitution, its adjoint by backward substitution. Shape (Σ n_1..L, Σ n_1..L); cost O(L)."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem, problem.size_out, problem.size_out)
+        super().__init__(problem, problem.layout.size_out, problem.layout.size_out)
 
     def _apply(self, X: Tensor) -> Tensor:
-        return self.problem.transition.solve(X)
+        return self.problem.transition.substitute(X)
 
     def _apply_adjoint(self, Y: Tensor) -> Tensor:
-        return self.problem.transition.solve_adjoint(Y)
+        return self.problem.transition.substitute_adjoint(Y)
 
 
 class Shift(Piece):
     """P, the block down-shift (z_1..z_L) to (0, z_1..z_{L−1}). Shape (Σ n_0..L−1, Σ n_1..L)."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem, problem.size_in, problem.size_out)
+        super().__init__(problem, problem.layout.size_in, problem.layout.size_out)
 
     def _apply(self, X: Tensor) -> Tensor:
-        return self.problem.shift(X)
+        return self.problem.layout.shift(X)
 
     def _apply_adjoint(self, Y: Tensor) -> Tensor:
-        return self.problem.shift_adjoint(Y)
+        return self.problem.layout.shift_adjoint(Y)
 
 
 class ParameterJacobian(Piece):
     """D_x, block diagonal with G_l = ∇_x f_l. Shape (Σ n_1..L, N)."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem, problem.size_out, problem.size)
+        super().__init__(problem, problem.layout.size_out, problem.size)
 
     def _apply(self, X: Tensor) -> Tensor:
         return self.problem.apply_G(X)
@@ -91,7 +91,7 @@ class MixedCurvature(Piece):
     """DD_zx = D_D D_zx, block diagonal with B_l = Σ_i b_i ∇²_xz f_i; its adjoint is DM_xz. Shape (N, Σ n_0..L−1)."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem, problem.size, problem.size_in)
+        super().__init__(problem, problem.size, problem.layout.size_in)
 
     def _apply(self, X: Tensor) -> Tensor:
         return self.problem.apply_B(X)
@@ -106,7 +106,7 @@ class StateCurvature(Piece):
     symmetric = True
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem, problem.size_in, problem.size_in)
+        super().__init__(problem, problem.layout.size_in, problem.layout.size_in)
 
     def _apply(self, X: Tensor) -> Tensor:
         return self.problem.apply_C(X)
@@ -146,31 +146,31 @@ class Augmented(Piece):
     """
 
     def __init__(self, problem: Problem, damping: float) -> None:
-        n = problem.size + 2 * problem.size_out
+        n = problem.size + 2 * problem.layout.size_out
         super().__init__(problem, n, n)
         self.damping = damping
 
     def _cut(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        N, n = self.problem.size, self.problem.size_out
+        N, n = self.problem.size, self.problem.layout.size_out
         return X[:N], X[N : N + n], X[N + n :]
 
     def _apply(self, X: Tensor) -> Tensor:
         q = self.problem
         x, y, z = self._cut(X)
-        d = q.shift(y)
+        d = q.layout.shift(y)
         return _rows(
             q.apply_A(x) + self.damping * x + q.apply_B(d) + q.apply_Gt(z),
             q.transition.apply(y) - q.apply_G(x),
-            q.transition.apply_adjoint(z) - q.shift_adjoint(q.apply_Bt(x) + q.apply_C(d)),
+            q.transition.apply_adjoint(z) - q.layout.shift_adjoint(q.apply_Bt(x) + q.apply_C(d)),
         )
 
     def _apply_adjoint(self, Y: Tensor) -> Tensor:
         q = self.problem
         x, y, z = self._cut(Y)
-        d = q.shift(z)
+        d = q.layout.shift(z)
         return _rows(
             q.apply_A(x) + self.damping * x - q.apply_Gt(y) - q.apply_B(d),
-            q.shift_adjoint(q.apply_Bt(x) - q.apply_C(d)) + q.transition.apply_adjoint(y),
+            q.layout.shift_adjoint(q.apply_Bt(x) - q.apply_C(d)) + q.transition.apply_adjoint(y),
             q.apply_G(x) + q.transition.apply(z),
         )
 
@@ -183,9 +183,11 @@ def _rows(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 def layerwise_permutation(problem: Problem) -> Permutation:
     """Π: regroups (x, y, z) layer by layer, (x_1, y_1, z_1, x_2, …); ΠᵀΠ = I."""
-    N, n = problem.size, problem.size_out
-    sizes = np.stack([problem.p, problem.n_out, problem.n_out], 1)
-    starts = np.stack([problem.x_offsets[:-1], N + problem.out_offsets[:-1], N + n + problem.out_offsets[:-1]], 1)
+    N, n = problem.size, problem.layout.size_out
+    sizes = np.stack([problem.layout.p, problem.layout.n_out, problem.layout.n_out], 1)
+    starts = np.stack(
+        [problem.layout.x_offsets[:-1], N + problem.layout.out_offsets[:-1], N + n + problem.layout.out_offsets[:-1]], 1
+    )
     sizes, starts = sizes.ravel(), starts.ravel()
     ends = np.cumsum(sizes)
     index = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes) + np.repeat(starts, sizes)

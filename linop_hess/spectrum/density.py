@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.counting import count_up_to
-from linop_hess.lq.problem import Problem
 from linop_hess.spectrum.extremes import extreme_eigenvalues
-from linop_hess.spectrum.null import NULL, HasSpectrum, nullity, problem_of
+from linop_hess.spectrum.null import NULL, HasSpectrum, analysis_of, nullity
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,18 @@ def density(lin: HasSpectrum, bins: int | ArrayLike = 60, *, scale: str = "symlo
     """
     if scale not in ("symlog", "linear"):
         raise ValueError(f"scale must be 'symlog' or 'linear', got {scale!r}")
-    problem = problem_of(lin)
+    analysis = analysis_of(lin)
     with torch.no_grad():
-        edges = _edges(problem, bins, scale)
-        null = NULL * problem.norm
-        zeros = nullity(problem)
+        edges = _edges(analysis, bins, scale)
+        null = NULL * analysis.norm
+        zeros = nullity(analysis)
         below = [
-            count_up_to(problem, -null if abs(b) <= null else float(b)) - (zeros if b > null else 0) for b in edges
+            count_up_to(analysis, -null if abs(b) <= null else float(b)) - (zeros if b > null else 0) for b in edges
         ]
-    return Density(edges, np.diff(below), zeros, null, scale, problem.size)
+    return Density(edges, np.diff(below), zeros, null, scale, analysis.problem.size)
 
 
-def _edges(problem: Problem, bins: int | ArrayLike, scale: str) -> np.ndarray:
+def _edges(analysis: Analysis, bins: int | ArrayLike, scale: str) -> np.ndarray:
     if isinstance(bins, list | tuple | np.ndarray) or np.ndim(bins) > 0:
         try:
             edges = np.array(bins, dtype=np.float64)
@@ -100,7 +100,7 @@ def _edges(problem: Problem, bins: int | ArrayLike, scale: str) -> np.ndarray:
         return edges
     if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 1:
         raise ValueError(f"bins must be a number of at least 1, or edges, got {bins!r}")
-    low, high = extreme_eigenvalues(problem)
+    low, high = extreme_eigenvalues(analysis)
     if low == high == 0.0:
         return np.array([-1.0, 1.0])
     if high - low < 1e-3 * max(abs(low), abs(high)):  # as good as one eigenvalue: room to draw it

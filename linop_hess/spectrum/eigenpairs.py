@@ -10,13 +10,14 @@ from scipy.sparse.linalg import eigsh as arpack
 
 from linop_hess._validate import finite_real
 from linop_hess.errors import FactorizationError
-from linop_hess.lq.inverse.counting import NUDGE, count_up_to
-from linop_hess.lq.problem import Problem
+from linop_hess.lq.accuracy import NUDGE
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.counting import count_up_to
 from linop_hess.operators.dense import to_dense
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.pieces import ChainHessian
 from linop_hess.spectrum.extremes import negatives
-from linop_hess.spectrum.null import NULL, HasSpectrum, nullity, problem_of
+from linop_hess.spectrum.null import NULL, HasSpectrum, analysis_of, nullity
 
 # Up to this order LAPACK's dense solver is as fast, and finds all.
 _SMALL = 300
@@ -106,20 +107,20 @@ def eigsh(lin: HasSpectrum, k: int = 6, sigma: float = 0.0, *, tolerance: float 
     -----
     Computed in float64 whatever the precision of the model.
     """
-    problem = problem_of(lin)
-    N = problem.size
+    analysis = analysis_of(lin)
+    N = analysis.problem.size
     _check_k(k, N)
     shift, tolerance = finite_real(sigma, "sigma"), finite_real(tolerance, "tolerance")
     if not tolerance > 0.0:
         raise ValueError(f"tolerance must be positive, got {tolerance!r}")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise TypeError(f"seed must be an integer of at least 0, got {seed!r}")
-    if problem.norm == 0.0:
+    if analysis.norm == 0.0:
         return Eigenpairs(np.zeros(k), np.eye(N, k), np.zeros(k), shift, 0.0, N, ())
-    shift = 0.0 if abs(shift) <= NULL * problem.norm else shift
-    finder = _Finder(problem, shift, np.random.default_rng(seed))
+    shift = 0.0 if abs(shift) <= NULL * analysis.norm else shift
+    finder = _Finder(analysis, shift, np.random.default_rng(seed))
     pairs = finder.small(k) if N <= _SMALL else finder.lanczos(k)
-    bound = tolerance * problem.norm
+    bound = tolerance * analysis.norm
     if pairs.residuals.size < k or not (pairs.residuals <= bound).all():
         raise ArithmeticError(
             f"found {pairs.residuals.size} of {k} eigenpairs near {sigma:g}, the largest residual "
@@ -135,30 +136,30 @@ def _check_k(k: int, N: int) -> None:
         raise ValueError(f"k must be from 1 to N - 1 = {N - 1}, got {k}; for all eigenvalues use numpy.linalg.eigvalsh")
 
 
-def _shifted(problem: Problem, sigma: float) -> tuple[HessianInverse, float]:
+def _shifted(analysis: Analysis, sigma: float) -> tuple[HessianInverse, float]:
     """(H − σI)⁻¹, at a σ moved by `NUDGE`·‖H‖ where an eigenvalue is so close that others would be lost in rounding."""
-    probe = np.random.default_rng(0).standard_normal(problem.size)
-    margin, nudge = 0.1 * NUDGE * problem.norm, NUDGE * problem.norm
+    probe = np.random.default_rng(0).standard_normal(analysis.problem.size)
+    margin, nudge = 0.1 * NUDGE * analysis.norm, NUDGE * analysis.norm
     for moved in (sigma, sigma + nudge, sigma - nudge):
-        if negatives(problem, moved - margin) < negatives(problem, moved + margin):
+        if negatives(analysis, moved - margin) < negatives(analysis, moved + margin):
             continue
         try:
-            inverse = HessianInverse(problem, -moved)
+            inverse = HessianInverse(analysis, -moved)
             inverse.solve(probe)
             return inverse, moved
         except FactorizationError:
             continue
-    return HessianInverse(problem, -(sigma + nudge)), sigma + nudge
+    return HessianInverse(analysis, -(sigma + nudge)), sigma + nudge
 
 
 class _Finder:
     """Collects eigenpairs near σ until inertia agrees."""
 
-    def __init__(self, problem: Problem, sigma: float, rng: np.random.Generator) -> None:
-        self.problem, self.sigma, self.rng = problem, sigma, rng
-        self.H = ChainHessian(problem)
-        self.norm = problem.norm
-        self.vectors = np.zeros((problem.size, 0))
+    def __init__(self, analysis: Analysis, sigma: float, rng: np.random.Generator) -> None:
+        self.analysis, self.sigma, self.rng = analysis, sigma, rng
+        self.H = ChainHessian(analysis.problem)
+        self.norm = analysis.norm
+        self.vectors = np.zeros((analysis.problem.size, 0))
         self.values = np.zeros(0)
 
     def small(self, k: int) -> Eigenpairs:
@@ -169,12 +170,12 @@ class _Finder:
 
     def lanczos(self, k: int) -> Eigenpairs:
         """Lanczos, started again as long as inertia tells of more."""
-        zeros = nullity(self.problem)
+        zeros = nullity(self.analysis)
         if self.sigma == 0.0:
             self._add_null_vectors(k, zeros)
             if self.values.size >= k:
                 return self._nearest(k, zeros, ())
-        self.inverse, self.sigma = _shifted(self.problem, self.sigma)
+        self.inverse, self.sigma = _shifted(self.analysis, self.sigma)
         missing: tuple[tuple[float, float, int], ...] = ()
         wanted = k
         for _ in range(_ROUNDS):
@@ -190,7 +191,7 @@ class _Finder:
 
     def _more(self, count: int) -> None:
         """Add up to `count` eigenpairs orthogonal to those at hand."""
-        V, N = self.vectors, self.problem.size
+        V, N = self.vectors, self.analysis.problem.size
 
         def project(x: np.ndarray) -> np.ndarray:
             return x - V @ (V.T @ x)
@@ -215,7 +216,7 @@ class _Finder:
                 continue
             except FactorizationError:
                 self.sigma += NUDGE * self.norm
-                self.inverse = HessianInverse(self.problem, -self.sigma)
+                self.inverse = HessianInverse(self.analysis, -self.sigma)
         self._add(new)
 
     def _add_null_vectors(self, k: int, zeros: int) -> None:
@@ -229,9 +230,9 @@ class _Finder:
         if wanted < 1:
             return
         tau = 1e-2 * null
-        new = self.rng.standard_normal((self.problem.size, wanted))
+        new = self.rng.standard_normal((self.analysis.problem.size, wanted))
         try:
-            inverse = HessianInverse(self.problem, tau)
+            inverse = HessianInverse(self.analysis, tau)
             for _ in range(3):
                 new = tau * (inverse @ (new - self.vectors @ (self.vectors.T @ new)))
         except FactorizationError:
@@ -274,13 +275,13 @@ class _Finder:
 
     def _holes(self, a: float, b: float) -> list[tuple[float, float, int]]:
         inside = np.sort(self.values[(self.values > a) & (self.values <= b)])
-        below = count_up_to(self.problem, a)
-        if count_up_to(self.problem, b) - below == inside.size:
+        below = count_up_to(self.analysis, a)
+        if count_up_to(self.analysis, b) - below == inside.size:
             return []
         # Cut between values that are well apart and count in each piece.
         gaps = np.flatnonzero(np.diff(inside) > 1e-6 * self.norm)
         cuts = [a, *((inside[gaps] + inside[gaps + 1]) / 2), b]
-        counts = [below, *(count_up_to(self.problem, float(cut)) for cut in cuts[1:])]
+        counts = [below, *(count_up_to(self.analysis, float(cut)) for cut in cuts[1:])]
         holes = []
         for low, high, first, last in zip(cuts[:-1], cuts[1:], counts[:-1], counts[1:], strict=True):
             more = last - first - int(((inside > low) & (inside <= high)).sum())

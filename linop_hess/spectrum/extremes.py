@@ -7,8 +7,8 @@ from scipy.sparse.linalg import ArpackError, LinearOperator
 from scipy.sparse.linalg import eigsh as arpack
 
 from linop_hess.errors import FactorizationError
-from linop_hess.lq.inverse.counting import inertia
-from linop_hess.lq.problem import Problem
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.inertia import inertia
 from linop_hess.operators.dense import to_dense
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.pieces import ChainHessian
@@ -21,52 +21,52 @@ _RESTARTS = 15
 _CLOSE = 1e-3
 
 
-def extreme_eigenvalues(problem: Problem, rtol: float = 1e-8) -> tuple[float, float]:
+def extreme_eigenvalues(analysis: Analysis, rtol: float = 1e-8) -> tuple[float, float]:
     """Smallest and largest eigenvalue of H, to rtol·‖H‖; that none lies outside is verified by inertia."""
-    problem = problem.in_float64
-    H = ChainHessian(problem)
-    if problem.norm == 0.0:
+    analysis = analysis.in_float64
+    H = ChainHessian(analysis.problem)
+    if analysis.norm == 0.0:
         return 0.0, 0.0
-    if problem.size <= _SMALL:
+    if analysis.problem.size <= _SMALL:
         dense = to_dense(H)
         values = np.linalg.eigvalsh((dense + dense.T) / 2)
         return float(values[0]), float(values[-1])
-    return _extreme(problem, H, "SA", rtol), _extreme(problem, H, "LA", rtol)
+    return _extreme(analysis, H, "SA", rtol), _extreme(analysis, H, "LA", rtol)
 
 
-def condition_number(problem: Problem, damping: float, rtol: float = 1e-6) -> float:
+def condition_number(analysis: Analysis, damping: float, rtol: float = 1e-6) -> float:
     """‖H + εI‖·‖(H + εI)⁻¹‖ by Lanczos on both, or inertia where that takes long, to rtol."""
-    problem = problem.in_float64
-    low, high = extreme_eigenvalues(problem, rtol)
+    analysis = analysis.in_float64
+    low, high = extreme_eigenvalues(analysis, rtol)
     largest = max(abs(low + damping), abs(high + damping))
-    if problem.norm == 0.0:
+    if analysis.norm == 0.0:
         return 1.0 if damping else np.inf
-    inverse = HessianInverse(problem, damping)
-    if problem.size <= _SMALL:
+    inverse = HessianInverse(analysis, damping)
+    if analysis.problem.size <= _SMALL:
         dense = to_dense(inverse)
         return largest * float(np.abs(np.linalg.eigvalsh((dense + dense.T) / 2)).max())
     try:
         return abs(_end(_Scaled(inverse, largest), "LM", rtol, 300))
     except (ArpackError, ArithmeticError):
-        return largest / _nearest(problem, damping, largest, rtol)
+        return largest / _nearest(analysis, damping, largest, rtol)
 
 
-def _nearest(problem: Problem, damping: float, largest: float, rtol: float) -> float:
+def _nearest(analysis: Analysis, damping: float, largest: float, rtol: float) -> float:
     """Smallest |λ + ε|, by bisection on the number of eigenvalues within reach of −ε."""
     within, without = largest, 0.0
     while within - without > rtol * within and within > 1e-15 * largest:
         reach = (within * without) ** 0.5 if without else within / 1e3
-        count = negatives(problem, reach - damping) - negatives(problem, -reach - damping)
+        count = negatives(analysis, reach - damping) - negatives(analysis, -reach - damping)
         within, without = (reach, without) if count else (within, reach)
     return within
 
 
-def negatives(problem: Problem, x: float) -> int:
+def negatives(analysis: Analysis, x: float) -> int:
     """Count the eigenvalues below x, one of them within rounding of x on either side."""
     try:
-        return inertia(problem, -x).negative
+        return inertia(analysis, -x).negative
     except FactorizationError:
-        return inertia(problem, -x - 1e-12 * problem.norm).negative
+        return inertia(analysis, -x - 1e-12 * analysis.norm).negative
 
 
 class _Scaled(LinearOperator):
@@ -80,35 +80,35 @@ class _Scaled(LinearOperator):
         return self._factor * (self._A @ x)
 
 
-def _extreme(problem: Problem, H: LinearOperator, which: str, rtol: float) -> float:
+def _extreme(analysis: Analysis, H: LinearOperator, which: str, rtol: float) -> float:
     """One end of the spectrum.
 
     By Lanczos on H; where that takes long or ends at an inner eigenvalue, by shift-invert just outside, and where that does too, by
     bisection on inertia.
     """
-    norm = problem.norm
+    norm = analysis.norm
     try:
         value = norm * _end(_Scaled(H, 1 / norm), which, rtol, _RESTARTS)
-        if not _beyond(problem, which, value, rtol):
+        if not _beyond(analysis, which, value, rtol):
             return value
     except (ArpackError, ArithmeticError):
         pass
     sign = -1.0 if which == "SA" else 1.0
     outer, inner = 1.5 * norm, -1.5 * norm  # in the direction of the end
-    while _outside(problem, which, sign * outer):
+    while _outside(analysis, which, sign * outer):
         outer *= 2.0
 
     def bracket(width: float) -> None:
         nonlocal outer, inner
         while outer - inner > width:
             middle = (outer + inner) / 2
-            outer, inner = (outer, middle) if _outside(problem, which, sign * middle) else (middle, inner)
+            outer, inner = (outer, middle) if _outside(analysis, which, sign * middle) else (middle, inner)
 
     bracket(_CLOSE * norm)
     shift = sign * (outer + _CLOSE * norm)
     try:
-        value = shift + norm / _end(_Scaled(HessianInverse(problem, -shift), norm), "LM", rtol / _CLOSE, 100)
-        if not _beyond(problem, which, value, rtol):
+        value = shift + norm / _end(_Scaled(HessianInverse(analysis, -shift), norm), "LM", rtol / _CLOSE, 100)
+        if not _beyond(analysis, which, value, rtol):
             return value
     except (ArpackError, ArithmeticError, FactorizationError):
         pass
@@ -116,16 +116,16 @@ def _extreme(problem: Problem, H: LinearOperator, which: str, rtol: float) -> fl
     return sign * (outer + inner) / 2
 
 
-def _outside(problem: Problem, which: str, x: float) -> int:
+def _outside(analysis: Analysis, which: str, x: float) -> int:
     """Count the eigenvalues below ("SA") or above ("LA") x."""
-    below = negatives(problem, x)
-    return below if which == "SA" else problem.size - below
+    below = negatives(analysis, x)
+    return below if which == "SA" else analysis.problem.size - below
 
 
-def _beyond(problem: Problem, which: str, value: float, rtol: float) -> int:
+def _beyond(analysis: Analysis, which: str, value: float, rtol: float) -> int:
     """Count the eigenvalues farther out than a value known to rtol·‖H‖."""
-    margin = max(2 * rtol, 1e-11) * problem.norm
-    return _outside(problem, which, value - margin if which == "SA" else value + margin)
+    margin = max(2 * rtol, 1e-11) * analysis.norm
+    return _outside(analysis, which, value - margin if which == "SA" else value + margin)
 
 
 def _end(A: LinearOperator, which: str, rtol: float, restarts: int) -> float:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from linop_hess.graph.rules.base import Kind, Layer
-from linop_hess.lq.stages.affine import BilinearStages
-from linop_hess.lq.stages.base import Stages
-from linop_hess.lq.stages.embedding import SelectionStages
+from linop_hess.lq.stages.affine import AffineStage
+from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.embedding import EmbeddingStage
 
 
 class Linear(Kind):
@@ -21,14 +20,10 @@ class Linear(Kind):
         module = layer.module
         return (type(module), z.shape, module.weight.shape, module.bias is None, layer.params)
 
-    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         W = torch.stack([layer.module.weight.detach() for layer in layers])
         rows = Z.reshape(len(layers), -1, W.shape[2])
-        return BilinearStages(W, rows, None, "weight" in layers[0].params, "bias" in layers[0].params)
-
-    def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
-        assert isinstance(stages, BilinearStages)
-        return replace(stages, beta=beta.reshape(stages.count, stages.rows, stages.W.shape[1]).contiguous())
+        return AffineStage(W, rows, None, "weight" in layers[0].params, "bias" in layers[0].params)
 
 
 class Embedding(Kind):
@@ -37,10 +32,10 @@ class Embedding(Kind):
     def signature(self, layer: Layer, z: Tensor) -> Hashable:
         return id(layer.module)
 
-    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         module = layers[0].module
         index = Z[0].reshape(-1)
         seen = torch.ones_like(index, dtype=torch.bool)
         if module.padding_idx is not None:
             seen = index != module.padding_idx
-        return SelectionStages.of(module.weight.detach(), index, seen, trainable=bool(layers[0].params))
+        return EmbeddingStage.of(module.weight.detach(), index, seen, trainable=bool(layers[0].params))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linop_hess.lq.stages.base import Stages
+from linop_hess.lq.stages.base import Stage
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,12 @@ class Kind(ABC):
         return layer.module(z)
 
     @abstractmethod
-    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         """Stages with F and G at the inputs Z, shape (K, *z.shape); curvature may be left out."""
 
-    def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
-        """The same stages with A, B and C for adjoints `beta` of the outputs, shape (K, n_out)."""
-        return stages
+    def curve(self, stages: Stage, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stage:
+        """The same stages with A, B and C for adjoints `beta` of the outputs, shape (K, n_out).
+
+        For kinds of stage that do not know their own curvature against an adjoint.
+        """
+        return stages.with_adjoint(beta)

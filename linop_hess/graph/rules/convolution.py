@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linop_hess.graph.rules.base import Kind, Layer
-from linop_hess.lq.stages.affine import BilinearStages
-from linop_hess.lq.stages.base import Stages
-from linop_hess.lq.stages.convolution import Arrangement, RearrangedStages
-from linop_hess.lq.stages.dense import DenseStages
+from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.convolution import Arrangement, ConvolutionStage
+from linop_hess.lq.stages.dense import DenseStage
 
 CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 """Convolution modules and their number of spatial axes."""
@@ -35,7 +33,7 @@ class Convolution(Kind):
     def signature(self, layer: Layer, z: Tensor) -> Hashable:
         return (type(layer.module), layer.module.extra_repr(), z.shape, layer.params)
 
-    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         module, K = layers[0].module, len(layers)
         spatial = CONVOLUTIONS[type(module)]
         shape = Z.shape[Z.ndim - spatial - 1 :]
@@ -46,14 +44,7 @@ class Convolution(Kind):
         W = torch.stack([layer.module.weight.detach() for layer in layers]).flatten(2)
         rows = arrangement.unfold(Z.reshape(K, -1, 1)).reshape(K, samples * gather.shape[0], -1)
         params = layers[0].params
-        inner = BilinearStages(W, rows, None, "weight" in params, "bias" in params)
-        return RearrangedStages(inner, arrangement)
-
-    def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
-        assert isinstance(stages, RearrangedStages) and isinstance(stages.inner, BilinearStages)
-        inner = stages.inner
-        rows = stages.arrangement.from_state(beta[..., None]).reshape(inner.count, inner.rows, -1)
-        return replace(stages, inner=replace(inner, beta=rows.contiguous()))
+        return ConvolutionStage(W, rows, None, "weight" in params, "bias" in params, arrangement)
 
 
 def patch_sources(module: Any, shape: torch.Size) -> Tensor:
@@ -92,9 +83,9 @@ class AveragePool(Kind):
     def signature(self, layer: Layer, z: Tensor) -> Hashable:
         return (type(layer.module), layer.module.extra_repr(), z.shape)
 
-    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         module = layers[0].module
         shape = Z.shape[Z.ndim - AVERAGE_POOLS[type(module)] - 1 :]
         n = shape.numel()
         F = module(torch.eye(n, dtype=Z.dtype, device=Z.device).view(n, *shape)).reshape(n, -1).mT
-        return DenseStages(F.expand(len(layers), 1, *F.shape), samples=Z[0].numel() // n)
+        return DenseStage(F.expand(len(layers), 1, *F.shape), samples=Z[0].numel() // n)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,8 +11,8 @@ from torch.func import functional_call
 from linop_hess.autograd.second_order import double_backward, symmetric, unit_cotangents, vjps
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.rules.base import Kind, Layer
-from linop_hess.lq.stages.base import Stages
-from linop_hess.lq.stages.dense import DenseStages
+from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.dense import DenseStage
 
 
 class Generic(Kind):
@@ -44,7 +43,7 @@ class Generic(Kind):
             )
         return u, list(params.values()), y
 
-    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         with double_backward(_title(layers[0])):
             u, params, y = self._record(layers[0], Z[0])
             sources = [u, *params] if u.requires_grad else params
@@ -52,10 +51,9 @@ class Generic(Kind):
         n = y.numel()
         F = rows.pop(0) if u.requires_grad else Z.new_zeros(n, 0, dtype=y.dtype)
         G = torch.cat(rows, 1) if rows else None
-        return DenseStages.plain(F[None], None if G is None else G[None], None, None, None)
+        return DenseStage.plain(F[None], None if G is None else G[None], None, None, None)
 
-    def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
-        assert isinstance(stages, DenseStages)
+    def curve(self, stages: Stage, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stage:
         layer = layers[0]
         with double_backward(_title(layer)):
             u, params, y = self._record(layer, Z[0])
@@ -70,12 +68,8 @@ class Generic(Kind):
         curvature = symmetric(curvature, _title(layer), float(first.detach().abs().max()))
         p = stages.p
         A, B, C = curvature[:p, :p], curvature[:p, p:], curvature[p:, p:]
-        return replace(
-            stages,
-            a=A[None] if bool(A.any()) else None,
-            b=B[None, :, None] if p and bool(B.any()) else None,
-            c=C[None, None] if bool(C.any()) else None,
-        )
+        a, b, c = (block[None] if bool(block.any()) else None for block in (A, B, C))
+        return DenseStage.plain(stages.dense_F(), stages.dense_G(), a, b, c)
 
 
 def _title(layer: Layer) -> str:

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from linop_hess.autograd.second_order import double_backward, symmetric, unit_cotangents, vjps
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.lq.stages.dense import CostStage
+from linop_hess.lq.stages.objective import ObjectiveStage
 
 _DENSE_UP_TO = 16
 
 
-def linearize_loss(loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, target: Any) -> tuple[float, CostStage]:
+def linearize_loss(
+    loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, target: Any
+) -> tuple[float, ObjectiveStage]:
     """Evaluate a loss with its first two derivatives.
 
     Parameters
@@ -31,7 +33,7 @@ def linearize_loss(loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, tar
     -------
     float
         The loss.
-    CostStage
+    ObjectiveStage
         Its gradient and Hessian; the Hessian is kept per sample where samples do not interact, which a random probe decides.
 
     Raises
@@ -58,7 +60,7 @@ def linearize_loss(loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, tar
     for what, array in (("gradient", row), ("Hessian", C)):
         if not bool(torch.isfinite(array).all()):
             raise ValueError(f"the {what} of the loss with respect to the model's output holds NaN or Inf")
-    return float(value.detach()), CostStage(row, symmetric(C, "the loss"))
+    return float(value.detach()), ObjectiveStage(row, symmetric(C, "the loss"))
 
 
 def _refuse_other_parameters(value: Tensor, u: Tensor) -> None:

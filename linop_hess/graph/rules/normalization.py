@@ -6,16 +6,15 @@ The second derivative of ẑ is written out: torch's own is wrong for the fused 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linop_hess.graph.rules.base import Kind, Layer
-from linop_hess.lq.stages.base import Stages
-from linop_hess.lq.stages.dense import DenseStages
-from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStages
+from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.dense import DenseStage
+from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
 
 
 class Normalize(Kind):
@@ -50,26 +49,29 @@ class Normalize(Kind):
     def forward(self, layer: Layer, z: Tensor) -> Tensor:
         return self._parts(layer, z, self._run(layer.module, z.shape))[0].reshape(z.shape)
 
-    def _projection(self, d: int, like: Tensor) -> Tensor:
-        P = torch.eye(d, dtype=like.dtype, device=like.device)
-        return P - 1.0 / d if self._centred else P
+    def _jacobian(self, normal: Tensor, sigma: Tensor) -> Tensor:
+        """F of each run, shape (runs, d, d)."""
+        d = normal.shape[1]
+        P = torch.eye(d, dtype=normal.dtype, device=normal.device)
+        if self._centred:
+            P = P - 1.0 / d
+        return (P - normal[:, :, None] * normal[:, None, :] / d) / sigma[:, :, None]
 
-    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
+        K, d = len(layers), self._run(layers[0].module, Z.shape[1:])
+        F = self._jacobian(*self._parts(layers[0], Z, d))
+        return DenseStage(F.reshape(K, -1, d, d), samples=Z[0].numel() // d)
+
+    def curve(self, stages: Stage, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stage:
         K, d = len(layers), self._run(layers[0].module, Z.shape[1:])
         normal, sigma = self._parts(layers[0], Z, d)
-        F = (self._projection(d, Z) - normal[:, :, None] * normal[:, None, :] / d) / sigma[:, :, None]
-        return DenseStages(F.reshape(K, -1, d, d), samples=Z[0].numel() // d)
-
-    def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
-        assert isinstance(stages, DenseStages)
-        d = stages.f.shape[-1]
-        normal, sigma = self._parts(layers[0], Z, d)
+        F = self._jacobian(normal, sigma)
         b = beta.reshape(-1, d)
         m = (b * normal).mean(1, keepdim=True)
         q = (b - b.mean(1, keepdim=True) if self._centred else b) - m * normal
         outer = q[:, :, None] * normal[:, None, :]
-        C = -(outer + outer.mT) / (d * sigma**2)[:, :, None] - (m / sigma)[:, :, None] * stages.f.reshape(-1, d, d)
-        return replace(stages, c=C.reshape(stages.f.shape))
+        C = -(outer + outer.mT) / (d * sigma**2)[:, :, None] - (m / sigma)[:, :, None] * F
+        return DenseStage(F.reshape(K, -1, d, d), c=C.reshape(K, -1, d, d), samples=stages.samples)
 
 
 class ScaleShift(Kind):
@@ -106,7 +108,7 @@ class ScaleShift(Kind):
             y = y * weight.reshape(-1)[index]
         return y if bias is None else y + bias.reshape(-1)[index]
 
-    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         first, K = layers[0].module, len(layers)
         index = self._feature_index(first, Z.shape[1:]).to(Z.device)
         parts = [self._fixed(layer.module, index, z) for layer, z in zip(layers, Z, strict=True)]
@@ -115,7 +117,7 @@ class ScaleShift(Kind):
         if first.weight is not None:
             scale = torch.stack([layer.module.weight.detach().reshape(-1)[flat] for layer in layers])
         params = layers[0].params
-        return ScaleShiftStages(
+        return ScaleShiftStage(
             torch.stack([part[0].reshape(-1) for part in parts]),
             torch.stack([part[1].reshape(-1) for part in parts]),
             scale,
@@ -124,10 +126,6 @@ class ScaleShift(Kind):
             "weight" in params,
             "bias" in params,
         )
-
-    def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
-        assert isinstance(stages, ScaleShiftStages)
-        return replace(stages, beta=beta)
 
 
 def _epsilon(module: Any, dtype: torch.dtype) -> float:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from linop_hess.autograd.second_order import double_backward
 from linop_hess.graph.rules.base import Kind, Layer, is_plain
-from linop_hess.lq.stages.base import Stages
-from linop_hess.lq.stages.dense import DiagonalStages
+from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.diagonal import DiagonalStage
 
 ELEMENTWISE = (
     nn.CELU,
@@ -74,7 +73,7 @@ class Pointwise(Kind):
     def forward(self, layer: Layer, z: Tensor) -> Tensor:
         return layer.module(z.clone() if getattr(layer.module, "inplace", False) else z)
 
-    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stages:
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         module = layers[0].module
         with double_backward(f"layer {layers[0].name!r} ({type(module).__name__})"):
             u = Z.detach().clone().requires_grad_()
@@ -89,11 +88,7 @@ class Pointwise(Kind):
             if first.requires_grad and not (_is_known(module) and isinstance(module, _PIECEWISE_LINEAR)):
                 (second,) = torch.autograd.grad(first.sum(), u, allow_unused=True)
         flat = first.detach().reshape(len(layers), -1)
-        return DiagonalStages(flat, None if second is None else second.reshape(flat.shape))
-
-    def curve(self, stages: Stages, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stages:
-        assert isinstance(stages, DiagonalStages)
-        return stages if stages.c is None else replace(stages, c=stages.c * beta)
+        return DiagonalStage(flat, second=None if second is None else second.reshape(flat.shape))
 
 
 def _is_known(module: nn.Module) -> bool:

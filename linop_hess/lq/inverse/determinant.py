@@ -1,38 +1,40 @@
-"""log|det(H + εI)|: from a band LU where one fits, else from the block LDLᵀ or the Gram matrix."""
+"""log|det(H + εI)|: from a band LU where one fits, else from the factors that answer it."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
-from linop_hess.lq.inverse.counting import CERTAIN, DENSE
-from linop_hess.lq.inverse.factors import BlockLDL
-from linop_hess.lq.inverse.gram_factors import GramFactors
-from linop_hess.lq.inverse.solve import Solver
-from linop_hess.lq.methods import banded
-from linop_hess.lq.methods.dense import assemble
+from linop_hess.lq.accuracy import CERTAIN, GROWTH_DETERMINANT
+from linop_hess.lq.inverse.factors import Factors
+from linop_hess.lq.inverse.inertia import DENSE_UP_TO
+from linop_hess.lq.methods.banded import BandedFactorization
+from linop_hess.lq.methods.dense import assembled
+from linop_hess.lq.methods.plan import Plan
 
-# What the elimination of hidden controls may add to the matrix, in terms of ‖H‖: rounding in it then moves eigenvalues by 1e-12‖H‖.
-_GROWTH = 1e4
+# A band LU is worth this many times the block LDLᵀ: its pivots are worth a digit more.
+_WORTH = 100.0
 
 
-def logabsdet(factors: BlockLDL | GramFactors, solver: Solver) -> float:
-    """Logarithm of |det(H + εI)| of `solver`'s problem, with `factors` of the same.
+def logabsdet(factors: Factors, plan: Plan) -> float:
+    """Logarithm of |det(H + εI)|.
 
     The pivots of the block LDLᵀ lose about a digit more than those of a band LU, which is pivoted across stages.
     Where rounding is amplified in both, problems with few controls are looked at as dense matrices.
     """
-    problem = factors.problem
-    if isinstance(factors, BlockLDL) and problem.size <= DENSE and factors.doubt > CERTAIN:
-        H = assemble(problem)
-        H.diagonal().add_(solver.damping)
+    analysis, damping = factors.analysis, factors.damping
+    found = factors.answering("inertia")
+    if found.method != "riccati":
+        return found.logabsdet()
+    factors.refuse_tiny_damping()
+    if analysis.problem.size <= DENSE_UP_TO and found.growth > CERTAIN:
+        H = assembled(analysis).clone()
+        H.diagonal().add_(damping)
         return float(torch.linalg.slogdet(H)[1])
-    if isinstance(factors, BlockLDL):
-        problem = factors.split(_GROWTH)
-    at_hand = solver.factorization
-    if isinstance(at_hand, banded.BandedFactorization) and at_hand.problem is problem:
-        return at_hand.logabsdet()
-    costs = solver.plan.costs
-    affordable = solver.plan.fits("banded", 2) and costs["banded"].seconds <= 100 * costs["riccati"].seconds
-    if isinstance(factors, BlockLDL) and affordable:
-        return banded.factor(problem, solver.damping).logabsdet()
-    return factors.logabsdet()
+    tame = factors.hidden_growth <= GROWTH_DETERMINANT
+    costs = plan.costs
+    affordable = plan.fits("banded", 2) and costs["banded"].seconds <= _WORTH * costs["riccati"].seconds
+    if tame and affordable:
+        return cast(BandedFactorization, factors.made("banded")).logabsdet()
+    return found.logabsdet()

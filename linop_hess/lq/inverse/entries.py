@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.inverse.factors import BlockLDL
-from linop_hess.lq.inverse.gram_factors import GramFactors
+from linop_hess.lq.accuracy import ENTRIES_ROUNDING, ENTRIES_TOLD, ENTRIES_WRONG
+from linop_hess.lq.inverse import selected
+from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.inverse.solve import Solver
+from linop_hess.lq.methods.riccati import RiccatiFactorization
+from linop_hess.lq.methods.woodbury import WoodburyFactorization
+
+_Entries = TypeVar("_Entries")
 
 # The largest entry and a random one of so many parts of the chain are compared with certified solves, of more where there are few
 # parameters.
@@ -18,14 +26,11 @@ _PARTS = 2
 _MANY_PARTS = 32
 _FEW = 5000
 
-# By how much they may differ, in terms of the largest: beyond so many times 1 + κ, κ estimated from below, the entries are computed in a
-# more careful way; beyond a hundred times that it is told, and beyond so much it is an error.
-_ROUNDING = 1e-14
-_TOLD = 1e-12
-_WRONG = 1e-5
-
 # Up to this many parameters all columns are solved for, which nothing is as sure as.
-_SMALL = 1000
+SOLVED_UP_TO = 1000
+
+# A certified solve that entries are compared with need not be better than this where there are many parameters.
+_COMPARED = 1e-12
 
 
 class DiagonalEntries:
@@ -33,7 +38,7 @@ class DiagonalEntries:
 
     Parameters
     ----------
-    factors : BlockLDL or GramFactors
+    factors : Factors
     solver : Solver
         Of the same.
 
@@ -56,38 +61,51 @@ class DiagonalEntries:
         If H + εI is singular to working precision.
     """
 
-    def __init__(self, factors: BlockLDL | GramFactors, solver: Solver) -> None:
-        self._factors = factors
-        self._solver = (
-            solver if factors.problem.dtype == solver.problem.dtype else Solver(factors.problem, solver.damping)
-        )
+    def __init__(self, factors: Factors, solver: Solver) -> None:
+        self._factors, analysis = factors, factors.analysis
+        self._solver = solver if analysis is solver.analysis else Solver(analysis, solver.damping)
         self._inverse: Tensor | None = None
-        if factors.problem.size <= _SMALL:
-            self._inverse = self._columns(torch.arange(factors.problem.size))
+        if analysis.problem.size <= SOLVED_UP_TO:
+            self._inverse = self._columns(torch.arange(analysis.problem.size))
             self.diagonal, self.gap = self._inverse.diagonal(), 0.0
             return
         self.gap = np.inf
-        for attempt in range(factors.attempts):
-            diagonal = factors.diagonal(attempt)
-            gap, largest = self._compared(diagonal)
+        for diagonal, blocks in self._ways():
+            entries = diagonal()
+            gap, largest = self._compared(entries)
             if not self.gap <= gap:
-                self.gap, self.diagonal, self._attempt = gap, diagonal, attempt
-            if self.gap <= _ROUNDING * (1.0 + factors.problem.norm * largest) * largest:
+                self.gap, self.diagonal, self._blocks = gap, entries, blocks
+            if self.gap <= ENTRIES_ROUNDING * (1.0 + analysis.norm * largest) * largest:
                 return
         found = (
             f"the diagonal of the inverse at damping={solver.damping:g} differs by {self.gap:.1e} from certified solves, of "
             f"{largest:.1e}"
         )
-        if not self.gap <= _WRONG * largest:
+        if not self.gap <= ENTRIES_WRONG * largest:
             raise ArithmeticError(f"{found}: H + damping·I is too ill-conditioned for it; use a larger damping")
-        if self.gap > _TOLD * (1.0 + factors.problem.norm * largest) * largest:
+        if self.gap > ENTRIES_TOLD * (1.0 + analysis.norm * largest) * largest:
             warnings.warn(f"{found}, which is more than rounding explains", RuntimeWarning, stacklevel=2)
+
+    def _ways(self) -> list[tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]]:
+        """How to get the diagonal and the blocks, each way more accurate than the one before, and slower."""
+        factors = self._factors
+        found = factors.answering("entries") if self._solver.method == "woodbury" else None
+        if found is not None and found.method == "woodbury":
+            woodbury = cast(WoodburyFactorization, found)
+            return [(woodbury.diagonal, woodbury.blocks)]
+        return [
+            (
+                partial(_selected, selected.diagonal, factors, attempt),
+                partial(_selected, selected.blocks, factors, attempt),
+            )
+            for attempt in range(2)
+        ]
 
     def blocks(self) -> list[Tensor]:
         """Return the diagonal blocks, one of shape (p, p) per stage with controls."""
         if self._inverse is None:
-            return self._factors.blocks(self._attempt)
-        edges = self._factors.problem.x_offsets
+            return self._blocks()
+        edges = self._factors.analysis.problem.layout.x_offsets
         pairs = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
         return [self._inverse[start:stop, start:stop].clone() for start, stop in pairs if stop > start]
 
@@ -99,7 +117,8 @@ class DiagonalEntries:
         for part in diagonal.abs().tensor_split(
             min(diagonal.numel(), _PARTS if diagonal.numel() > _FEW else _MANY_PARTS)
         ):
-            chosen += [start + int(part.argmax()), start + int(torch.randint(part.numel(), (), generator=generator))]
+            random = int(torch.randint(part.numel(), (), generator=generator, device="cpu"))
+            chosen += [start + int(part.argmax()), start + random]
             start += part.numel()
         entries = torch.tensor(sorted(set(chosen)), device=diagonal.device)
         solved = self._columns(entries)[entries, torch.arange(entries.numel(), device=diagonal.device)]
@@ -107,8 +126,12 @@ class DiagonalEntries:
 
     def _columns(self, entries: Tensor) -> Tensor:
         """Columns of the inverse by certified solves, (N, entries)."""
-        problem = self._factors.problem
+        problem = self._factors.analysis.problem
         unit = torch.zeros(problem.size, entries.numel(), dtype=torch.float64, device=problem.device)
-        unit[entries, torch.arange(entries.numel())] = 1.0
+        unit[entries, torch.arange(entries.numel(), device=problem.device)] = 1.0
         tolerance = self._solver.tolerance
-        return self._solver.solve(unit, tolerance if problem.size <= _FEW else max(tolerance, 1e-12)).x
+        return self._solver.solve(unit, tolerance if problem.size <= _FEW else max(tolerance, _COMPARED)).x
+
+
+def _selected(entries: Callable[[RiccatiFactorization], _Entries], factors: Factors, attempt: int) -> _Entries:
+    return entries(factors.for_entries(attempt))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,15 @@ from torch import Tensor
 
 from linop_hess._memory import require
 from linop_hess._validate import finite_real
-from linop_hess.errors import FactorizationError
-from linop_hess.lq.inverse.suggestion import damping_that_works
-from linop_hess.lq.methods import dense, riccati
+from linop_hess.errors import FactorizationError, SingularPivotError
+from linop_hess.lq.accuracy import SINGULAR_CONDITION, STALLED, default_tolerance
+from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.base import Factor, Factorization
-from linop_hess.lq.methods.plan import METHODS, Plan, make_plan
-from linop_hess.lq.methods.promoted import PromotedFactorization
-from linop_hess.lq.methods.singular import SingularPivotError
+from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan
 from linop_hess.lq.problem import Problem
 
-# ‖H+εI‖‖x‖/‖g‖ is a lower bound of the condition number: above this, H + εI is singular to double precision.
-_SINGULAR = 0.25 / np.finfo(np.float64).eps
+# Exponents of two to which right-hand sides are scaled at most, by dtype.
+_REACH = {torch.float64: 1000, torch.float32: 120}
 
 
 @dataclass(frozen=True)
@@ -55,17 +52,13 @@ class Solution:
     method: str
 
 
-def default_tolerance(dtype: torch.dtype) -> float:
-    """Backward error a solve must reach: 1e-14 in float64, 1e-6 in float32."""
-    return 1e-14 if dtype == torch.float64 else 1e-6
-
-
 class Solver:
     """(H + εI)⁻¹ of an LQ problem by a chosen method, with certificate and escalation.
 
     Parameters
     ----------
-    problem : Problem
+    problem : Problem or Analysis
+        An analysis is shared by all factorizations made from it.
     damping : float
         ε; may be zero or negative.
     method : {"auto", "banded", "riccati", "dense", "woodbury", "ldu"}
@@ -78,6 +71,8 @@ class Solver:
     ------
     ValueError
         If the method is unknown or damping or tolerance is not a usable number.
+    TypeError
+        If damping is no real number.
     MemoryError
         If the method's estimate exceeds the memory available, before anything is allocated.
     FactorizationError
@@ -86,7 +81,7 @@ class Solver:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: Problem | Analysis,
         damping: float,
         method: str = "auto",
         *,
@@ -95,35 +90,22 @@ class Solver:
     ) -> None:
         if method != "auto" and method not in METHODS:
             raise ValueError(f"method must be one of {['auto', *METHODS]}, got {method!r}")
-        self.problem = problem
+        self.analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
+        self.problem = self.analysis.problem
         self.damping = finite_real(damping, "damping")
         self.requested = method
-        self.tolerance = default_tolerance(problem.dtype) if tolerance is None else float(tolerance)
+        self.tolerance = default_tolerance(self.problem.dtype) if tolerance is None else float(tolerance)
         if not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
         self.max_refinements = max_refinements
-        self.plan: Plan = make_plan(problem, self.damping)
-        v, product = problem.probe
+        self.plan: Plan = make_plan(self.analysis, self.damping)
+        v, product = self.analysis.probe
         self._norm_bound = float((product + self.damping * v).double().norm())
         self._norm_is_final = False
         self._factorization: Factorization | None = None
-        self._ladder: list[tuple[str, Factor]] = self._escalation(self.plan.choice if method == "auto" else method)
+        chosen = self.plan.choice if method == "auto" else method
+        self._ladder: list[tuple[str, Factor]] = ladder(self.plan, chosen, self.problem.dtype)
         self._climb()
-
-    def _escalation(self, method: str) -> list[tuple[str, Factor]]:
-        """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64."""
-        asked: tuple[str, Factor] = (method, METHODS[method].factor)
-        if method == "ldu":
-            return [asked]
-        robust: list[tuple[str, Factor]] = [
-            ("banded", METHODS["banded"].factor),
-            ("riccati", riccati.factor_pivoted),
-            ("dense", dense.factor),
-        ]
-        ladder = [asked] + [(name, f) for name, f in robust if self.plan.fits(name) and f is not asked[1]]
-        if self.problem.dtype == torch.float64:
-            return ladder
-        return [asked] + [(name, partial(PromotedFactorization, f)) for name, f in ladder if self.plan.fits(name, 2)]
 
     def _climb(self) -> None:
         """Factor by the next method of the ladder that does not meet a singular pivot."""
@@ -135,7 +117,7 @@ class Solver:
                 self._check_feasible(method)
                 asked = False
             try:
-                self._factorization = factor(self.problem, self.damping)
+                self._factorization = factor(self.analysis, self.damping)
                 return
             except SingularPivotError as error:
                 stage = error.stage if error.stage is not None else stage
@@ -196,7 +178,7 @@ class Solver:
                 )
             self._climb()
         # Columns have norm ≥ ½ or are zero, and a zero one has x = 0.
-        if x.numel() and self._norm_bound * float((_norms(x) / _norms(g).clamp_min(0.5)).max()) > _SINGULAR:
+        if x.numel() and self._norm_bound * float((_norms(x) / _norms(g).clamp_min(0.5)).max()) > SINGULAR_CONDITION:
             self._fail("is singular to working precision", None)
         sizes = x.abs().amax(0)
         x = torch.ldexp(x, exponents)
@@ -218,7 +200,7 @@ class Solver:
             steps += 1
             if not new_error < error:
                 break
-            stalled = new_error > 0.5 * error
+            stalled = new_error > STALLED * error
             x, error, residuals, r = candidate, new_error, new_residuals, new_r
             if stalled:
                 break
@@ -226,7 +208,7 @@ class Solver:
 
     def _product(self, x: Tensor) -> Tensor:
         """(H + εI) x without the factors, in the precision of the factors."""
-        problem = self.factorization.problem
+        problem = self.factorization.analysis.problem
         return problem.hessian_product(x.to(problem.dtype), self.damping)
 
     def _backward_error(self, g: Tensor, x: Tensor, tolerance: float) -> tuple[float, Tensor, Tensor]:
@@ -240,7 +222,7 @@ class Solver:
             self._norm_bound = max(self._norm_bound, bound)
         error = self._ratio(size_r, size_x, size_g)
         if not error <= tolerance and not self._norm_is_final:
-            self._norm_bound = max(self._norm_bound, self.problem.damped_norm(self.damping))
+            self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping))
             self._norm_is_final = True
             error = self._ratio(size_r, size_x, size_g)
         return error, residuals, r
@@ -252,7 +234,7 @@ class Solver:
 
     def _fail(self, what: str, stage: int | None) -> None:
         where = None if stage is None else self.problem.name(stage)
-        suggestion = damping_that_works(self.problem, self.damping, METHODS[self.plan.choice].factor, self.tolerance)
+        suggestion = damping_that_works(self.analysis, self.damping, METHODS[self.plan.choice].factor, self.tolerance)
         advice = (
             f"damping={suggestion:.1e} works"
             if suggestion is not None
@@ -268,6 +250,28 @@ class Solver:
         )
 
 
+def damping_that_works(analysis: Analysis, damping: float, factor: Factor, tolerance: float) -> float | None:
+    """Try dampings growing by decades from one that failed, each with a random right-hand side; None if none works."""
+    problem, norm = analysis.problem, analysis.norm
+    unit = np.finfo(problem.numpy_dtype).eps * (norm if norm > 0 else 1.0)
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(problem.size, 1, generator=generator, dtype=torch.float64, device="cpu")
+    g = g.to(problem.dtype).to(problem.device)
+    for power in range(2, 17, 2):
+        trial = float(f"{max(abs(damping), unit) * 10.0**power:.0e}")
+        try:
+            factors = factor(analysis, trial)
+        except SingularPivotError:
+            continue
+        x = factors.solve(g)
+        for _ in range(2):
+            x = x + factors.solve(g - problem.hessian_product(x, trial))
+        r = g - problem.hessian_product(x, trial)
+        if float(r.norm()) <= tolerance * (norm * float(x.norm()) + float(g.norm())):
+            return trial
+    return None
+
+
 def _norms(columns: Tensor) -> Tensor:
     """Norms of columns, in float64, so that those of small or large float32 numbers neither under- nor overflow."""
     return torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64)
@@ -275,8 +279,6 @@ def _norms(columns: Tensor) -> Tensor:
 
 def _scaled(g: Tensor) -> tuple[Tensor, Tensor]:
     """Scale the columns to size one by powers of two, so that norms neither under- nor overflow; also the exponents."""
-    if not g.numel():
-        return g, torch.zeros(1, g.shape[1], dtype=torch.int32, device=g.device)
-    largest = 1000 if g.dtype == torch.float64 else 120
+    largest = _REACH[g.dtype]
     exponents = torch.frexp(g.abs().amax(0, keepdim=True)).exponent.clamp(-largest, largest)
     return torch.ldexp(g, -exponents), exponents

@@ -15,24 +15,25 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
+from linop_hess.errors import SingularPivotError
+from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.band_storage import BandMatrix
-from linop_hess.lq.condensed import condensed
 from linop_hess.lq.layout import Slots
-from linop_hess.lq.methods.cost import Cost
-from linop_hess.lq.methods.singular import SingularPivotError
-from linop_hess.lq.problem import Problem
-from linop_hess.lq.segments import loads, put_controls
+from linop_hess.lq.methods.base import Cost, Method
+from linop_hess.lq.segments import SegmentGroup, loads, put_controls
+
+# Exponents of two within which the constraints are weighed, by dtype: entries must neither under- nor overflow.
+_REACH = {torch.float64: 500, torch.float32: 60}
 
 
-class _Layout:
+class BandLayout:
     """Where each segment's s, λ and δ⁺ lie in the band system."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.groups = problem.segment_groups
-        count = sum(group.count for group in self.groups)
+    def __init__(self, analysis: Analysis) -> None:
+        count = len(analysis.order)
         self.r = np.zeros(count, dtype=np.int64)
         self.n = np.zeros(count, dtype=np.int64)
-        for group in self.groups:
+        for group in analysis.groups:
             self.r[group.segments] = group.r
             self.n[group.segments] = np.where(group.segments == count - 1, 0, group.n_out)
         sizes = self.r + 2 * self.n
@@ -44,46 +45,46 @@ class _Layout:
 
 
 class BandedFactorization:
-    """LU of the condensed KKT band matrix of `problem` at `damping`.
+    """LU of the condensed KKT band matrix at a damping.
 
     Raises
     ------
     SingularPivotError
-        If the matrix is exactly singular.
+        If the matrix is exactly singular, or damping = 0 and there are hidden controls.
     """
 
     method = "banded"
+    answers = frozenset({"solve", "determinant"})
 
-    def __init__(self, problem: Problem, damping: float) -> None:
-        self.problem = problem
-        self.damping = damping
-        self._layout = _Layout(problem)
-        layout = self._layout
+    def __init__(self, analysis: Analysis, damping: float) -> None:
+        self.analysis, self.damping = analysis, damping
+        if damping == 0.0 and analysis.hidden:
+            raise SingularPivotError(int(next(group.stages[0] for group in analysis.groups if group.hidden)))
+        self._layout = layout = analysis.once(BandLayout)
         band = self._assemble()
-        gbtrf = lapack.dgbtrf if problem.dtype == torch.float64 else lapack.sgbtrf
+        gbtrf = lapack.dgbtrf if analysis.problem.dtype == torch.float64 else lapack.sgbtrf
         kl = layout.bandwidth
         self._lu, self._pivots, info = band.storage.T, np.zeros(0, dtype=np.int32), 0
         if layout.order:
             self._lu, self._pivots, info = gbtrf(self._lu, kl, kl, overwrite_ab=1)
         if info > 0:
             segment = int(np.searchsorted(layout.start, info - 1, side="right") - 1)
-            stage = next(
-                int(g.stages[g.segments == segment][0]) for g in layout.groups if (g.segments == segment).any()
-            )
-            raise SingularPivotError(stage)
+            g, k = analysis.order[segment]
+            raise SingularPivotError(int(analysis.groups[g].stages[k]))
 
     def _assemble(self) -> BandMatrix:
-        problem, layout = self.problem, self._layout
+        analysis, layout = self.analysis, self._layout
         kl = layout.bandwidth
-        band = BandMatrix(layout.order, 3 * kl + 1, 2 * kl, problem.numpy_dtype)
-        Ts = [condensed(group, self.damping).T(self.damping).numpy() for group in layout.groups]
-        reach = 500 if problem.numpy_dtype == np.float64 else 60
+        band = BandMatrix(layout.order, 3 * kl + 1, 2 * kl, analysis.problem.numpy_dtype)
+        Ts = [blocks.T(self.damping).numpy() for blocks in analysis.condensed]
+        # Multiply the constraints by a power of two that makes them as large as the curvatures.
+        reach = _REACH[analysis.problem.dtype]
         largest = max((max(float(T.max()), -float(T.min())) for T in Ts if T.size), default=0.0)
         self._weight = (
             2.0 ** float(np.clip(np.round(np.log2(largest)), -reach, reach)) if 0.0 < largest < np.inf else 1.0
         )
-        for group, T in zip(layout.groups, Ts, strict=True):
-            W, r = condensed(group, self.damping).W.numpy() * self._weight, group.r
+        for group, blocks, T in zip(analysis.groups, analysis.condensed, Ts, strict=True):
+            W, r = blocks.W.numpy() * self._weight, group.r
             s = layout.start[group.segments]
             state = layout.state_before[group.segments]
             band.put(s, s, T[:, :r, :r])
@@ -106,35 +107,41 @@ class BandedFactorization:
         return band
 
     def solve(self, g: Tensor) -> Tensor:
-        """(H + εI)⁻¹ g for g of shape (N, k)."""
-        layout, damping = self._layout, self.damping
+        """(H + εI)⁻¹ g for g of shape (N, k), without refinement."""
+        layout, damping, groups = self._layout, self.damping, self.analysis.groups
         rhs = g.new_zeros(layout.order, g.shape[1])
-        load = [loads(group, g, damping) for group in layout.groups]
-        for group, part in zip(layout.groups, load, strict=True):
+        load = [loads(group, g, damping) for group in groups]
+        for group, part in zip(groups, load, strict=True):
             Slots(layout.start[group.segments], group.r).put(rhs, part.visible)
             if part.state is not None:
-                Slots(layout.state_before[group.segments], group.n_in).add(rhs, -part.state)
+                Slots(layout.state_before[group.segments], group.n_in).add(rhs, -self._in_units(group, part.state))
         y = self._solve_band(rhs)
         x = torch.empty_like(g)
-        for group, part in zip(layout.groups, load, strict=True):
+        for group, part in zip(groups, load, strict=True):
             s = Slots(layout.start[group.segments], group.r).gather(y)
-            d = Slots(layout.state_before[group.segments], group.n_in).gather(y) if group.n_in else None
-            put_controls(x, group, part, s, d, damping)
+            d = Slots(layout.state_before[group.segments], group.n_in).gather(y)
+            hidden = None if part.hidden is None else part.hidden.div_(damping)
+            put_controls(x, group, hidden, s, d if group.is_narrow else d * group.unit_in, damping)
         return x
+
+    @staticmethod
+    def _in_units(group: SegmentGroup, state: Tensor) -> Tensor:
+        """Return a load on states in their units, in which the band keeps them; narrow segments have it so already."""
+        return state if group.is_narrow else state * group.unit_in
 
     def _solve_band(self, rhs: Tensor) -> Tensor:
         kl = self._layout.bandwidth
         if not rhs.numel():
             return rhs
-        gbtrs = lapack.dgbtrs if self.problem.dtype == torch.float64 else lapack.sgbtrs
+        gbtrs = lapack.dgbtrs if rhs.dtype == torch.float64 else lapack.sgbtrs
         solution, info = gbtrs(self._lu, kl, kl, rhs.numpy(), self._pivots)
         if info != 0:
             raise ValueError(f"LAPACK gbtrs refused its argument {-info}")
         return torch.from_numpy(np.ascontiguousarray(solution))
 
     def logabsdet(self) -> float:
-        """Logarithm of |det(H + εI)|, that of the band matrix and one ε for each hidden control."""
-        hidden = sum(group.split.complement * group.count for group in self._layout.groups)
+        """Logarithm of |det(H + εI)|: that of the band matrix, and one ε for each hidden control."""
+        hidden = self.analysis.hidden
         pivots = np.abs(self._lu[2 * self._layout.bandwidth], dtype=np.float64) if self._layout.order else np.ones(0)
         of_weight = -2.0 * int(self._layout.n.sum()) * math.log(self._weight)
         of_pivots = float(np.log(pivots).sum(dtype=np.longdouble) + np.longdouble(of_weight))
@@ -146,20 +153,24 @@ class BandedFactorization:
         return int(self._lu.nbytes + self._pivots.nbytes)
 
 
-def factor(problem: Problem, damping: float) -> BandedFactorization:
+def factor(analysis: Analysis, damping: float) -> BandedFactorization:
     """Factor H + εI of a chain by LAPACK band LU."""
-    return BandedFactorization(problem, damping)
+    return BandedFactorization(analysis, damping)
 
 
-def estimate(problem: Problem) -> Cost:
+def estimate(analysis: Analysis) -> Cost:
     """Flops, bytes and seconds of a factorization (gbtrf runs at 2 GFLOP/s on thin bands, 60 on wide ones)."""
+    problem = analysis.problem
     if problem.device.type != "cpu":
-        return Cost(np.inf, np.inf, np.inf, "LAPACK band solves run on the CPU only")
-    layout = _Layout(problem)
+        return Cost.impossible("LAPACK band solves run on the CPU only")
+    layout = analysis.once(BandLayout)
     kl = layout.bandwidth
     flops = 4.0 * layout.order * kl**2
     rate = 1e9 * min(60.0, 1.0 + 0.1 * kl)
     item = problem.numpy_dtype.itemsize
-    wide = max((int(problem.n_out.max() ** 2) + 1) * item * len(layout.groups), 1)
+    wide = max((int(problem.layout.n_out.max() ** 2) + 1) * item * len(analysis.groups), 1)
     nbytes = layout.order * (3 * kl + 1) * item * 1.6 + wide
-    return Cost(flops, nbytes, 4e-4 + flops / rate + layout.order * kl * 2e-9 + 5e-4 * len(layout.groups))
+    return Cost(flops, nbytes, 4e-4 + flops / rate + layout.order * kl * 2e-9 + 5e-4 * len(analysis.groups))
+
+
+METHOD = Method("banded", factor, estimate, BandedFactorization.answers)

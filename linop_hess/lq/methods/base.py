@@ -1,30 +1,190 @@
-"""What a factorization method gives back."""
+"""What a method is, and what its factors can be asked.
+
+A factorization solves. A congruence H + εI = L D Lᵀ, |det L| = 1, answers everything else too: each question is one line of its halves
+L⁻¹ and L⁻ᵀ and of D. Which of them a method's factors answer, the method declares (`Method.answers`), and `lq.inverse` asks the cheapest
+that do.
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from linop_hess.lq.problem import Problem
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.pivots.inertia import Inertia, hidden_inertia, inertia_of
+
+EVERYTHING = frozenset({"solve", "inertia", "determinant", "positive", "sample", "entries"})
+"""All that factors can be asked."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimate for one factorization.
+
+    Attributes
+    ----------
+    flops : float
+        Floating-point operations.
+    nbytes : float
+        Peak bytes: factors and work space.
+    seconds : float
+        Modelled time on this machine; used to compare methods, not to promise.
+    why_not : str
+        Why the method cannot be used here; empty if it can.
+    """
+
+    flops: float
+    nbytes: float
+    seconds: float
+    why_not: str = ""
+
+    @classmethod
+    def impossible(cls, why_not: str) -> Cost:
+        """Of a method that cannot be used."""
+        return cls(math.inf, math.inf, math.inf, why_not)
 
 
 class Factorization(Protocol):
-    """Factors of H + εI of `problem`."""
+    """Factors of H + εI.
+
+    Attributes
+    ----------
+    method : str
+        Name of the method.
+    analysis : Analysis
+        What was factored.
+    damping : float
+        ε.
+    answers : frozenset of str
+        What these factors answer, of what `Method.answers` lists.
+    """
 
     method: str
-    problem: Problem
+    analysis: Analysis
+    damping: float
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """What these factors answer."""
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g without refinement, g of shape (N, k)."""
-        ...
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        ...
 
 
-Factor = Callable[[Problem, float], Factorization]
-"""What makes one: a problem and a damping."""
+class Congruence(ABC):
+    """H + εI = L D Lᵀ with |det L| = 1, D = θ and, `hidden` times, ε.
+
+    The halves work on coordinates of shape (M, k): one for each pivot θ and, where there are hidden controls, N more, which hold g⊥, the
+    part of the controls that is hidden, by its components in the parameters. A subspace of these N is all that occurs; `project` leads
+    into it.
+
+    Attributes
+    ----------
+    hidden : int
+        Number of pivots that are ε by themselves.
+    """
+
+    method: str
+    analysis: Analysis
+    damping: float
+    hidden: int = 0
+    answers: frozenset[str] = EVERYTHING
+
+    @property
+    @abstractmethod
+    def theta(self) -> Tensor:
+        """θ, shape (N − hidden,)."""
+
+    @property
+    @abstractmethod
+    def growth(self) -> float:
+        """By how much rounding in the factors may move eigenvalues, in terms of max(‖H‖, |ε|): whether a sign is believed."""
+
+    @abstractmethod
+    def whiten(self, g: Tensor) -> Tensor:
+        """L⁻¹ g: (N, k) to (M, k)."""
+
+    @abstractmethod
+    def unwhiten(self, w: Tensor) -> Tensor:
+        """L⁻ᵀ w: (M, k) to (N, k)."""
+
+    def project(self, w: Tensor) -> Tensor:
+        """Return the coordinates that occur, of any (M, k)."""
+        return w
+
+    @property
+    def pivots(self) -> Tensor:
+        """D, one for each coordinate, shape (M, 1)."""
+        theta = self.theta
+        if self.hidden:
+            theta = torch.cat([theta, theta.new_full((self.analysis.problem.size,), self.damping)])
+        return theta[:, None]
+
+    def solve(self, g: Tensor) -> Tensor:
+        """(H + εI)⁻¹ g for g of shape (N, k), without refinement."""
+        return self.unwhiten(self.whiten(g) / self.pivots)
+
+    def positive(self, g: Tensor) -> Tensor:
+        """L⁻ᵀ|D|⁻¹L⁻¹ g for g of shape (N, k): symmetric positive definite, (H + εI)⁻¹ where that is."""
+        return self.unwhiten(self.whiten(g) / self.pivots.abs())
+
+    @property
+    def noise(self) -> int:
+        """Size M of the white noise that `color` takes."""
+        return self.theta.numel() + (self.analysis.problem.size if self.hidden else 0)
+
+    def color(self, xi: Tensor) -> Tensor:
+        """L⁻ᵀ D^(−½) ξ for ξ of shape (M, k), of covariance (H + εI)⁻¹ where ξ is white; D must be positive."""
+        return self.unwhiten(self.project(xi / self.pivots.sqrt()))
+
+    def inertia(self, zero_below: float) -> Inertia:
+        """Count the signs of D, those of size up to `zero_below` as zero."""
+        return inertia_of([self.theta], zero_below) + hidden_inertia(self.hidden, self.damping)
+
+    def logabsdet(self) -> float:
+        """Logarithm of |det(H + εI)|."""
+        of_hidden = self.hidden * math.log(abs(self.damping)) if self.hidden else 0.0
+        return math.fsum(self.theta.double().abs().log().tolist()) + of_hidden
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+
+Factor = Callable[[Analysis, float], Factorization]
+"""What makes a factorization: an analysis and a damping."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by name.
+
+    Attributes
+    ----------
+    name : str
+    factor : callable
+        ``factor(analysis, damping)`` gives the factorization.
+    estimate : callable
+        ``estimate(analysis)`` gives its `Cost`.
+    answers : frozenset of str
+        What its factors may answer, of `EVERYTHING`; what they do answer they say themselves.
+    is_automatic : bool
+        Whether ``method="auto"`` may choose it.
+    """
+
+    name: str
+    factor: Factor
+    estimate: Callable[[Analysis], Cost]
+    answers: frozenset[str]
+    is_automatic: bool = True

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.methods.cost import Cost
-from linop_hess.lq.methods.singular import SingularPivotError
-from linop_hess.lq.problem import Problem
+from linop_hess.errors import SingularPivotError
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.methods.base import Cost, Method
+from linop_hess.lq.segments import SegmentGroup
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,23 @@ class _Layer:
     G: Tensor
 
 
-def _layer(problem: Problem, start: int, stop: int) -> _Layer:
-    stage = problem.stages[start]
-    p, n = stage.p, 0 if start == problem.first else stage.n_in
-    F = stage.dense_F()[0][:, :n]
-    G = stage.dense_G()[0]
-    A, B, C = stage.dense_A(), stage.dense_B(), stage.dense_C()
-    A = F.new_zeros(p, p) if A is None else A[0]
-    B = F.new_zeros(p, n) if B is None else B[0][:, :n]
-    C = F.new_zeros(n, n) if C is None else C[0][:n, :n]
-    for after in problem.stages[start + 1 : stop]:
-        curvature = after.dense_C()
-        if curvature is not None:
-            A = A + G.mT @ (curvature[0] @ G)
-            B = B + G.mT @ (curvature[0] @ F)
-            C = C + F.mT @ (curvature[0] @ F)
+def _layer(group: SegmentGroup, k: int) -> _Layer:
+    control = group.control.at(k)
+    A, B, C = control.dense_A()[0], control.dense_B()[0], control.dense_C()[0]
+    F, G = control.dense_F()[0], control.dense_G()[0]
+    for stage in group.free:
+        after = stage.at(k)
+        if "C" in after.nonzero:
+            curvature = after.dense_C()[0]
+            A = A + G.mT @ (curvature @ G)
+            B = B + G.mT @ (curvature @ F)
+            C = C + F.mT @ (curvature @ F)
         F, G = after.F(F[None])[0], after.F(G[None])[0]
-    return _Layer(start, A, B, C, F, G)
+    return _Layer(int(group.stages[k]), A, B, C, F, G)
 
 
-class LduFactorization:
-    """Block LDU of 𝒦' of `problem` at `damping`.
+class BlockLdu:
+    """Block LDU of 𝒦' at a damping.
 
     Raises
     ------
@@ -63,12 +60,11 @@ class LduFactorization:
     """
 
     method = "ldu"
+    answers = frozenset({"solve"})
 
-    def __init__(self, problem: Problem, damping: float) -> None:
-        self.problem = problem
-        starts = np.flatnonzero(problem.p)
-        stops = np.append(starts[1:], problem.length)[: starts.size]
-        self._layers = [_layer(problem, int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
+    def __init__(self, analysis: Analysis, damping: float) -> None:
+        self.analysis, self.damping = analysis, damping
+        self._layers = [_layer(analysis.groups[g], k) for g, k in analysis.pairs]
         self._factors: list[tuple[Tensor, Tensor]] = []
         carried: Tensor | None = None
         for l, layer in enumerate(self._layers):
@@ -83,13 +79,15 @@ class LduFactorization:
             self._factors.append((packed, pivots))
             if after is None:
                 break
-            upper = _to_next(layer, after, torch.eye(sum(after.G.shape) + after.G.shape[0], dtype=problem.dtype))
+            eye = torch.eye(sum(after.G.shape) + after.G.shape[0], dtype=block.dtype, device=block.device)
             # Rows of the layer after see only y_l.
-            carried = _from_previous(after, torch.linalg.lu_solve(packed, pivots, upper)[p : p + m])
+            carried = _from_previous(
+                after, torch.linalg.lu_solve(packed, pivots, _to_next(layer, after, eye))[p : p + m]
+            )
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k)."""
-        offsets = self.problem.x_offsets
+        offsets = self.analysis.problem.layout.x_offsets
         halves: list[Tensor] = []
         for l, layer in enumerate(self._layers):
             m, p = layer.G.shape
@@ -147,17 +145,19 @@ def _from_previous(layer: _Layer, y: Tensor) -> Tensor:
     return out
 
 
-def factor(problem: Problem, damping: float) -> LduFactorization:
+def factor(analysis: Analysis, damping: float) -> BlockLdu:
     """Factor 𝒦' by block LDU."""
-    return LduFactorization(problem, damping)
+    return BlockLdu(analysis, damping)
 
 
-def estimate(problem: Problem) -> Cost:
+def estimate(analysis: Analysis) -> Cost:
     """LU of every diagonal block and its solves with the couplings."""
-    starts = np.flatnonzero(problem.p)
-    last = np.append(starts[1:], problem.length)[: starts.size] - 1
-    size = (problem.p[starts] + 2 * problem.n_out[last]).astype(float)
-    item = problem.numpy_dtype.itemsize
+    sizes = [float(analysis.groups[g].control.p + 2 * analysis.groups[g].n_out) for g, _ in analysis.pairs]
+    size = np.array(sizes)
+    item = analysis.problem.numpy_dtype.itemsize
     flops = float((2 / 3 * size**3).sum() + (2 * size[:-1] ** 2 * size[1:]).sum())
     nbytes = item * float((2 * size**2).sum())
-    return Cost(flops, nbytes + 4 * item * float(size.max(initial=0.0)) ** 2, flops / 4e10 + 4e-4 * starts.size)
+    return Cost(flops, nbytes + 4 * item * float(size.max(initial=0.0)) ** 2, flops / 4e10 + 4e-4 * size.size)
+
+
+METHOD = Method("ldu", factor, estimate, BlockLdu.answers, is_automatic=False)

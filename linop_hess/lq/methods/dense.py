@@ -1,13 +1,14 @@
-"""Method "dense": H + εI formed column by column and factored; for few controls, and the last resort."""
+"""Method "dense": H + εI formed as a matrix and factored; for few controls, and the last resort."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from linop_hess.lq.methods.cost import Cost
-from linop_hess.lq.methods.singular import SingularPivotError
-from linop_hess.lq.pivots.bunch_kaufman import Congruence
+from linop_hess.errors import SingularPivotError
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method
+from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.problem import Problem
 
 _COLUMNS_AT_ONCE = 512
@@ -25,7 +26,22 @@ def assemble(problem: Problem) -> Tensor:
     return H
 
 
-class DenseFactorization:
+# Up to so many bytes H is kept for other dampings.
+_KEPT_UP_TO = 64 << 20
+
+
+def assembled(analysis: Analysis) -> Tensor:
+    """H as a dense matrix, shape (N, N), read only: kept for all dampings where it is small."""
+    problem = analysis.problem
+    small = problem.size**2 * problem.dtype.itemsize <= _KEPT_UP_TO
+    return analysis.once(_assemble) if small else _assemble(analysis)
+
+
+def _assemble(analysis: Analysis) -> Tensor:
+    return assemble(analysis.problem)
+
+
+class DenseFactorization(Congruence):
     """Bunch-Kaufman factorization of the dense H + εI.
 
     Raises
@@ -35,34 +51,44 @@ class DenseFactorization:
     """
 
     method = "dense"
+    growth = 0.0
 
-    def __init__(self, problem: Problem, damping: float) -> None:
-        self.problem = problem
-        H = assemble(problem)
+    def __init__(self, analysis: Analysis, damping: float) -> None:
+        self.analysis, self.damping = analysis, damping
+        H = assembled(analysis).clone()
         H.diagonal().add_(damping)
-        self._pivots = Congruence.of(H)
-        if problem.size and self._pivots.smallest_pivot_ratio <= 4 * torch.finfo(H.dtype).eps:
+        self._factor = SymmetricFactor.of(H)
+        if H.numel() and self._factor.smallest_pivot_ratio <= 4 * torch.finfo(H.dtype).eps:
             raise SingularPivotError(None)
 
-    def solve(self, g: Tensor) -> Tensor:
-        """(H + εI)⁻¹ g for g of shape (N, k)."""
-        return self._pivots.solve(g)
+    @property
+    def theta(self) -> Tensor:
+        return self._factor.theta
+
+    def whiten(self, g: Tensor) -> Tensor:
+        return self._factor.whiten(g)
+
+    def unwhiten(self, w: Tensor) -> Tensor:
+        return self._factor.unwhiten(w)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the factors."""
-        return self._pivots.nbytes
+        return self._factor.nbytes
 
 
-def factor(problem: Problem, damping: float) -> DenseFactorization:
+def factor(analysis: Analysis, damping: float) -> DenseFactorization:
     """Form and factor H + εI."""
-    return DenseFactorization(problem, damping)
+    return DenseFactorization(analysis, damping)
 
 
-def estimate(problem: Problem) -> Cost:
+def estimate(analysis: Analysis) -> Cost:
     """N products and N³/3 flops."""
-    N = float(problem.size)
-    item = problem.numpy_dtype.itemsize
+    layout = analysis.problem.layout
+    N = float(layout.size)
+    item = analysis.problem.numpy_dtype.itemsize
     flops = N**3 / 3
-    products = N * (4.0 * N + 8.0 * float((problem.n_in * problem.n_out).sum()))
+    products = N * (4.0 * N + 8.0 * float((layout.n_in * layout.n_out).sum()))
     return Cost(flops + products, 4.0 * N**2 * item, 1e-3 + flops / 1e10 + products / 1e9)
+
+
+METHOD = Method("dense", factor, estimate, EVERYTHING)

@@ -16,14 +16,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from linop_hess.lq.accuracy import RANK
+from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.segments import SegmentGroup
-from linop_hess.lq.stages.base import Stages
-from linop_hess.lq.stages.dense import CostStage
+from linop_hess.lq.stages.base import common_samples
 
 
 class FunctionSpace:
     """J, Jᵀ and Γ of a problem.
+
+    Parameters
+    ----------
+    analysis : Analysis
 
     Attributes
     ----------
@@ -35,17 +40,16 @@ class FunctionSpace:
         Diagonal of Σ, M = samples · q; 1 where the seed is zero.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        blocks = _cost_blocks(problem.stages[-1])
-        if blocks.shape[0] > 1 and not keeps_apart(problem, blocks.shape[0]):
-            blocks = torch.block_diag(*blocks)[None]
-        self.samples = blocks.shape[0]
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        last = analysis.problem.stages[-1]
+        self.samples = samples_apart(analysis.problem)
+        blocks = last.C_of_samples(self.samples)[0]
         values, vectors = torch.linalg.eigh(blocks)
         order = values.abs().argsort(dim=1, descending=True)
         values, vectors = values.gather(1, order), vectors.gather(2, order[:, None].expand_as(vectors))
-        nonzero = values.abs() > values.shape[1] * torch.finfo(values.dtype).eps * values.abs().max()
-        q = max(int(nonzero.sum(1).max()), 1)  # of a cost without curvature one zero
+        nonzero = values.abs() > values.shape[1] * torch.finfo(values.dtype).eps * RANK * values.abs().max()
+        q = max(int(nonzero.sum(1).max()), 1)  # of an objective without curvature one zero
         values = torch.where(nonzero, values, 0.0)[:, :q]
         self.seeds = vectors[:, :, :q] * values.abs().sqrt()[:, None]
         self.signs = torch.where(values < 0, -1.0, 1.0).to(values.dtype).reshape(-1)
@@ -62,23 +66,23 @@ class FunctionSpace:
 
     def J(self, x: Tensor) -> Tensor:
         """J x: (N, k) to (M, k)."""
-        p = self.problem
-        d = p.shift(p.transition.solve(p.apply_G(x)))[int(p.in_offsets[-2]) :]
+        p = self.analysis.problem
+        d = p.layout.shift(p.transition.substitute(p.apply_G(x)))[int(p.layout.in_offsets[-2]) :]
         return (self.seeds.mT @ d.reshape(self.samples, -1, d.shape[1])).reshape(self.rows, -1)
 
     def Jt(self, w: Tensor) -> Tensor:
         """Jᵀ w: (M, k) to (N, k)."""
-        p = self.problem
-        d = w.new_zeros(p.size_in, w.shape[1])
-        d[int(p.in_offsets[-2]) :] = (self.seeds @ w.reshape(self.samples, -1, w.shape[1])).flatten(0, 1)
-        return p.apply_Gt(p.transition.solve_adjoint(p.shift_adjoint(d)))
+        p = self.analysis.problem
+        d = w.new_zeros(p.layout.size_in, w.shape[1])
+        d[int(p.layout.in_offsets[-2]) :] = (self.seeds @ w.reshape(self.samples, -1, w.shape[1])).flatten(0, 1)
+        return p.apply_Gt(p.transition.substitute_adjoint(p.layout.shift_adjoint(d)))
 
     @cached_property
     def gram(self) -> Tensor:
         """Γ, computed once for all dampings."""
         out = self.seeds.new_zeros(self.rows, self.rows)
         for group, k, Y in self.walk():
-            out += group.split.at(k).gram(Y, self.samples)
+            out += group.space.at(k).gram(Y, self.samples)
         return out
 
     def walk(self) -> Iterator[tuple[SegmentGroup, int, Tensor]]:
@@ -86,51 +90,30 @@ class FunctionSpace:
 
         The costate has shape (n_out, q), its rows sample by sample.
         """
-        p = self.problem
-        where = {int(stage): (group, k) for group in p.segment_groups for k, stage in enumerate(group.stages)}
+        p = self.analysis.problem
+        where = {int(stage): (group, k) for group in self.analysis.groups for k, stage in enumerate(group.stages)}
         Y = self.seeds.flatten(0, 1)
         for l in range(p.length - 2, -1, -1):
             if l in where:
                 yield (*where[l], Y)
-            if l > p.first:
+            if l > p.layout.first:
                 Y = p.stages[l].Ft(Y[None])[0]
 
 
 def curved_stage(problem: Problem) -> int | None:
     """The first stage, but for the last, with curvature of its own; None if there is none."""
-    for b, block in enumerate(problem.blocks):
-        members = (problem.order[:, 0] == b).nonzero()[0]
-        if members.size == 0 or members[0] == problem.length - 1:
-            continue
-        x = torch.zeros(block.count, block.p, 1, dtype=block.dtype, device=block.device)
-        d = torch.zeros(block.count, block.n_in, 1, dtype=block.dtype, device=block.device)
-        if (block.p and block.A(x) is not None) or (block.p and block.B(d) is not None) or block.C(d) is not None:
-            return int(members[0])
+    layout = problem.layout
+    for l, (b, _) in enumerate(layout.order[:-1]):
+        block = problem.blocks[b]
+        curved = ("C" in block.nonzero and block.n_in) or ("AB" if block.p else "") and block.nonzero & set("AB")
+        if curved and l >= layout.first:
+            return l
     return None
 
 
-def keeps_apart(problem: Problem, samples: int) -> bool:
-    """Whether F of every stage but the last is block diagonal over samples, tried with random weights of the samples."""
-    generator = torch.Generator().manual_seed(0)
-    last = int(problem.order[-1, 0])
-    weights = torch.randn(samples, generator=generator, dtype=torch.float64)
-    for b, block in enumerate(problem.blocks):
-        if b == last or not block.n_in:
-            continue
-        if block.n_in % samples or block.n_out % samples:
-            return False
-        d = torch.randn(block.count, block.n_in, 1, generator=generator, dtype=torch.float64)
-        d, w = d.to(block.dtype).to(block.device), weights.to(block.dtype).to(block.device)
-        weighed = block.F(d * w.repeat_interleave(block.n_in // samples)[:, None])
-        expected = block.F(d) * w.repeat_interleave(block.n_out // samples)[:, None]
-        if not torch.allclose(weighed, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())):
-            return False
-    return True
-
-
-def _cost_blocks(stage: Stages) -> Tensor:
-    """C of the last stage as diagonal blocks, (samples, i, i)."""
-    if isinstance(stage, CostStage):
-        return stage.c[0]
-    C = stage.dense_C()
-    return stage.eye(stage.n_in) * 0.0 if C is None else C
+def samples_apart(problem: Problem) -> int:
+    """Into how many samples the last state and all states after the first controls split; 1 where samples interact."""
+    layout = problem.layout
+    used = {int(b) for b, _ in layout.order[layout.first :]}
+    inner = [problem.blocks[b].at(0) for b in sorted(used)]
+    return common_samples(inner)

@@ -1,22 +1,23 @@
-"""Which method solves a problem best, from a cost model."""
+"""Which method solves a problem best, from a cost model; and which to try next when one fails."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from functools import partial
 
-from linop_hess._memory import available_bytes
-from linop_hess.lq.methods import banded, dense, riccati, woodbury
-from linop_hess.lq.methods import block_ldu as ldu
-from linop_hess.lq.methods.cost import Cost
-from linop_hess.lq.problem import Problem
+import torch
 
-METHODS = {"banded": banded, "riccati": riccati, "dense": dense, "woodbury": woodbury, "ldu": ldu}
-"""The methods by name: modules with `factor(problem, damping)` and `estimate(problem)`."""
+from linop_hess._memory import available_bytes, format_bytes
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.methods import banded, block_ldu, dense, riccati, woodbury
+from linop_hess.lq.methods.base import Cost, Factor, Factorization, Method
+from linop_hess.lq.methods.promoted import PromotedFactorization
 
-_CHOSEN_AMONG = ("banded", "riccati", "dense", "woodbury")
-
-_costs: WeakKeyDictionary[Problem, dict[str, Cost]] = WeakKeyDictionary()
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD for module in (banded, riccati, dense, woodbury, block_ldu)
+}
+"""The methods by name."""
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,36 @@ class Plan:
         cost = self.costs[method]
         return not cost.why_not and times * cost.nbytes <= self.available
 
+    def by_time(self) -> list[str]:
+        """Methods that fit, the fastest first."""
+        return sorted((name for name in self.costs if self.fits(name)), key=lambda name: self.costs[name].seconds)
+
     def __str__(self) -> str:
         """Return the plan as a table."""
         lines = [f"{'method':<10}{'flops':>10}{'memory':>12}{'seconds':>10}  (damping {self.damping:g})"]
         for method, cost in self.costs.items():
             if cost.why_not:
-                note = cost.why_not
-            elif not self.fits(method):
-                note = f"does not fit in {_bytes(self.available)}"
-            else:
-                note = "<- chosen" if method == self.choice else ""
-            lines.append(
-                f"{method:<10}{cost.flops:>10.2g}{_bytes(cost.nbytes):>12}{cost.seconds:>10.2g}  {note}".rstrip()
-            )
+                lines.append(f"{method:<10}{'-':>10}{'-':>12}{'-':>10}  {cost.why_not}")
+                continue
+            note = "<- chosen" if method == self.choice else ""
+            if not self.fits(method):
+                note = f"does not fit in {format_bytes(self.available)}"
+            row = f"{method:<10}{cost.flops:>10.2g}{format_bytes(cost.nbytes):>12}{cost.seconds:>10.2g}  {note}"
+            lines.append(row.rstrip())
         return "\n".join(lines)
 
 
-def make_plan(problem: Problem, damping: float) -> Plan:
-    """Estimate every method for `problem` and choose.
+def estimates(analysis: Analysis) -> dict[str, Cost]:
+    """The cost of each method."""
+    return {name: method.estimate(analysis) for name, method in METHODS.items()}
+
+
+def make_plan(analysis: Analysis, damping: float) -> Plan:
+    """Estimate every method for a problem and choose.
 
     Parameters
     ----------
-    problem : Problem
+    analysis : Analysis
     damping : float
 
     Returns
@@ -72,18 +81,29 @@ def make_plan(problem: Problem, damping: float) -> Plan:
     Plan
     """
     available = available_bytes()
-    if problem not in _costs:
-        _costs[problem] = {name: module.estimate(problem) for name, module in METHODS.items()}
-    costs = _costs[problem]
-    able = [m for m in _CHOSEN_AMONG if not costs[m].why_not]
-    fitting = [m for m in able if costs[m].nbytes <= available]
+    costs = analysis.once(estimates)
+    able = [name for name, method in METHODS.items() if method.is_automatic and not costs[name].why_not]
+    fitting = [name for name in able if costs[name].nbytes <= available]
     choice = min(fitting or able, key=lambda m: costs[m].seconds if fitting else costs[m].nbytes)
     return Plan(damping, costs, choice, available)
 
 
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.3g} {unit}"
-        n /= 1024
-    return f"{n:.3g} TiB"
+def ladder(plan: Plan, method: str, dtype: torch.dtype) -> list[tuple[str, Factor]]:
+    """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64."""
+    asked: tuple[str, Factor] = (method, METHODS[method].factor)
+    if not METHODS[method].is_automatic:
+        return [asked]  # there to be looked at by itself
+    robust: list[tuple[str, Factor]] = [
+        ("banded", banded.factor),
+        ("riccati", riccati.factor_careful),
+        ("dense", dense.factor),
+    ]
+    rungs = [asked] + [(name, factor) for name, factor in robust if plan.fits(name) and factor is not asked[1]]
+    if dtype == torch.float64:
+        return rungs
+    return [asked] + [(name, promoted(factor)) for name, factor in rungs if plan.fits(name, 2)]
+
+
+def promoted(factor: Factor) -> Callable[[Analysis, float], Factorization]:
+    """The same factorization in float64."""
+    return partial(PromotedFactorization, factor)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from linop_hess.lq.methods.base import Factorization
-from linop_hess.lq.problem import Problem
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.methods.base import Factor
 
 
 class PromotedFactorization:
@@ -20,16 +18,18 @@ class PromotedFactorization:
         If H + εI is singular to double precision.
     """
 
-    def __init__(self, factor: Callable[[Problem, float], Factorization], problem: Problem, damping: float) -> None:
-        self.problem = problem.to(torch.float64)
-        self._inner = factor(self.problem, damping)
-        self.method = self._inner.method
+    answers = frozenset({"solve"})
+
+    def __init__(self, factor: Factor, analysis: Analysis, damping: float) -> None:
+        self.analysis, self.damping = analysis.in_float64, damping
+        self.inner = factor(self.analysis, damping)
+        self.method = self.inner.method
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k), in float64 whatever comes."""
-        return self._inner.solve(g.to(torch.float64))
+        return self.inner.solve(g.to(torch.float64))
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the factors and the promoted problem."""
-        return self._inner.nbytes + self.problem.nbytes
+        return self.inner.nbytes + self.analysis.problem.nbytes

@@ -1,231 +1,273 @@
-"""Method "riccati": the backward recursion over segments, with level-3 BLAS and delayed pivots. For wide chains.
+"""Method "riccati": block LDLᵀ of H + εI along the chain, the backward Riccati recursion of LQ control with delayed pivots.
 
-The cost-to-go of a segment is ½ δᵀVδ + δᵀYc + ½ cᵀΛc, c being directions whose pivot was too small to divide by. With
-u = (s, c) the unknowns at hand,
+The cost-to-go ½ δᵀVδ of the state before a segment follows from that after it by eliminating the controls s of the segment,
 
-    K_uu = [εI + QᵀAQ + RᵀVR, RᵀY; YᵀR, Λ],   K_uδ = [QᵀB + RᵀVF; YᵀF],   V ← C + FᵀVF − (1/ε)Bᵀ(I−QQᵀ)B − K_δu K_uu⁻¹ K_uδ.
+    S = QᵀAQ + εI + RᵀVR,     E = QᵀB + RᵀVF,     V ← FᵀVF + C − (1/ε) Bᵀ(I−QQᵀ)B − EᵀS⁻¹E.
 
-K_uu is factored as T θ Tᵀ. Should its smallest pivot be far below |ε| (the trailing block of H + εI is nearly singular although
-H + εI need not be), its eigenvectors of eigenvalues below a tenth of |ε| are carried to the segment before, and only the others are
-eliminated; the first segment eliminates everything. Every step is a congruence, so the θ of all segments have the inertia of H + εI.
+Should a pivot of S be far below |ε| (the trailing block of H + εI is nearly singular although H + εI need not be), its direction is
+delayed: carried to the segment before as a further unknown. The first segment eliminates everything. Every step is a congruence, so the
+pivots of all segments have the inertia of H + εI.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.methods.cost import Cost
-from linop_hess.lq.methods.singular import SingularPivotError
-from linop_hess.lq.methods.stage_factor import PackedStep, Step, WhitenedStep, stacked_by_size
-from linop_hess.lq.pivots.rules import PivotRule, SmallPivots, pivots_of
-from linop_hess.lq.problem import Problem
-from linop_hess.lq.segments import Loads, loads, order_of, put_controls
-from linop_hess.lq.value.dense import CostToGo, Segment, is_narrow, segments_of
+from linop_hess.errors import SingularPivotError
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method
+from linop_hess.lq.methods.closed_loop import ClosedLoop
+from linop_hess.lq.methods.stage_factor import SegmentLoad, StageFactor, unwhiten, whiten
+from linop_hess.lq.pivots.delayed import Elimination, PackedElimination, WhitenedElimination, eliminate, obey, pivots_of
+from linop_hess.lq.pivots.rules import PivotRule, SmallPivots
+from linop_hess.lq.segments import SegmentGroup, put_controls, split_load, state_load
+from linop_hess.lq.value.controls import Segment, segments_at
+from linop_hess.lq.value.dense import DenseValue
 
-# Up to this many directions a step is kept packed.
-_NARROW = 64
+
+@dataclass(frozen=True)
+class CostToGo:
+    """A cost-to-go and the units of its state, (n, 1)."""
+
+    value: DenseValue
+    units: Tensor
 
 
-class RiccatiFactorization:
+def recursion(
+    segments: Sequence[Segment], V: DenseValue, rule: PivotRule | None, careful: bool = False
+) -> list[StageFactor]:
+    """Eliminate the segments of a chain from the last to the first; without a rule whatever their pivots are."""
+    factors: list[StageFactor] = []
+    arrived = 0
+    for segment in reversed(segments):
+        for stage in reversed(segment.free):
+            V = V.pull_back(stage)
+        S, E, V = V.pivot(segment.control)
+        V = V.downdate(elimination := _divided(segment, S, E, rule, careful), segment.hidden).compress()
+        factors.append(StageFactor(segment, elimination, arrived))
+        arrived = factors[-1].delayed
+    return factors[::-1]
+
+
+def _divided(segment: Segment, S: Tensor, E: Tensor, rule: PivotRule | None, careful: bool) -> Elimination:
+    if rule is None:
+        return PackedElimination.of(S, E)
+    try:
+        return eliminate(S, E, rule, segment.units, last=segment.is_first, careful=careful)
+    except ArithmeticError:
+        raise SingularPivotError(segment.stage) from None
+
+
+class RiccatiFactorization(Congruence):
     """Block LDLᵀ of H + εI along the chain.
+
+    Parameters
+    ----------
+    analysis : Analysis
+    damping : float
+    rule : PivotRule, optional
+        Which pivots are delayed; by default those that are too small for a solve.
+    careful : bool
+        Whether to take eigenvectors of every pivot block: the most robust way, several times slower.
 
     Attributes
     ----------
-    steps : list of Step
-        One per segment, in the order of the chain.
-    order : list of (int, int)
-        The segment group and the position in it of each.
+    factors : list of StageFactor
+        One for each segment, in the order of the chain.
 
     Raises
     ------
     SingularPivotError
-        If H + εI is singular to working precision.
+        If H + εI is singular to working precision, or ε = 0 and there are hidden controls.
     """
 
     method = "riccati"
 
     def __init__(
-        self, problem: Problem, damping: float, *, always_pivot: bool = False, rule: PivotRule | None = None
+        self, analysis: Analysis, damping: float, rule: PivotRule | None = None, *, careful: bool = False
     ) -> None:
-        self.problem = problem
-        self._rule = SmallPivots(damping) if rule is None else rule
-        self.damping = damping
-        self.order = [(int(g), int(k)) for g, k in order_of(problem.segment_groups)]
-        self._segments = [segments_of(group, damping) for group in problem.segment_groups]
-        steps = None if always_pivot else self._factor_packed()
-        self.steps: Sequence[Step] = steps if steps is not None else self._factor_pivoted(always_pivot)
-
-    def _factor_packed(self) -> list[Step] | None:
-        """Eliminate all directions of narrow segments at once; None if some pivot turns out too small for that."""
-        if any(group.r > _NARROW for group in self.problem.segment_groups):
-            return None
-        V: Tensor | None = None
-        steps: list[PackedStep] = []
-        for g, k in reversed(self.order):
-            segment = self._segments[g][k]
-            K, cross, V = segment.pull_back(V)
-            steps.append(PackedStep.of(segment, K, cross))
-            steps[-1].eliminate_from(V)
-        steps.reverse()
-        if all(step.regular for step in steps[:1]) and all(
-            self._rule.accepts_packed(*alike) for alike in stacked_by_size(steps[1:])
-        ):
-            return list(steps)
-        return None
-
-    def _factor_pivoted(self, always_pivot: bool) -> list[Step]:
-        """Delay the directions whose pivots are too small."""
-        V: Tensor | None = None
-        after: Step | None = None
-        steps: list[Step] = []
-        for count, (g, k) in enumerate(reversed(self.order), 1):
-            segment = self._segments[g][k]
-            K, cross, V = segment.pull_back(V)
-            arrived = 0
-            if isinstance(after, WhitenedStep) and after.coupling is not None and after.pivots.mu is not None:
-                K, cross = _with_carried(segment, K, cross, after.coupling, after.pivots.mu)
-                arrived = after.delayed
-            try:
-                last = count == len(self.order)
-                pivots, white = pivots_of(K, cross, self._rule, last=last, always_pivot=always_pivot)
-            except ArithmeticError:
-                raise SingularPivotError(int(self.problem.segment_groups[g].stages[k])) from None
-            coupling = None if pivots.W is None or not pivots.delayed else cross.mT @ pivots.W
-            after = WhitenedStep(segment, pivots, white, arrived, coupling)
-            after.eliminate_from(V)
-            steps.append(after)
-        return steps[::-1]
+        self.analysis, self.damping = analysis, damping
+        rule = SmallPivots(damping) if rule is None else rule
+        segments = segments_at(analysis, damping, rule.limit)
+        self.hidden = analysis.hidden - sum(segment.hidden.delayed for segment in segments)
+        # Looking at each pivot costs more than dividing by it where blocks are narrow: divide by all, then look at all of them at once.
+        self._is_packed = analysis.is_narrow and not careful and not any(segment.hidden.delayed for segment in segments)
+        if self._is_packed:
+            self.factors = recursion(segments, _end(analysis), None)
+            self._is_packed = all(map(_is_regular, self.factors[:1])) and _obey(rule, self.factors[1:])
+        if not self._is_packed:
+            self.factors = recursion(segments, _end(analysis), rule, careful)
 
     def obeys(self, rule: PivotRule) -> bool:
         """Whether by `rule` nothing need be delayed, or nothing more than is."""
-        later = self.steps[1:]
-        packed = [step for step in later if isinstance(step, PackedStep)]
-        white = [step for step in later if isinstance(step, WhitenedStep)]
-        return all(rule.accepts_packed(*alike) for alike in stacked_by_size(packed)) and all(
-            rule.accepts(step.pivots.theta, step.cross) for step in white
-        )
+        hidden = max((f.segment.hidden.growth(f.segment.units) for f in self.factors), default=0.0)
+        return hidden <= rule.limit and _obey(rule, self.factors[1:])
 
-    def costs(self) -> list[CostToGo]:
+    @cached_property
+    def segment_pivots(self) -> list[Tensor]:
+        """θ of each segment."""
+        return pivots_of([factor.elimination for factor in self.factors])
+
+    @cached_property
+    def theta(self) -> Tensor:
+        like = torch.zeros(0, dtype=self.analysis.problem.dtype, device=self.analysis.problem.device)
+        return torch.cat([like, *self.segment_pivots])
+
+    @cached_property
+    def largest_cost(self) -> float:
+        """Largest |entry| of any cost-to-go, in units of the states."""
+        return max((cost.value.largest(cost.units) for cost in self.costs_to_go()), default=0.0)
+
+    @property
+    def growth(self) -> float:
+        scale = max(self.analysis.norm, abs(self.damping))
+        return 10.0 * float(torch.finfo(self.theta.dtype).eps) * self.largest_cost / scale if scale else 0.0
+
+    def costs_to_go(self) -> list[CostToGo]:
         """Return the cost-to-go before each segment, computed again: it is not kept."""
-        V: Tensor | None = None
+        V = _end(self.analysis)
         found: list[CostToGo] = []
-        for step in reversed(self.steps):
-            V = step.segment.pull_back_state(V)
-            step.eliminate_from(V)
-            found.append(CostToGo(V, step.coupling, step.pivots.mu) if isinstance(step, WhitenedStep) else CostToGo(V))
+        for factor in reversed(self.factors):
+            segment = factor.segment
+            for stage in reversed(segment.free):
+                V = V.pull_back(stage)
+            V = V.pull_back_state(segment.control).downdate(factor.elimination, segment.hidden)
+            found.append(CostToGo(V, segment.units))
         return found[::-1]
 
+    @cached_property
+    def _closed_loop(self) -> ClosedLoop:
+        packed = [cast(PackedElimination, factor.elimination) for factor in self.factors]
+        return ClosedLoop(self.analysis, self.damping, packed)
+
     def solve(self, g: Tensor) -> Tensor:
-        """(H + εI)⁻¹ g for g of shape (N, k)."""
-        if not self.order:
+        if not self.factors:
             return torch.zeros_like(g)
-        load = [loads(group, g, self.damping) for group in self.problem.segment_groups]
-        return self.forward(load, self.backward(load))
+        return self._closed_loop.solve(g) if self._is_packed else super().solve(g)
 
-    def backward(self, load: Sequence[Loads]) -> list[Tensor]:
-        """Eliminate from the last segment to the first: what each step holds for the forward sweep."""
-        visible = [part.visible.unbind() for part in load]
-        push = [None if part.state is None else part.state.unbind() for part in load]
-        held: list[Tensor] = []
-        v: Tensor | None = None
-        w: Tensor | None = None
-        for (group, k), step in zip(reversed(self.order), reversed(self.steps), strict=True):
-            mine, after, pushed = visible[group][k], None, push[group]
-            if v is not None:
-                seen, after = step.segment.adjoint(v)
-                mine = mine - seen
-            if w is not None:
-                mine = torch.cat([mine, w])
-            half, v = step.backward(mine)
-            held.append(half)
-            if after is not None:
-                v += after
-            if pushed is not None:
-                v += pushed[k]
-            w = step.delayed_directions.mT @ mine if step.delayed and isinstance(step, WhitenedStep) else None
-        return held[::-1]
+    @cached_property
+    def _whitened(self) -> list[WhitenedElimination]:
+        return [factor.elimination.whitened() for factor in self.factors]
 
-    def forward(self, load: Sequence[Loads], held: Sequence[Tensor]) -> Tensor:
-        """Substitute from the first segment to the last: x, shape (N, k)."""
-        groups, damping = self.problem.segment_groups, self.damping
-        s: list[list[Tensor]] = [[] for _ in groups]
-        states: list[list[Tensor]] = [[] for _ in groups]
-        d: Tensor | None = None
-        c: Tensor | None = None
-        for (group, _), step, mine in zip(self.order, self.steps, held, strict=True):
-            if d is not None:
-                states[group].append(d)
-            u = step.forward(mine, d, c if step.delayed else None)
-            if step.carried_in:
-                u, c = u[: step.segment.r], u[step.segment.r :]
-            s[group].append(u)
-            d = step.segment.forward(u, d)
-        x = torch.zeros(
-            self.problem.size, load[0].visible.shape[-1], dtype=self.problem.dtype, device=self.problem.device
-        )
-        for part, which, s_, d_ in zip(load, groups, s, states, strict=True):
-            put_controls(x, which, part, torch.stack(s_), torch.stack(d_) if d_ else None, damping)
+    def whiten(self, g: Tensor) -> Tensor:
+        if not self.factors:
+            return g.new_zeros(0, g.shape[1])
+        load, hidden = self._loads(g)
+        return torch.cat([*whiten(self.factors, self._whitened, load), *([hidden] if self.hidden else [])])
+
+    def _loads(self, g: Tensor) -> tuple[list[SegmentLoad], Tensor]:
+        """Return the load on each segment, and g⊥ less the directions that are delayed, (N, k)."""
+        hidden = torch.zeros_like(g)
+        of_group: list[list[SegmentLoad]] = []
+        for group in self.analysis.groups:
+            visible, rest = split_load(group, g)
+            along = [visible[k, :0] for k in range(group.count)]
+            if rest is not None:
+                for k, segment in enumerate(self._members(group)):
+                    if (U := segment.hidden.directions) is not None:
+                        along[k] = U.mT @ rest[k]
+                        rest[k] -= U @ along[k]
+                group.x_slots.put(hidden, rest)
+            state = state_load(group, rest, self.damping)
+            pushed = [None] * group.count if state is None else list(state.unbind())
+            of_group.append([SegmentLoad(*parts) for parts in zip(visible.unbind(), pushed, along, strict=True)])
+        return [of_group[g][k] for g, k in self.analysis.pairs], hidden
+
+    def _members(self, group: SegmentGroup) -> list[Segment]:
+        return [self.factors[k].segment for k in group.segments]
+
+    def unwhiten(self, w: Tensor) -> Tensor:
+        problem = self.analysis.problem
+        x = w.new_zeros(problem.size, w.shape[1])
+        if not self.factors:
+            return x
+        visible = w[: -problem.size] if self.hidden else w
+        white = visible.split([theta.numel() for theta in self.segment_pivots])
+        s, d, c = unwhiten(self.factors, self._whitened, white)
+        for group in self.analysis.groups:
+            at = group.segments
+            rest = None
+            if group.hidden:
+                of_group = group.count, group.control.p, w.shape[1]
+                rest = group.x_slots.gather(w[-problem.size :]) if self.hidden else w.new_zeros(of_group)
+            states = torch.stack([d[k] for k in at])
+            put_controls(x, group, rest, torch.stack([s[k] for k in at]), states, self.damping)
+            for k, segment in enumerate(self._members(group)):
+                if (U := segment.hidden.directions) is not None:
+                    # (I − QQᵀ)Bδ/ε was taken off along U too, where c is what counts.
+                    assert segment.hidden.coupling is not None
+                    start = int(group.x_slots.starts[k])
+                    along = c[at[k]] + segment.hidden.coupling.mT @ states[k] / self.damping
+                    x[start : start + group.control.p] += U @ along
         return x
 
-    def in_order(self, load: Sequence[Loads]) -> list[Tensor]:
-        """Return the loads on visible controls, segment by segment."""
-        visible = [part.visible.unbind() for part in load]
-        return [visible[group][k] for group, k in self.order]
-
-    def whitened(self) -> RiccatiFactorization:
-        """Return the same factors with every pivot block as T θ Tᵀ."""
-        other = copy(self)
-        other.steps = [step.whitened() for step in self.steps]
-        return other
+    def project(self, w: Tensor) -> Tensor:
+        if not self.hidden:
+            return w
+        size = self.analysis.problem.size
+        _, hidden = self._loads(w[-size:])
+        return torch.cat([w[:-size], hidden])
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the factors."""
-        return sum(step.nbytes for step in self.steps)
+        return sum(factor.nbytes for factor in self.factors)
 
     @property
     def delayed(self) -> dict[int, int]:
         """Number of directions delayed at each stage that delayed any."""
-        starts = np.flatnonzero(self.problem.p)
-        return {int(l): step.delayed for l, step in zip(starts, self.steps, strict=True) if step.delayed}
+        return {factor.segment.stage: factor.delayed for factor in self.factors if factor.delayed}
 
 
-def _with_carried(segment: Segment, K: Tensor, cross: Tensor, Y: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-    """K_uu and K_uδ with the directions c that came from the segment after."""
-    coupling, carried = segment.adjoint(Y)
-    K = torch.cat([torch.cat([K, coupling], 1), torch.cat([coupling.mT, torch.diag(mu)], 1)])
-    return K, torch.cat([cross, carried.mT])
+def _end(analysis: Analysis) -> DenseValue:
+    """Return the cost-to-go after the last stage: none."""
+    n = int(analysis.problem.layout.n_out[-1])
+    return DenseValue(torch.zeros(n, n, dtype=analysis.problem.dtype, device=analysis.problem.device))
 
 
-def factor(problem: Problem, damping: float) -> RiccatiFactorization:
-    """Factor H + εI stage by stage."""
-    return RiccatiFactorization(problem, damping)
+def _obey(rule: PivotRule, factors: Sequence[StageFactor]) -> bool:
+    return obey(rule, [f.elimination for f in factors], [f.segment.units for f in factors])
 
 
-def factor_pivoted(problem: Problem, damping: float) -> RiccatiFactorization:
-    """Factor with the eigenvalue route at every stage: the most careful way, several times slower."""
-    return RiccatiFactorization(problem, damping, always_pivot=True)
+def _is_regular(factor: StageFactor) -> bool:
+    """Whether no pivot is zero or NaN."""
+    theta = factor.elimination.theta.abs()
+    return not theta.numel() or float(theta.min()) > 0.0
 
 
-def estimate(problem: Problem) -> Cost:
+def factor(analysis: Analysis, damping: float) -> RiccatiFactorization:
+    """Factor H + εI along the chain."""
+    return RiccatiFactorization(analysis, damping)
+
+
+def factor_careful(analysis: Analysis, damping: float) -> RiccatiFactorization:
+    """Factor with eigenvectors at every stage: the most robust way, several times slower."""
+    return RiccatiFactorization(analysis, damping, careful=True)
+
+
+def estimate(analysis: Analysis) -> Cost:
     """Flops (4⅔ n³ a segment when all its blocks are n wide), bytes and seconds."""
     flops = seconds = numbers = widest = 0.0
-    for group in problem.segment_groups:
+    for group in analysis.groups:
         K, r, n = group.count, float(group.r), float(group.n_in)
         flops += K * (r**3 * 2 / 3 + 2 * r**2 * n + 2 * r * n**2)
         done = r**3 / 3 + r**2 * n + 2 * r * n**2
-        if is_narrow(group):
+        if group.is_narrow:
             seconds += K * (5e-5 + done / 1e10)
             numbers += K * (2 * (r + n) ** 2 + group.n_out * (r + n) + n**2)
         else:
             m = max(min(r, n), 1.0)
             seconds += K * (2.5e-4 + done * (m + 300) / (5e10 * m))
         numbers += K * (r**2 + 2 * r * n)
-        widest = max(widest, r, n, *(float(stage.n_out) for stage in group.steps))
-    item = problem.numpy_dtype.itemsize
+        widest = max(widest, r, n, *(float(stage.n_out) for stage in (group.control, *group.free)))
+    item = analysis.problem.numpy_dtype.itemsize
     return Cost(flops, item * (numbers + 8 * widest**2), 5e-4 + seconds)
+
+
+METHOD = Method("riccati", factor, estimate, EVERYTHING)

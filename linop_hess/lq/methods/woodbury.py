@@ -1,19 +1,22 @@
-"""Method "woodbury": Gauss-Newton matrices in function space, from the Gram matrix of batch × outputs; see `lq.function_space`.
+"""Method "woodbury": Gauss-Newton matrices in function space, from the Gram matrix of batch × outputs; see `lq.methods.function_space`.
 
 The cost does not grow with the cube of the width: for wide networks, and batches of many samples with few outputs.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
 from torch import Tensor
 
-from linop_hess.lq.methods.cost import Cost
-from linop_hess.lq.methods.function_space import FunctionSpace, curved_stage, keeps_apart
-from linop_hess.lq.methods.singular import SingularPivotError
-from linop_hess.lq.pivots.bunch_kaufman import Congruence
-from linop_hess.lq.problem import Problem
+from linop_hess.errors import SingularPivotError
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.methods.base import EVERYTHING, Cost, Method
+from linop_hess.lq.methods.function_space import FunctionSpace, curved_stage, samples_apart
+from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
+from linop_hess.lq.pivots.inertia import Inertia, inertia_of
+from linop_hess.lq.stages.row_space import spread
 
 
 class WoodburyFactorization:
@@ -26,62 +29,117 @@ class WoodburyFactorization:
     """
 
     method = "woodbury"
+    growth = 0.0
 
-    def __init__(self, problem: Problem, damping: float) -> None:
-        self.problem = problem
-        self.damping = damping
-        self.space = space_of(problem)
+    def __init__(self, analysis: Analysis, damping: float) -> None:
+        self.analysis, self.damping = analysis, damping
+        self.space = analysis.once(FunctionSpace)
         if damping == 0.0:
             raise SingularPivotError(None)
-        self.pivots = Congruence.of(self.space.gram + damping * torch.diag(self.space.signs))
-        theta = self.pivots.theta
+        self.factor = SymmetricFactor.of(self.space.gram + damping * torch.diag(self.space.signs))
+        theta = self.factor.theta
         if theta.numel() and not float(theta.abs().min()) > 0.0:
             raise SingularPivotError(None)
 
+    @property
+    def is_convex(self) -> bool:
+        """Whether H + εI is positive definite: the objective convex, and ε > 0."""
+        return self.damping > 0 and self.space.is_convex
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """Where the objective is not convex, no positive operator, samples or entries."""
+        return EVERYTHING if self.is_convex else frozenset({"solve", "inertia", "determinant"})
+
     def solve(self, g: Tensor) -> Tensor:
-        """(H + εI)⁻¹ g for g of shape (N, k)."""
-        return (g - self.space.Jt(self.pivots.solve(self.space.J(g)))) / self.damping
+        """(H + εI)⁻¹ g for g of shape (N, k), without refinement."""
+        return (g - self.space.Jt(self.factor.solve(self.space.J(g)))) / self.damping
+
+    def inertia(self, zero_below: float) -> Inertia:
+        """Inertia of H + εI = εI + JᵀΣJ: that of εI, and of −(Σ + Γ/ε), less that of −Σ."""
+        of_gram, of_signs = inertia_of([self.factor.theta], zero_below), inertia_of([self.space.signs], 0.0)
+        N = self.analysis.problem.size
+        if self.damping > 0:
+            return Inertia(of_gram.positive - of_signs.positive, of_gram.zero, N + of_gram.negative - of_signs.negative)
+        return Inertia(N + of_gram.negative - of_signs.positive, of_gram.zero, of_gram.positive - of_signs.negative)
+
+    def logabsdet(self) -> float:
+        """Logarithm of |det(H + εI)|: that of εΣ + Γ, and N − M times log|ε|."""
+        theta = self.factor.theta
+        rest = (self.analysis.problem.size - theta.numel()) * math.log(abs(self.damping))
+        return math.fsum(theta.abs().log().tolist()) + rest
+
+    def positive(self, g: Tensor) -> Tensor:
+        """(H + εI)⁻¹ g for g of shape (N, k), which is positive definite where the objective is convex."""
+        return self.solve(g)
+
+    @property
+    def noise(self) -> int:
+        """Size of the white noise that `color` takes: N + M."""
+        return self.analysis.problem.size + self.space.rows
+
+    def color(self, xi: Tensor) -> Tensor:
+        """(H + εI)⁻¹(√ε ξ + Jᵀη) for (ξ, η) of shape (N + M, k), of covariance (H + εI)⁻¹ where that is white."""
+        N = self.analysis.problem.size
+        return self.solve(math.sqrt(self.damping) * xi[:N] + self.space.Jt(xi[N:]))
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of (H + εI)⁻¹, shape (N,)."""
+        space, A = self.space, self._inverse_gram()
+        parts = [
+            group.space.at(k).form_diagonal(group.control.at(k), Y, space.samples, A) for group, k, Y in space.walk()
+        ]
+        return (1.0 - torch.cat(parts[::-1])) / self.damping if parts else A.new_zeros(0)
+
+    def blocks(self) -> list[Tensor]:
+        """Diagonal blocks of (H + εI)⁻¹, one per stage with controls."""
+        space, A = self.space, self._inverse_gram()
+        out = []
+        for group, k, Y in space.walk():
+            X = group.control.at(k).Gt(spread(Y, space.samples)[None])[0]
+            out.append((torch.eye(X.shape[0], dtype=X.dtype, device=X.device) - X @ A @ X.mT) / self.damping)
+        return out[::-1]
+
+    def _inverse_gram(self) -> Tensor:
+        like = self.space.signs
+        A = self.factor.solve(torch.eye(like.numel(), dtype=like.dtype, device=like.device))
+        return (A + A.mT) / 2
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the factors."""
-        return int(self.pivots.nbytes + self.space.gram.nbytes)
+        return int(self.factor.nbytes + self.space.gram.nbytes)
 
 
-def space_of(problem: Problem) -> FunctionSpace:
-    """Return the function space of a problem, made once."""
-    if "function_space" not in problem.__dict__:
-        problem.__dict__["function_space"] = FunctionSpace(problem)
-    space: FunctionSpace = problem.__dict__["function_space"]
-    return space
-
-
-def factor(problem: Problem, damping: float) -> WoodburyFactorization:
+def factor(analysis: Analysis, damping: float) -> WoodburyFactorization:
     """Factor H + εI in function space."""
-    return WoodburyFactorization(problem, damping)
+    return WoodburyFactorization(analysis, damping)
 
 
-def estimate(problem: Problem) -> Cost:
+def estimate(analysis: Analysis) -> Cost:
     """Flops, bytes and seconds: walking M rows back, their Gram matrix, and M³/3."""
+    problem, layout = analysis.problem, analysis.problem.layout
     curved = curved_stage(problem)
     if curved is not None:
-        why = f"stage {problem.name(curved)} has curvature: only for Gauss-Newton, and costs of the last state alone"
-        return Cost(np.inf, np.inf, np.inf, why)
-    rows = float(problem.n_in[-1])
+        return Cost.impossible(
+            f"stage {problem.name(curved)} has curvature: only for Gauss-Newton, and costs of the last state alone"
+        )
+    rows = float(layout.n_in[-1])
     if not rows:
-        return Cost(np.inf, np.inf, np.inf, "the last state is empty, so there is no function space")
+        return Cost.impossible("the last state is empty, so there is no function space")
     if rows > problem.size:
-        why = f"{rows:.0f} batch × outputs are more than the {problem.size} parameters: the Gram matrix is the larger one, and singular"
-        return Cost(np.inf, np.inf, np.inf, why)
-    last = problem.stages[-1]
-    samples = getattr(last, "c", torch.zeros(1, 1)).shape[1]
-    if not keeps_apart(problem, samples):
-        samples = 1
+        return Cost.impossible(
+            f"{rows:.0f} batch × outputs are more than the {problem.size} parameters: the Gram matrix is the larger one, and singular"
+        )
+    samples = samples_apart(problem)
     columns = rows / samples
-    walked = 2.0 * columns / samples * float((problem.n_in[:-1] * problem.n_out[:-1]).sum())
-    of_gram = 2.0 * rows**2 / samples * float(problem.n_out[problem.p > 0].sum())
+    walked = 2.0 * columns / samples * float((layout.n_in[:-1] * layout.n_out[:-1]).sum())
+    of_gram = 2.0 * rows**2 / samples * float(layout.n_out[layout.p > 0].sum())
     flops = walked + of_gram + rows**3 / 3
     item = problem.numpy_dtype.itemsize
-    nbytes = item * (4.0 * rows**2 + columns * 2.0 * float(problem.n_out.max()))
+    nbytes = item * (4.0 * rows**2 + columns * 2.0 * float(layout.n_out.max()))
     seconds = 1e-3 + 1e-4 * problem.length + walked / 1e10 + of_gram / 3e10 + rows**3 / 3e10
     return Cost(flops, nbytes, seconds)
+
+
+METHOD = Method("woodbury", factor, estimate, EVERYTHING)

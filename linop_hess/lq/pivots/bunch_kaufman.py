@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Congruence:
+class SymmetricFactor:
     """S = T diag(θ) Tᵀ with T = Pᵀ L W: a permutation, a unit lower triangle, and rotations of the 2×2 pivots.
 
     Attributes
@@ -39,13 +39,13 @@ class Congruence:
     rotations: Tensor
 
     @classmethod
-    def of(cls, S: Tensor) -> Congruence:
+    def of(cls, S: Tensor) -> SymmetricFactor:
         """Factor a symmetric (n, n) matrix; its lower triangle is read."""
         packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
         return cls.from_packed(packed, pivots)
 
     @classmethod
-    def from_packed(cls, packed: Tensor, pivots: Tensor) -> Congruence:
+    def from_packed(cls, packed: Tensor, pivots: Tensor) -> SymmetricFactor:
         """Unpack what `torch.linalg.ldl_factor` gives."""
         S = packed
         if not S.shape[0]:
@@ -88,7 +88,7 @@ class Congruence:
         Y = torch.linalg.solve_triangular(self.L, permuted, upper=False, unitriangular=True)
         return self._rotate(Y, self.rotations.mT)
 
-    def unwhiten_adjoint(self, Y: Tensor) -> Tensor:
+    def unwhiten(self, Y: Tensor) -> Tensor:
         """T⁻ᵀ Y for Y of shape (n, k)."""
         if not Y.numel():
             return Y.clone()
@@ -100,7 +100,7 @@ class Congruence:
 
     def solve(self, X: Tensor) -> Tensor:
         """S⁻¹ X for X of shape (n, k)."""
-        return self.unwhiten_adjoint(self.whiten(X) / self.theta[:, None])
+        return self.unwhiten(self.whiten(X) / self.theta[:, None])
 
     @property
     def nbytes(self) -> int:

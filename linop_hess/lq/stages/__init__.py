@@ -1,1 +1,31 @@
 """Kinds of stage of a linear-quadratic problem, a kind a file: its products and its row space."""
+
+from linop_hess.lq.stages.affine import AffineStage
+from linop_hess.lq.stages.base import Stage, common_samples
+from linop_hess.lq.stages.convolution import Arrangement, ConvolutionStage
+from linop_hess.lq.stages.dense import DenseStage
+from linop_hess.lq.stages.diagonal import DiagonalStage
+from linop_hess.lq.stages.embedding import EmbeddingStage
+from linop_hess.lq.stages.objective import ObjectiveStage
+from linop_hess.lq.stages.row_space import DenseRowSpace, IdentityRowSpace, Joint, RowSpace
+from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
+from linop_hess.lq.stages.stacked import Stacked
+
+__all__ = [
+    "AffineStage",
+    "Arrangement",
+    "ConvolutionStage",
+    "DenseRowSpace",
+    "DenseStage",
+    "DiagonalStage",
+    "EmbeddingStage",
+    "Features",
+    "IdentityRowSpace",
+    "Joint",
+    "ObjectiveStage",
+    "RowSpace",
+    "ScaleShiftStage",
+    "Stacked",
+    "Stage",
+    "common_samples",
+]

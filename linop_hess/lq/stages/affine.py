@@ -1,7 +1,10 @@
-"""Stages bilinear in controls and state: y_b = W z_b + w₀ for every row b, controls [W, w₀].
+"""Stages affine in their state and in their controls, y_b = W z_b + w₀ for every row b, controls [W, w₀]: linear layers.
 
-Linear layers, and through `lq.rearranged` convolutions and embeddings. A = 0 and C = 0, and every block is a
-Kronecker product, so nothing of size p × p is ever formed.
+A = 0 and C = 0, and every other block is a Kronecker product, so nothing of size p × p is ever formed. With the rows Z̃ = [Z, 1],
+
+    F = I_b ⊗ W,        G [X, x₀] = (X z_b + x₀)_b,        B δ = [Σ_b β_b δ_bᵀ, 0].
+
+The row space comes from the rows alone: Z̃ = ρ Q_wᵀ gives Q = Q_w ⊗ I_o and R = ρ ⊗ I_o.
 """
 
 from __future__ import annotations
@@ -12,16 +15,20 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.affine_row_space import bilinear_split
-from linop_hess.lq.stages.base import Stages
-from linop_hess.lq.stages.row_space import RangeSplit
+from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.row_space import (
+    Controlled,
+    IdentityRowSpace,
+    Joint,
+    RowSpace,
+    orthogonal_complement,
+    row_basis,
+)
 
 
 @dataclass(frozen=True)
-class BilinearStages(Stages):
+class AffineStage(Stage):
     """K stages z ↦ W z + w₀ on b rows; the controls are W (row-major) and w₀, or either alone.
-
-    F = I_b ⊗ W;  G [X, x₀] = rows X z_b + x₀;  B δ = Σ_b β_b δ_bᵀ (in the rows of W).
 
     Parameters
     ----------
@@ -39,10 +46,6 @@ class BilinearStages(Stages):
     beta: Tensor | None
     weight: bool
     bias: bool
-
-    @property
-    def count(self) -> int:
-        return self.W.shape[0]
 
     @property
     def rows(self) -> int:
@@ -63,24 +66,19 @@ class BilinearStages(Stages):
         return o * (i * self.weight + self.bias)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.W.dtype
+    def samples(self) -> int:
+        """The number of rows, which is finer than the batch where a sample has several."""
+        return max(1, self.rows)
 
     @property
-    def device(self) -> torch.device:
-        return self.W.device
+    def nonzero(self) -> frozenset[str]:
+        return frozenset("B") if self.beta is not None and self.weight else frozenset()
 
     def F(self, d: Tensor) -> Tensor:
         return _map_rows(self.W, d, self.rows)
 
     def Ft(self, y: Tensor) -> Tensor:
         return _map_rows(self.W.mT, y, self.rows)
-
-    def dense_F(self) -> Tensor:
-        (K, o, i), b = self.W.shape, self.rows
-        blocks = self.W.new_zeros(K, b, o, b, i)
-        blocks.diagonal(dim1=1, dim2=3).copy_(self.W[..., None].expand(K, o, i, b))
-        return blocks.view(K, b * o, b * i)
 
     def _weight_part(self, x: Tensor) -> Tensor:
         """The rows of W in x: (K, p, k) to (K, o, i, k)."""
@@ -103,7 +101,7 @@ class BilinearStages(Stages):
     def Gt(self, y: Tensor) -> Tensor:
         (K, o, i), k = self.W.shape, y.shape[-1]
         Y = y.reshape(K, self.rows, o, k)
-        parts = []
+        parts = [y.new_zeros(K, 0, k)]
         if self.weight:
             if k == 1:
                 X = Y[..., 0].mT @ self.Z
@@ -112,30 +110,43 @@ class BilinearStages(Stages):
             parts.append(X.reshape(K, o * i, k))
         if self.bias:
             parts.append(Y.sum(1))
-        return torch.cat(parts, 1) if parts else super().Gt(y)
+        return torch.cat(parts, 1)
 
-    def B(self, d: Tensor) -> Tensor | None:
+    def B(self, d: Tensor) -> Tensor:
         if self.beta is None or not self.weight:
-            return None
-        (K, o, i), k = self.W.shape, d.shape[-1]
-        X = self.beta.mT @ d.reshape(K, self.rows, i * k)
-        if not self.bias:
-            return X.reshape(K, o * i, k)
-        out = d.new_zeros(K, self.p, k)
-        out[:, : o * i] = X.reshape(K, o * i, k)
-        return out
+            return super().B(d)
+        return _outer(self.beta, d, self.bias)
 
-    def Bt(self, x: Tensor) -> Tensor | None:
+    def Bt(self, x: Tensor) -> Tensor:
         if self.beta is None or not self.weight:
-            return None
+            return x.new_zeros(self.count, self.rows * self.W.shape[2], x.shape[-1])
         (K, o, i), k = self.W.shape, x.shape[-1]
-        return (self.beta @ self._weight_part(x).reshape(K, o, i * k)).reshape(K, self.n_in, k)
+        return (self.beta @ self._weight_part(x).reshape(K, o, i * k)).reshape(K, self.rows * i, k)
 
-    def without_curvature(self) -> Self:
+    def with_adjoint(self, beta: Tensor) -> Self:
+        K, o, _ = self.W.shape
+        return replace(self, beta=beta.reshape(K, self.rows, o).contiguous())
+
+    def gauss_newton(self) -> Self:
         return replace(self, beta=None)
 
-    def range_split(self) -> RangeSplit:
-        return bilinear_split(self.W, self.Z, self.beta, self.weight, self.bias)
+    def row_space(self) -> RowSpace:
+        return AffineRowSpace(*self._row_space_parts()) if self.p else IdentityRowSpace(self)
+
+    def _row_space_parts(self) -> tuple[Tensor, Tensor, Tensor | None, int, int, bool, bool]:
+        basis, rho = _rows_split(self.Z, self.weight, self.bias)
+        o, i = self.W.shape[1:]
+        return basis, rho, self.beta, o, i, self.weight, self.bias
+
+    def dense_F(self) -> Tensor:
+        (K, o, i), b = self.W.shape, self.rows
+        blocks = self.W.new_zeros(K, b, o, b, i)
+        blocks.diagonal(dim1=1, dim2=3).copy_(self.W[..., None].expand(K, o, i, b))
+        return blocks.view(K, b * o, b * i)
+
+    def pull_back(self, V: Tensor) -> Tensor:
+        # Of one row two plain products need no transposed copy between them.
+        return self.W[0].mT @ (V @ self.W[0]) if self.rows == 1 else super().pull_back(V)
 
 
 def _map_rows(W: Tensor, d: Tensor, rows: int) -> Tensor:
@@ -149,3 +160,157 @@ def _map_rows(W: Tensor, d: Tensor, rows: int) -> Tensor:
     else:
         y = (W @ D.transpose(1, 2).reshape(K, i, rows * k)).view(K, o, rows, k).transpose(1, 2)
     return y.reshape(K, rows * o, k)
+
+
+def _outer(beta: Tensor, d: Tensor, bias: bool) -> Tensor:
+    """B δ: Σ_b β_b δ_bᵀ in the place of W, zero in that of w₀; δ is (K, b·i, k)."""
+    (K, b, o), k = beta.shape, d.shape[-1]
+    i = d.shape[1] // max(1, b)
+    X = (beta.mT @ d.reshape(K, b, i * k)).reshape(K, o * i, k)
+    return torch.cat([X, X.new_zeros(K, o, k)], 1) if bias else X
+
+
+def _rows_split(Z: Tensor, weight: bool, bias: bool) -> tuple[Tensor, Tensor]:
+    """Q_w of shape (K, c, rank) and ρ of shape (K, b, rank) with [Z, 1] = ρ Q_wᵀ, of the parts that are controls."""
+    parts = [Z] if weight else []
+    if bias:
+        parts.append(Z.new_ones(Z.shape[0], Z.shape[1], 1))
+    rows = torch.cat(parts, 2)
+    b, c = rows.shape[1:]
+    if b >= c:
+        return torch.eye(c, dtype=rows.dtype, device=rows.device).expand(Z.shape[0], c, c), rows
+    if b > 1:
+        basis = row_basis(rows)
+        return basis, rows @ basis
+    # One row is its own basis; of a row of zeros any unit vector is.
+    norm = rows.norm(dim=2, keepdim=True)
+    first = torch.eye(1, c, dtype=rows.dtype, device=rows.device)
+    return torch.where(norm > 0.0, rows / torch.where(norm > 0.0, norm, 1.0), first).mT, norm
+
+
+@dataclass(frozen=True)
+class AffineRowSpace(RowSpace):
+    """s = X̃ Q_w, stored (rank, o).
+
+    The hidden part of B is the Kronecker product of (I − Q_wQ_wᵀ), in the columns of W, and βᵀ.
+    """
+
+    basis: Tensor  # Q_w, (K, c, rank)
+    rho: Tensor  # (K, b, rank)
+    beta: Tensor | None  # (K, b, o)
+    o: int
+    i: int
+    weight: bool
+    bias: bool
+
+    @property
+    def r(self) -> int:
+        return self.basis.shape[2] * self.o
+
+    @property
+    def hidden(self) -> int:
+        return (self.basis.shape[1] - self.basis.shape[2]) * self.o
+
+    @property
+    def coupled(self) -> bool:
+        return self.beta is not None and self.weight and self.hidden > 0
+
+    def _to_controls(self, X: Tensor) -> Tensor:
+        """Columns X̃ᵀ of [W, w₀], (K, c, o, k), as controls (K, p, k)."""
+        K, k = X.shape[0], X.shape[-1]
+        i = self.i * self.weight
+        weight = X[:, :i].transpose(1, 2).reshape(K, self.o * i, k)
+        return torch.cat([weight, X[:, -1]], 1) if self.bias else weight
+
+    def Q(self, s: Tensor) -> Tensor:
+        K, k = s.shape[0], s.shape[-1]
+        X = self.basis @ s.reshape(K, self.basis.shape[2], self.o * k)
+        return self._to_controls(X.view(K, self.basis.shape[1], self.o, k))
+
+    def Qt(self, x: Tensor) -> Tensor:
+        (K, _, rank), k = self.basis.shape, x.shape[-1]
+        s = x.new_zeros(K, rank, self.o * k)
+        if self.weight:
+            X = x[:, : self.o * self.i].reshape(K, self.o, self.i, k)
+            s = self.basis[:, : self.i].mT @ X.transpose(1, 2).reshape(K, self.i, self.o * k)
+        if self.bias:
+            s = s + self.basis[:, -1, :, None] * x[:, x.shape[1] - self.o :].reshape(K, 1, self.o * k)
+        return s.reshape(K, self.r, k)
+
+    def R(self, s: Tensor) -> Tensor:
+        (K, b, rank), k = self.rho.shape, s.shape[-1]
+        return (self.rho @ s.reshape(K, rank, self.o * k)).reshape(K, b * self.o, k)
+
+    def Rt(self, y: Tensor) -> Tensor:
+        (K, b, _), k = self.rho.shape, y.shape[-1]
+        return (self.rho.mT @ y.reshape(K, b, self.o * k)).reshape(K, self.r, k)
+
+    def QtB(self) -> Tensor:
+        K, b, rank = self.rho.shape
+        if self.beta is None or not self.weight:
+            return self.rho.new_zeros(K, self.r, b * self.i)
+        blocks = self.basis[:, : self.i].mT[:, :, None, None, :] * self.beta.mT[:, None, :, :, None]
+        return blocks.reshape(K, self.r, b * self.i)
+
+    def hidden_coupling(self) -> Tensor:
+        K, b, _ = self.rho.shape
+        if self.beta is None or not self.coupled:
+            return self.rho.new_zeros(K, 0, b * self.i)
+        # I − Q_wQ_wᵀ = Q_cQ_cᵀ, so N = Q_cᵀ ⊗ L with LᵀL = ββᵀ, L being βᵀ or, where that has more rows than columns, its triangle.
+        L = self.beta.mT if self.o <= b else torch.linalg.qr(self.beta.mT, mode="r").R
+        unseen = orthogonal_complement(self.basis)[:, : self.i].mT
+        return (unseen[:, :, None, None, :] * L[:, None, :, :, None]).reshape(K, -1, b * self.i)
+
+    def hidden_gram(self) -> Tensor:
+        K, b, _ = self.rho.shape
+        if self.beta is None or not self.coupled:
+            return self.rho.new_zeros(K, b * self.i, b * self.i)
+        Qw = self.basis[:, : self.i]
+        gap = torch.eye(self.i, dtype=Qw.dtype, device=Qw.device) - Qw @ Qw.mT
+        gram = (self.beta @ self.beta.mT)[:, :, None, :, None] * gap[:, None, :, None, :]
+        return gram.reshape(K, b * self.i, b * self.i)
+
+    def hidden_directions(self, W: Tensor) -> Tensor:
+        if self.beta is None or not self.coupled:
+            return W.new_zeros(W.shape[0], self.r + self.hidden, W.shape[-1])
+        return self.project_out_twice(_outer(self.beta, W, self.bias))
+
+    def gram(self, Y: Tensor, samples: int) -> Tensor:
+        rho, q = self.rho[0], Y.shape[1]
+        if rho.shape[0] != samples:
+            return super().gram(Y, samples)
+        rows = Y.view(samples, self.o, q).mT.reshape(samples * q, self.o)
+        products = (rows @ rows.mT).view(samples, q, samples, q)
+        return (products * (rho @ rho.mT)[:, None, :, None]).reshape(samples * q, samples * q)
+
+    def form_diagonal(self, stage: Controlled, Y: Tensor, samples: int, A: Tensor) -> Tensor:
+        rho, q = self.rho[0], Y.shape[1]
+        if rho.shape[0] != samples:
+            return super().form_diagonal(stage, Y, samples, A)
+        rows = Y.view(samples, self.o, q)
+        form = torch.einsum("boq,bqcr,cor->obc", rows, A.view(samples, q, samples, q), rows)
+        inputs = rho @ self.basis[0].mT  # Z̃
+        out = torch.einsum("bi,obc,ci->io", inputs, form, inputs)
+        return self._to_controls(out[None, ..., None]).reshape(-1)
+
+    def covariance_diagonal(self, stage: Controlled, joint: Joint, damping: float) -> Tensor:
+        if joint.directions is not None:
+            return super().covariance_diagonal(stage, joint, damping)
+        rank, o, i = self.basis.shape[2], self.o, self.i
+        q = self.basis[0]
+        # Of x = Q s + …: the diagonal of (Q_w ⊗ I) XᵀY (Q_wᵀ ⊗ I), one (rank, rank) block for each of the o rows of W.
+        X, Y = (half.reshape(-1, rank, o).permute(2, 1, 0).contiguous() for half in (joint.left, joint.right))
+        out = ((q @ (X @ Y.mT)) * q).sum(2).mT  # (c, o)
+        if self.hidden:
+            out += (1.0 - q.square().sum(1))[:, None] / damping
+        if self.coupled and self.beta is not None and joint.state_size:
+            # … − (gap ⊗ βᵀ) δ/ε, gap = (I − Q_wQ_wᵀ) in the columns of W: the cross term with s, then that of δ with itself.
+            beta = self.beta[0]
+            b = beta.shape[0]
+            gap = torch.eye(q.shape[0], i, dtype=q.dtype, device=q.device) - q @ q[:i].mT
+            crossed = (joint.sd.view(rank, o, b, i) * beta.mT[:, :, None]).sum(2)  # (rank, o, i)
+            out -= 2.0 / damping * torch.einsum("cri,roi->co", q[:, :, None] * gap[:, None], crossed)
+            states = joint.dd.reshape(b, i, b, i).transpose(1, 2)
+            seen = ((gap @ states) * gap).sum(3).view(b * b, -1)  # (b², c)
+            out += seen.mT @ (beta[:, None] * beta).view(b * b, o) / damping**2
+        return self._to_controls(out[None, ..., None]).reshape(-1)

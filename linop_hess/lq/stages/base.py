@@ -1,95 +1,36 @@
-"""A stack of K same-shaped stages of a linear-quadratic (LQ) problem, and what every kind of stage can do.
+"""A stage of a linear-quadratic (LQ) problem: what every kind of stage can do.
 
 Stage l contributes
 
     ½ xᵀ(A + εI)x + xᵀB δ_in + ½ δ_inᵀ C δ_in − gᵀx,        δ_out = F δ_in + G x,
 
-with x its controls (p of them), δ_in the state before it and δ_out the state after it. A kind of stage is one
-class that multiplies with A, B, C, F and G, for all K stages of a stack at once, in whatever structure they have.
+with x its controls (p of them), δ_in the state before it and δ_out the state after it. A kind of stage is one class that multiplies with
+A, B, C, F and G, for all K stages of a stack at once, in whatever structure they have.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from linop_hess.lq.stages.row_space import RangeSplit
+from linop_hess.lq.stages.row_space import RowSpace, generic_row_space
+from linop_hess.lq.stages.stacked import Stacked
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """Arrays with a common leading stage axis: every tensor field is sliced together."""
-
-    def take(self, which: slice | np.ndarray) -> Self:
-        """Return the stages `which` of the stack, a slice (views) or an index array (copies)."""
-        changed: dict[str, Tensor | Stacked] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = value[
-                    which if isinstance(which, slice) else torch.from_numpy(which).to(value.device)
-                ]
-            elif isinstance(value, Stacked):
-                changed[field.name] = value.take(which)
-        return replace(self, **changed)
-
-    def at(self, position: int) -> Self:
-        """Return the single stage at `position`, as a stack of one."""
-        return self.take(slice(position, position + 1))
-
-    def to(self, dtype: torch.dtype) -> Self:
-        """Return the stack with its floating-point arrays in another dtype."""
-        changed: dict[str, Tensor | Stacked] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Stacked) or (isinstance(value, Tensor) and value.is_floating_point()):
-                changed[field.name] = value.to(dtype)
-        return replace(self, **changed)
-
-    def first_not_finite(self) -> int | None:
-        """Position of the first stage with a NaN or Inf in its arrays, or None."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Stacked):
-                inner = value.first_not_finite()
-                if inner is not None:
-                    return inner
-            elif isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                return int(torch.isfinite(value).flatten(1).all(1).long().argmin())
-        return None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the arrays."""
-        total = 0
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                total += value.untyped_storage().nbytes()
-            elif isinstance(value, Stacked):
-                total += value.nbytes
-        return total
-
-
-@dataclass(frozen=True)
-class Stages(Stacked, ABC):
+class Stage(Stacked, ABC):
     """A stack of K same-shaped stages.
 
-    Every product takes and gives arrays with a leading stage axis and a trailing axis of k right-hand sides:
-    controls (K, p, k), states before the stage (K, n_in, k), states after it (K, n_out, k).
+    Every product takes and gives arrays with a leading stage axis and a trailing axis of k right-hand sides: controls (K, p, k), states
+    before the stage (K, n_in, k), states after it (K, n_out, k). Blocks that are zero give zeros; `nonzero` says which need no product.
+    What a method returns may share memory with the stage, `pull_back` excepted.
     """
-
-    @property
-    @abstractmethod
-    def count(self) -> int:
-        """Number of stages K in the stack."""
 
     @property
     @abstractmethod
@@ -108,13 +49,17 @@ class Stages(Stacked, ABC):
 
     @property
     @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Floating dtype of the arrays."""
+    def samples(self) -> int:
+        """Number of equal parts of the state, in order, that a stage treats by themselves: 1 where they interact.
+
+        F and C are block diagonal over them, and so over any number that divides theirs; of an objective, whose F adds them up, C is, and
+        without a state before the stage the parts are those of the state after it.
+        """
 
     @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Device of the arrays."""
+    def nonzero(self) -> frozenset[str]:
+        """Which of the curvature blocks "A", "B" and "C" may differ from zero."""
+        return frozenset()
 
     @abstractmethod
     def F(self, d: Tensor) -> Tensor:
@@ -132,36 +77,36 @@ class Stages(Stacked, ABC):
         """Gᵀ y: (K, n_out, k) to (K, p, k)."""
         return y.new_zeros(self.count, self.p, y.shape[-1])
 
-    def A(self, x: Tensor) -> Tensor | None:
-        """A x: (K, p, k) to (K, p, k), or None where A = 0."""
-        return None
+    def A(self, x: Tensor) -> Tensor:
+        """A x: (K, p, k) to (K, p, k)."""
+        return torch.zeros_like(x)
 
-    def B(self, d: Tensor) -> Tensor | None:
-        """B δ: (K, n_in, k) to (K, p, k), or None where B = 0."""
-        return None
+    def B(self, d: Tensor) -> Tensor:
+        """B δ: (K, n_in, k) to (K, p, k)."""
+        return d.new_zeros(self.count, self.p, d.shape[-1])
 
-    def Bt(self, x: Tensor) -> Tensor | None:
-        """Bᵀ x: (K, p, k) to (K, n_in, k), or None where B = 0."""
-        return None
+    def Bt(self, x: Tensor) -> Tensor:
+        """Bᵀ x: (K, p, k) to (K, n_in, k)."""
+        return x.new_zeros(self.count, self.n_in, x.shape[-1])
 
-    def C(self, d: Tensor) -> Tensor | None:
-        """C δ: (K, n_in, k) to (K, n_in, k), or None where C = 0."""
-        return None
+    def C(self, d: Tensor) -> Tensor:
+        """C δ: (K, n_in, k) to (K, n_in, k)."""
+        return torch.zeros_like(d)
+
+    def with_adjoint(self, beta: Tensor) -> Self:
+        """Return the same stages with the curvature they have against adjoints of their outputs, β of shape (K, n_out).
+
+        Kinds whose curvature is given as arrays (dense, objective), or that have none (embedding), return themselves.
+        """
+        return self
 
     @abstractmethod
-    def without_curvature(self) -> Self:
-        """Return the same stages with A = 0, B = 0 and C = 0, as Gauss-Newton wants them."""
+    def gauss_newton(self) -> Self:
+        """Return the same stages with A = 0, B = 0 and C = 0; an objective, whose curvature Gauss-Newton keeps, returns itself."""
 
-    def range_split(self) -> RangeSplit:
-        """Split the controls into the row range of G and its complement; see `lq.rangesplit`."""
-        from linop_hess.lq.stages.row_space import dense_range_split
-
-        return dense_range_split(self)
-
-    @cached_property
-    def split(self) -> RangeSplit:
-        """The range split of every stage, computed once for the whole stack."""
-        return self.range_split()
+    def row_space(self) -> RowSpace:
+        """The controls split into those the output sees and those it does not, for every stage of the stack; nothing is cached."""
+        return generic_row_space(self)
 
     def eye(self, size: int) -> Tensor:
         """K identity matrices, shape (K, size, size), sharing memory."""
@@ -175,22 +120,29 @@ class Stages(Stacked, ABC):
         """G as an array, shape (K, n_out, p)."""
         return self.Gt(self.eye(self.n_out)).mT
 
-    def dense_A(self) -> Tensor | None:
-        """A as an array, shape (K, p, p), or None where A = 0."""
+    def dense_A(self) -> Tensor:
+        """A as an array, shape (K, p, p)."""
         return self.A(self.eye(self.p))
 
-    def dense_B(self) -> Tensor | None:
-        """B as an array, shape (K, p, n_in), or None where B = 0."""
+    def dense_B(self) -> Tensor:
+        """B as an array, shape (K, p, n_in)."""
         return self.B(self.eye(self.n_in))
 
-    def dense_C(self) -> Tensor | None:
-        """C as an array, shape (K, n_in, n_in), or None where C = 0."""
+    def dense_C(self) -> Tensor:
+        """C as an array, shape (K, n_in, n_in)."""
         return self.C(self.eye(self.n_in))
 
-    def pull_back(self, V: Tensor | None) -> Tensor | None:
-        """FᵀVF + C for symmetric V of one stage, (n_out, n_out) to (n_in, n_in), in memory of its own; None stands for zero."""
-        C = self.dense_C()
-        if V is None:
-            return None if C is None else C[0].clone()
-        FtVF = self.Ft(self.Ft(V[None]).mT)[0]
-        return FtVF if C is None else FtVF.add_(C[0])
+    def C_of_samples(self, samples: int) -> Tensor:
+        """C of each of that many parts of the state, a divisor of `self.samples`: (K, samples, i, i), samples · i = n_in."""
+        i = self.n_in // samples
+        return self.C(self.eye(i).repeat(1, samples, 1)).reshape(self.count, samples, i, i)
+
+    def pull_back(self, V: Tensor) -> Tensor:
+        """FᵀVF + C for symmetric V of one stage, (n_out, n_out) to (n_in, n_in), in memory of its own."""
+        out = self.Ft(self.Ft(V[None]).mT)[0]
+        return out.add_(self.dense_C()[0]) if "C" in self.nonzero else out
+
+
+def common_samples(stages: Iterable[Stage]) -> int:
+    """Into how many parts the states of all these stages fall at once, the largest number that divides each `samples`; 1 of none."""
+    return max(1, math.gcd(*(stage.samples for stage in stages)))

@@ -1,22 +1,24 @@
-"""Stages whose blocks are dense arrays, and stages that are diagonal."""
+"""Stages whose blocks are dense arrays, of the whole state or of each sample of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.base import Stages
+from linop_hess.lq.accuracy import SYMMETRIC
+from linop_hess.lq.stages.base import Stage
 
 
 @dataclass(frozen=True)
-class DenseStages(Stages):
+class DenseStage(Stage):
     """K stages with dense blocks, acting on m samples independently with shared controls.
 
-    The state before a stage is m samples of size i, the state after it m samples of size o; m = 1 is a plain dense
-    stage. `f` may have one sample shared by all m.
+    The state before a stage is m samples of size i, the state after it m samples of size o; m = 1 is a plain dense stage. `f` may have
+    one sample shared by all m. The curvature is what is given, whatever the adjoint.
 
     Parameters
     ----------
@@ -38,8 +40,8 @@ class DenseStages(Stages):
     samples: int = 1
 
     @classmethod
-    def plain(cls, F: Tensor, G: Tensor | None, A: Tensor | None, B: Tensor | None, C: Tensor | None) -> DenseStages:
-        """Build from plain blocks F (K, n_out, n_in), G (K, n_out, p), A, B (K, p, n_in), C."""
+    def plain(cls, F: Tensor, G: Tensor | None, A: Tensor | None, B: Tensor | None, C: Tensor | None) -> Self:
+        """Build from plain blocks F (K, n_out, n_in), G (K, n_out, p), A, B (K, p, n_in), C; None stands for zero."""
         return cls(
             F[:, None],
             None if G is None else G[:, None],
@@ -48,9 +50,60 @@ class DenseStages(Stages):
             None if C is None else C[:, None],
         )
 
-    @property
-    def count(self) -> int:
-        return self.f.shape[0]
+    @classmethod
+    def from_arrays(
+        cls,
+        l: int,
+        A: np.ndarray | Tensor,
+        B: np.ndarray | Tensor,
+        C: np.ndarray | Tensor,
+        F: np.ndarray | Tensor,
+        G: np.ndarray | Tensor,
+    ) -> Self:
+        """Make one stage of blocks that are checked and copied.
+
+        Parameters
+        ----------
+        l : int
+            Its position in the chain (0-based), for messages.
+        A : array, shape (p, p)
+            Symmetric to `accuracy.SYMMETRIC`, of which the symmetric part is taken, as of C.
+        B : array, shape (p, n_in)
+        C : array, shape (n_in, n_in)
+        F : array, shape (n_out, n_in)
+        G : array, shape (n_out, p)
+
+        Raises
+        ------
+        ValueError
+            If shapes disagree, a block holds NaN or Inf, or A or C is not symmetric.
+        TypeError
+            If a dtype is not a floating one of at least 32 bits, or dtypes differ.
+        """
+        A, B, C, F, G = blocks = [
+            block.detach().clone() if isinstance(block, Tensor) else torch.from_numpy(np.array(block))
+            for block in (A, B, C, F, G)
+        ]
+        p, n = B.shape if B.ndim == 2 else (-1, -1)
+        expected = {"A": (p, p), "B": (p, n), "C": (n, n), "F": (F.shape[0], n), "G": (F.shape[0], p)}
+        for name, block in zip("ABCFG", blocks, strict=True):
+            if tuple(block.shape) != expected[name]:
+                raise ValueError(
+                    f"stage {l + 1}: {name} has shape {tuple(block.shape)}, expected {expected[name]} "
+                    f"to go with B of shape {tuple(B.shape)} and F of shape {tuple(F.shape)}"
+                )
+            if not block.dtype.is_floating_point or block.dtype.itemsize < 4:
+                raise TypeError(f"stage {l + 1}: {name} has dtype {block.dtype}, expected float32 or float64")
+            if not bool(torch.isfinite(block).all()):
+                raise ValueError(f"stage {l + 1}: {name} holds NaN or Inf")
+        dtypes = {block.dtype for block in blocks}
+        if len(dtypes) > 1:
+            raise TypeError(f"stage {l + 1}: all blocks need one dtype, got {sorted(map(str, dtypes))}")
+        for name, block in (("A", A), ("C", C)):
+            if block.numel() and not torch.allclose(block, block.T, rtol=0, atol=SYMMETRIC * float(block.abs().max())):
+                raise ValueError(f"stage {l + 1}: {name} is not symmetric; pass its symmetric part")
+        a, b, c = (block[None] if bool(block.any()) else None for block in ((A + A.T) / 2, B, (C + C.T) / 2))
+        return cls.plain(F[None], G[None], a, b, c)
 
     @property
     def n_in(self) -> int:
@@ -65,12 +118,8 @@ class DenseStages(Stages):
         return 0 if self.g is None else self.g.shape[3]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.f.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.f.device
+    def nonzero(self) -> frozenset[str]:
+        return frozenset(name for name, block in zip("ABC", (self.a, self.b, self.c), strict=True) if block is not None)
 
     def _per_sample(self, blocks: Tensor, v: Tensor) -> Tensor:
         k = v.shape[-1]
@@ -89,149 +138,32 @@ class DenseStages(Stages):
     def Gt(self, y: Tensor) -> Tensor:
         return super().Gt(y) if self.g is None else self.g.flatten(1, 2).mT @ y
 
-    def A(self, x: Tensor) -> Tensor | None:
-        return None if self.a is None else self.a @ x
+    def A(self, x: Tensor) -> Tensor:
+        return super().A(x) if self.a is None else self.a @ x
 
-    def B(self, d: Tensor) -> Tensor | None:
-        return None if self.b is None else self.b.flatten(2) @ d
+    def B(self, d: Tensor) -> Tensor:
+        return super().B(d) if self.b is None else self.b.flatten(2) @ d
 
-    def Bt(self, x: Tensor) -> Tensor | None:
-        return None if self.b is None else self.b.flatten(2).mT @ x
+    def Bt(self, x: Tensor) -> Tensor:
+        return super().Bt(x) if self.b is None else self.b.flatten(2).mT @ x
 
-    def C(self, d: Tensor) -> Tensor | None:
-        return None if self.c is None else self._per_sample(self.c, d)
+    def C(self, d: Tensor) -> Tensor:
+        return super().C(d) if self.c is None else self._per_sample(self.c, d)
+
+    def gauss_newton(self) -> Self:
+        return replace(self, a=None, b=None, c=None)
+
+    def dense_F(self) -> Tensor:
+        return self.f[:, 0] if self.samples == 1 else super().dense_F()
 
     def dense_G(self) -> Tensor:
         return super().dense_G() if self.g is None else self.g.flatten(1, 2)
 
-    def without_curvature(self) -> Self:
-        return replace(self, a=None, b=None, c=None)
+    def dense_A(self) -> Tensor:
+        return super().dense_A() if self.a is None else self.a
 
+    def dense_B(self) -> Tensor:
+        return super().dense_B() if self.b is None else self.b.flatten(2)
 
-@dataclass(frozen=True)
-class DiagonalStages(Stages):
-    """K stages without controls, δ_out = f ∘ δ_in with curvature diag(c): pointwise functions.
-
-    Parameters
-    ----------
-    f : Tensor, shape (K, n)
-    c : Tensor or None, shape (K, n)
-    """
-
-    f: Tensor
-    c: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        return self.f.shape[0]
-
-    @property
-    def n_in(self) -> int:
-        return self.f.shape[1]
-
-    @property
-    def n_out(self) -> int:
-        return self.f.shape[1]
-
-    @property
-    def p(self) -> int:
-        return 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.f.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.f.device
-
-    def F(self, d: Tensor) -> Tensor:
-        return self.f[:, :, None] * d
-
-    def Ft(self, y: Tensor) -> Tensor:
-        return self.f[:, :, None] * y
-
-    def C(self, d: Tensor) -> Tensor | None:
-        return None if self.c is None else self.c[:, :, None] * d
-
-    def dense_F(self) -> Tensor:
-        return torch.diag_embed(self.f)
-
-    def dense_C(self) -> Tensor | None:
-        return None if self.c is None else torch.diag_embed(self.c)
-
-    def without_curvature(self) -> Self:
-        return replace(self, c=None)
-
-    def pull_back(self, V: Tensor | None) -> Tensor | None:
-        if V is None:
-            return super().pull_back(V)
-        out = (V * self.f[0, :, None]).mul_(self.f[0])
-        if self.c is not None:
-            out.diagonal().add_(self.c[0])
-        return out
-
-
-@dataclass(frozen=True)
-class CostStage(Stages):
-    """The last stage of a chain: a scalar cost, δ_out = rowᵀ δ_in, with curvature block diagonal over m samples.
-
-    Parameters
-    ----------
-    row : Tensor, shape (1, n_in)
-        Gradient of the cost.
-    c : Tensor, shape (1, m, i, i)
-        Its Hessian, m · i = n_in.
-    """
-
-    row: Tensor
-    c: Tensor
-
-    @property
-    def count(self) -> int:
-        return 1
-
-    @property
-    def n_in(self) -> int:
-        return self.row.shape[1]
-
-    @property
-    def n_out(self) -> int:
-        return 1
-
-    @property
-    def p(self) -> int:
-        return 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.row.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.row.device
-
-    def F(self, d: Tensor) -> Tensor:
-        return self.row[:, None, :] @ d
-
-    def Ft(self, y: Tensor) -> Tensor:
-        return self.row[:, :, None] @ y
-
-    def C(self, d: Tensor) -> Tensor | None:
-        m, i = self.c.shape[1:3]
-        return (self.c @ d.reshape(1, m, i, d.shape[-1])).reshape(d.shape)
-
-    def without_curvature(self) -> Self:
-        """Return itself: Gauss-Newton keeps the curvature of the cost."""
-        return self
-
-    def to(self, dtype: torch.dtype) -> Self:
-        """As of any stage; what rounding in a lower precision left of eigenvalues of C that are zero is taken off."""
-        stage = super().to(dtype)
-        rounding = self.c.shape[-1] * torch.finfo(self.dtype).eps
-        if torch.finfo(dtype).eps >= torch.finfo(self.dtype).eps or not self.c.numel():
-            return stage
-        values, vectors = torch.linalg.eigh(stage.c)
-        values = torch.where(values.abs() > rounding * values.abs().max(), values, 0.0)
-        c = (vectors * values[..., None, :]) @ vectors.mT
-        return replace(stage, c=(c + c.mT) / 2)
+    def dense_C(self) -> Tensor:
+        return super().dense_C() if self.c is None or self.samples > 1 else self.c[:, 0]

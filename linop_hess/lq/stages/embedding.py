@@ -8,12 +8,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.base import Stages
-from linop_hess.lq.stages.row_space import RangeSplit
+from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.row_space import IdentityRowSpace, RowSpace
 
 
 @dataclass(frozen=True)
-class SelectionStages(Stages):
+class EmbeddingStage(Stage):
     """One stage y_b = X[index_b] without input state; the controls are the rows of X.
 
     Parameters
@@ -39,16 +39,12 @@ class SelectionStages(Stages):
     width: int
 
     @classmethod
-    def of(cls, X: Tensor, index: Tensor, seen: Tensor, trainable: bool) -> SelectionStages:
+    def of(cls, X: Tensor, index: Tensor, seen: Tensor, trainable: bool) -> Self:
         """Build from the table, the indices, and which of them are differentiated."""
         distinct, place = torch.unique(index, return_inverse=True)
         vocabulary = X.shape[0] if trainable else 0
         mask = seen.to(X.dtype)
         return cls(X.new_zeros(1, 0), index[None], mask[None], distinct[None], place[None], vocabulary, X.shape[1])
-
-    @property
-    def count(self) -> int:
-        return 1
 
     @property
     def n_in(self) -> int:
@@ -63,12 +59,9 @@ class SelectionStages(Stages):
         return self.vocabulary * self.width
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.like.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.like.device
+    def samples(self) -> int:
+        """The number of outputs."""
+        return max(1, self.index.shape[1])
 
     def F(self, d: Tensor) -> Tensor:
         return d.new_zeros(1, self.n_out, d.shape[-1])
@@ -89,15 +82,17 @@ class SelectionStages(Stages):
         rows = y.reshape(-1, self.width, k) * self.mask[0, :, None, None]
         return y.new_zeros(self.vocabulary, self.width, k).index_add_(0, self.index[0], rows).reshape(1, self.p, k)
 
-    def without_curvature(self) -> Self:
+    def gauss_newton(self) -> Self:
         return self
 
-    def range_split(self) -> RangeSplit:
-        return SelectionSplit(self.distinct, self.place, self.mask, self.vocabulary, self.width)
+    def row_space(self) -> RowSpace:
+        if not self.p:
+            return IdentityRowSpace(self)
+        return EmbeddingRowSpace(self.distinct, self.place, self.mask, self.vocabulary, self.width)
 
 
 @dataclass(frozen=True)
-class SelectionSplit(RangeSplit):
+class EmbeddingRowSpace(RowSpace):
     """s = the rows that occur."""
 
     distinct: Tensor
@@ -111,8 +106,12 @@ class SelectionSplit(RangeSplit):
         return self.distinct.shape[1] * self.width
 
     @property
-    def complement(self) -> int:
+    def hidden(self) -> int:
         return self.vocabulary * self.width - self.r
+
+    @property
+    def coupled(self) -> bool:
+        return False
 
     def Q(self, s: Tensor) -> Tensor:
         k = s.shape[-1]
@@ -135,11 +134,11 @@ class SelectionSplit(RangeSplit):
         out = y.new_zeros(self.distinct.shape[1], self.width, k)
         return out.index_add_(0, self.place[0], rows).reshape(1, self.r, k)
 
-    def A_range(self) -> Tensor | None:
-        return None
+    def QtB(self) -> Tensor:
+        return self.mask.new_zeros(1, self.r, 0)
 
-    def B_range(self) -> Tensor | None:
-        return None
+    def hidden_coupling(self) -> Tensor:
+        return self.mask.new_zeros(1, 0, 0)
 
-    def B_complement_gram(self) -> Tensor | None:
-        return None
+    def hidden_directions(self, W: Tensor) -> Tensor:
+        return W.new_zeros(1, self.vocabulary * self.width, W.shape[-1])

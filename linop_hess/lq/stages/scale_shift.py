@@ -1,4 +1,4 @@
-"""Stages y_j = w_f(j) ẑ_j + w₀_f(j) with ẑ affine in z entry by entry: the affine part of normalizations."""
+"""Stage y_j = w_f(j) ẑ_j + w₀_f(j) with ẑ affine in z entry by entry: the affine part of normalizations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.base import Stages
+from linop_hess.lq.stages.base import Stage
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class ScaleShiftStages(Stages):
+class ScaleShiftStage(Stage):
     """K stages of scale and shift per feature; the controls are w and w₀, or either alone.
 
     F = diag(w_f slope);  G [X, X₀] = ẑ ∘ X_f + X₀_f;  B δ sums β ∘ slope ∘ δ over each feature, in the rows of w.
@@ -49,10 +49,6 @@ class ScaleShiftStages(Stages):
     bias: bool
 
     @property
-    def count(self) -> int:
-        return self.scale.shape[0]
-
-    @property
     def n_in(self) -> int:
         return self.scale.shape[1]
 
@@ -65,12 +61,13 @@ class ScaleShiftStages(Stages):
         return self.features.count * (self.weight + self.bias)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.scale.dtype
+    def samples(self) -> int:
+        """The number of entries, each of which is by itself."""
+        return max(1, self.scale.shape[1])
 
     @property
-    def device(self) -> torch.device:
-        return self.scale.device
+    def nonzero(self) -> frozenset[str]:
+        return frozenset("B") if self.beta is not None and self.weight else frozenset()
 
     def F(self, d: Tensor) -> Tensor:
         return (self.scale * self.slope)[..., None] * d
@@ -98,17 +95,27 @@ class ScaleShiftStages(Stages):
             parts.append(self._sum_features(y))
         return torch.cat(parts, 1) if parts else super().Gt(y)
 
-    def B(self, d: Tensor) -> Tensor | None:
+    def B(self, d: Tensor) -> Tensor:
         if self.beta is None or not self.weight:
-            return None
+            return super().B(d)
         out = d.new_zeros(self.count, self.p, d.shape[-1])
         out[:, : self.features.count] = self._sum_features((self.beta * self.slope)[..., None] * d)
         return out
 
-    def Bt(self, x: Tensor) -> Tensor | None:
+    def Bt(self, x: Tensor) -> Tensor:
         if self.beta is None or not self.weight:
-            return None
+            return super().Bt(x)
         return (self.beta * self.slope)[..., None] * x[:, : self.features.count][:, self.features.index]
 
-    def without_curvature(self) -> Self:
+    def with_adjoint(self, beta: Tensor) -> Self:
+        return replace(self, beta=beta)
+
+    def gauss_newton(self) -> Self:
         return replace(self, beta=None)
+
+    def dense_F(self) -> Tensor:
+        return torch.diag_embed(self.scale * self.slope)
+
+    def pull_back(self, V: Tensor) -> Tensor:
+        slope = (self.scale * self.slope)[0]
+        return (V * slope[:, None]).mul_(slope)

@@ -1,0 +1,93 @@
+"""Every tolerance of the package's linear algebra, named once, with the number that it protects.
+
+Sizes are relative to ‖H‖ or max(‖H‖, |ε|) where nothing else is said.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+# --- Solves ------------------------------------------------------------------------------------------------------------------
+
+# Backward error that a solve must reach, by dtype: a few roundings of a sum over N terms.
+BACKWARD_ERROR = {torch.float64: 1e-14, torch.float32: 1e-6}
+
+# ‖H + εI‖‖x‖/‖g‖ is a lower bound of the condition number; above this, H + εI is singular to double precision.
+SINGULAR_CONDITION = 0.25 / np.finfo(np.float64).eps
+
+# A step of refinement that does not halve the backward error is the last one: rounding has been reached.
+STALLED = 0.5
+
+# --- Blocks and ranks ------------------------------------------------------------------------------------------------------------
+
+# Largest gap |A − Aᵀ| of a block that is given as symmetric, in terms of its largest entry: float32 input symmetrized by hand has 1e-7.
+SYMMETRIC = 1e-5
+
+# Singular values count towards a rank from this many times max(rows, columns)·eps of the largest on, LAPACK's bound on their errors.
+RANK = 1.0
+
+# Eigenvalues of a curvature computed in lower precision are rounding up to this many times size·eps of the largest; kept, they would make
+# a semidefinite objective indefinite in float64.
+ROUNDED = 1.0
+
+# --- Which pivots a solve may divide by ----------------------------------------------------------------------------------------
+
+# Every stage has pivots of size ε (controls that its output hardly sees), so a pivot is small only where it is far below |ε|, and far
+# below the largest of its stage too. Below SUSPECT·|ε| eigenvectors are taken, and those below DELAY·|ε| are delayed.
+PIVOT_DELAY = 0.1
+PIVOT_SUSPECT = 0.01
+PIVOT_SMALL = 1e-4
+
+# --- What inertia, determinants and entries may lose -----------------------------------------------------------------------------
+
+# What the division by a small pivot may add to the cost-to-go: rounding in it then moves eigenvalues by about 1e-13.
+GROWTH = 300.0
+
+# The same for the most careful diagonal of the inverse.
+GROWTH_LITTLE = 0.1
+
+# The same for the positive definite operator, with the largest multiplier of a pivot: what is larger makes that operator large, and
+# MINRES loses digits with it.
+GROWTH_MODERATE = 10.0
+MULTIPLIER = 2.0
+
+# The same for chunks that are eliminated side by side, where no pivot can be delayed: eigenvalues move by 1e-12.
+GROWTH_PARALLEL = 5e3
+
+# What the elimination of hidden controls may add before a band LU is asked for a determinant: eigenvalues move by 1e-12.
+GROWTH_DETERMINANT = 1e4
+
+# Below this |ε| rounding makes the signs of pivots uncertain that are ε by themselves.
+SMALLEST_DAMPING = 1e-12
+
+# A pivot below this counts as zero.
+ZERO_PIVOT = 1e-15
+
+# Below this the sign of a pivot may be rounding: it is delayed until no stage is left.
+UNSURE_PIVOT = 1e-11
+
+# Factors are believed where rounding in them moves eigenvalues by this at most.
+CERTAIN = 1e-12
+
+# A shift that is an eigenvalue to rounding is moved by this.
+NUDGE = 1e-7
+
+# --- Entries of the inverse, compared with certified solves ------------------------------------------------------------------------
+
+# Beyond so many times 1 + κ (κ estimated from below) entries are computed in a more careful way, ...
+ENTRIES_ROUNDING = 1e-14
+# ... beyond so many a RuntimeWarning tells, ...
+ENTRIES_TOLD = 1e-12
+# ... and beyond this part of the largest entry it is an error.
+ENTRIES_WRONG = 1e-5
+
+# Curvature added to the end of what is eliminated from the first stage on, in terms of the largest entry of the cost-to-go after it: the
+# first of them with which ρΣ stays below the limit. 1 % leaves the covariance its digits.
+ADDED_CURVATURE = (1e-2, -1e-2, 3e-3, -3e-2)
+ADDED_LIMIT = 100.0
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Backward error a solve must reach: 1e-14 in float64, 1e-6 in float32."""
+    return BACKWARD_ERROR[dtype]

@@ -1,0 +1,97 @@
+"""How many eigenvalues of H + εI are negative, zero and positive."""
+
+from __future__ import annotations
+
+import torch
+
+from linop_hess.errors import FactorizationError, SingularPivotError
+from linop_hess.lq.accuracy import CERTAIN, NUDGE, UNSURE_PIVOT, ZERO_PIVOT
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.factors import Answering, Factors
+from linop_hess.lq.methods.dense import assembled
+from linop_hess.lq.methods.parallel import legs_of
+from linop_hess.lq.methods.plan import make_plan
+from linop_hess.lq.pivots.inertia import Inertia, inertia_of
+
+# Up to so many controls factors that rounding may have spoilt are looked at again as dense matrices.
+DENSE_UP_TO = 1000
+
+
+def inertia_of_factors(factors: Factors, zero_below: float = ZERO_PIVOT) -> Inertia:
+    """Inertia from the factors of an inverse; pivots of up to `zero_below`·max(‖H‖, |ε|) are counted as zero.
+
+    Raises
+    ------
+    SingularPivotError
+        If H + εI is singular to working precision.
+    FactorizationError
+        If an eigenvalue is so close to zero that rounding leaves its sign open, or |ε| is too small.
+    """
+    return _certain(factors, factors.answering("inertia"), zero_below)
+
+
+def _certain(factors: Factors, found: Answering, zero_below: float) -> Inertia:
+    """Inertia from factors, looked at again where rounding in them might change it."""
+    if found.method == "riccati":
+        factors.refuse_tiny_damping()
+    inertia, scale = found.inertia(zero_below * factors.scale), factors.scale
+    if found.growth <= CERTAIN:
+        return inertia
+    analysis, damping = factors.analysis, factors.damping
+    if analysis.problem.size <= DENSE_UP_TO:
+        return inertia_of([torch.linalg.eigvalsh(assembled(analysis)) + damping], zero_below * scale)
+    move = found.growth * scale
+    moved = (Factors(analysis, damping + side * move, make_plan(analysis, damping)) for side in (-1, 1))
+    if all(_riccati_inertia(other, zero_below) == inertia for other in moved):
+        return inertia
+    raise FactorizationError(
+        f"at damping={damping:g} an eigenvalue lies within {move:.1e} of zero, which is what rounding may make of the factors of this "
+        "chain; move damping by more than that",
+        damping=damping,
+        suggested_damping=damping + 3 * move,
+    )
+
+
+def _riccati_inertia(factors: Factors, zero_below: float) -> Inertia:
+    factors.refuse_tiny_damping()
+    return factors.made("riccati").inertia(zero_below * factors.scale)  # type: ignore[attr-defined, no-any-return]
+
+
+def inertia_at(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVOT) -> Inertia:
+    """Inertia of H + εI without an inverse: side by side where the chain is long and that is certain, else from the cheapest factors.
+
+    Raises
+    ------
+    SingularPivotError
+        If H + εI is singular to working precision.
+    FactorizationError
+        As of `inertia_of_factors`.
+    """
+    analysis = analysis.in_float64
+    scale = max(analysis.norm, abs(damping))
+    legs = analysis.once(legs_of)
+    found = None if legs is None else legs.inertia(damping, UNSURE_PIVOT * scale)
+    if found is not None and not found.zero:
+        return found
+    return inertia_of_factors(Factors(analysis, damping, make_plan(analysis, damping)), zero_below)
+
+
+def inertia(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVOT) -> Inertia:
+    """Inertia of H + εI, as `inertia_at`, with errors that users see.
+
+    Raises
+    ------
+    FactorizationError
+        If H + εI is singular to working precision, or rounding leaves its inertia open.
+    """
+    try:
+        return inertia_at(analysis, damping, zero_below)
+    except SingularPivotError as error:
+        move = NUDGE * analysis.norm
+        raise FactorizationError(
+            f"H + damping·I with damping={damping:g} is singular to working precision, so its inertia cannot be told; "
+            + (f"move damping by {move:.1e}" if move else "H is zero"),
+            damping=damping,
+            stage=None if error.stage is None else analysis.problem.name(error.stage),
+            suggested_damping=damping + move,
+        ) from None

@@ -1,0 +1,172 @@
+"""(H + εI)⁻¹ of an LQ problem, and all that it can be asked; a question goes to the cheapest factors that answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from linop_hess.errors import FactorizationError, NotPositiveDefiniteError, SingularPivotError
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse import determinant, sampling
+from linop_hess.lq.inverse.counting import smallest_convex_damping
+from linop_hess.lq.inverse.entries import DiagonalEntries
+from linop_hess.lq.inverse.factors import Factors, SegmentReport
+from linop_hess.lq.inverse.inertia import inertia, inertia_of_factors
+from linop_hess.lq.inverse.solve import Solution, Solver
+from linop_hess.lq.pivots.inertia import Inertia
+from linop_hess.lq.problem import Problem
+
+_Answer = TypeVar("_Answer")
+
+
+class Inverse:
+    """(H + εI)⁻¹ of an LQ problem.
+
+    Arrays are tensors of the problem's dtype and device; `linop_hess.HessianInverse` is the same for users, as an operator.
+
+    Parameters
+    ----------
+    problem : Problem or Analysis
+    damping : float
+        ε; may be zero or negative.
+    method : {"auto", "banded", "riccati", "dense", "woodbury", "ldu"}
+    tolerance : float, optional
+        Backward error that every solve must reach; default 1e-14 in float64, 1e-6 in float32.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If method, damping or tolerance is not usable.
+    MemoryError
+        If the method does not fit in memory; nothing has been allocated.
+    FactorizationError
+        If H + εI is singular to working precision.
+    """
+
+    def __init__(
+        self, problem: Problem | Analysis, damping: float, method: str = "auto", *, tolerance: float | None = None
+    ) -> None:
+        self.solver = Solver(problem, damping, method, tolerance=tolerance)
+
+    @property
+    def analysis(self) -> Analysis:
+        """What does not depend on the damping."""
+        return self.solver.analysis
+
+    @property
+    def damping(self) -> float:
+        """ε."""
+        return self.solver.damping
+
+    def solve(self, g: Tensor, tolerance: float | None = None) -> Solution:
+        """Solve (H + εI) x = g for g of shape (N, k); see `Solver.solve`."""
+        return self.solver.solve(g, tolerance)
+
+    @cached_property
+    def factors(self) -> Factors:
+        """The factors that questions are put to."""
+        return Factors(self.analysis, self.damping, self.solver.plan, self.solver.factorization)
+
+    def _asked(self, question: Callable[[Factors], _Answer]) -> _Answer:
+        try:
+            return question(self.factors)
+        except SingularPivotError as error:
+            where = "" if error.stage is None else f" (met at stage {self.analysis.problem.name(error.stage)})"
+            raise FactorizationError(
+                f"H + damping·I with damping={self.damping:g} has no block LDLᵀ factorization{where}: it is singular to working "
+                "precision, or damping is zero and there are parameters that the batch does not see; use another damping",
+                damping=self.damping,
+            ) from None
+
+    @cached_property
+    def inertia(self) -> Inertia:
+        """Numbers of negative, zero and positive eigenvalues of H + εI."""
+        if "inertia" in self.solver.factorization.answers:
+            return self._asked(inertia_of_factors)
+        return inertia(self.analysis, self.damping)
+
+    @property
+    def is_positive_definite(self) -> bool:
+        """Whether all eigenvalues of H + εI are positive."""
+        return self.inertia.positive == self.analysis.problem.size
+
+    def slogdet(self) -> tuple[float, float]:
+        """Sign of det(H + εI), by inertia, and logarithm of its absolute value.
+
+        Raises
+        ------
+        FactorizationError
+            If H + εI is singular to working precision.
+        """
+        if self.inertia.zero:
+            raise FactorizationError(
+                f"H + damping·I with damping={self.damping:g} is singular to working precision, so its determinant is zero to rounding",
+                damping=self.damping,
+            )
+        sign = -1.0 if self.inertia.negative % 2 else 1.0
+        return sign, self._asked(lambda factors: determinant.logabsdet(factors, self.solver.plan))
+
+    def report(self) -> list[SegmentReport]:
+        """Pivots of each segment of the block LDLᵀ, in the order of the chain."""
+        return self._asked(Factors.report)
+
+    def positive(self) -> Callable[[Tensor], Tensor]:
+        """The product with L⁻ᵀ|D|⁻¹L⁻¹, where H + εI = L D Lᵀ; with the certified inverse itself where that is positive definite."""
+        try:
+            definite = self.is_positive_definite
+        except FactorizationError:  # a damping too small to tell
+            definite = False
+        if definite and self.analysis.problem.dtype == torch.float64:
+            return _Certified(self.solver)
+        return _Positive(self._asked(Factors.bounded))
+
+    @cached_property
+    def entries(self) -> DiagonalEntries:
+        """Diagonal and diagonal blocks, in float64."""
+        return self._asked(lambda factors: DiagonalEntries(factors, self.solver))
+
+    def blocks(self) -> list[Tensor]:
+        """Diagonal blocks in float64, one per stage with controls."""
+        entries = self.entries
+        return self._asked(lambda _: entries.blocks())
+
+    def sample(self, k: int, generator: torch.Generator | None) -> Tensor:
+        """K samples of N(0, (H + εI)⁻¹), shape (N, k), in float64.
+
+        Raises
+        ------
+        NotPositiveDefiniteError
+            If H + εI is not positive definite; it names the inertia and a damping that works.
+        """
+        found, size = self.inertia, self.analysis.problem.size
+        if found.positive < size:
+            damping = smallest_convex_damping(self.analysis, 0.01)
+            raise NotPositiveDefiniteError(
+                f"samples need a positive definite H + damping·I; with damping={self.damping:g} it has {found.negative} negative "
+                f"and {found.zero} zero eigenvalues; damping={1.01 * damping:.2e} works"
+            )
+        return self._asked(lambda factors: sampling.sample(factors.answering("sample"), k, generator))
+
+
+class _Certified:
+    """Certified solves as a product."""
+
+    def __init__(self, solver: Solver) -> None:
+        self._solver = solver
+
+    def __call__(self, g: Tensor) -> Tensor:
+        return self._solver.solve(g).x
+
+
+class _Positive:
+    """L⁻ᵀ|D|⁻¹L⁻¹ as a product."""
+
+    def __init__(self, factors: sampling.Answering) -> None:
+        self._factors = factors
+
+    def __call__(self, g: Tensor) -> Tensor:
+        return sampling.positive(self._factors, g)

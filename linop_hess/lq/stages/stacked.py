@@ -1,0 +1,78 @@
+"""Arrays of a stack of K alike things, with a common leading axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Tensor fields with a leading axis of K, sliced and cast together; fields that are `Stacked` themselves follow."""
+
+    def _arrays(self) -> Iterator[Tensor]:
+        """All tensors, in the order of the fields."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, Stacked):
+                yield from value._arrays()
+
+    @cached_property
+    def count(self) -> int:
+        """Number K of the stack."""
+        return next(self._arrays()).shape[0]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the arrays."""
+        return next(array.dtype for array in self._arrays() if array.is_floating_point())
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Device of the arrays."""
+        return next(self._arrays()).device
+
+    def take(self, which: slice | np.ndarray) -> Self:
+        """Return the members `which` of the stack, a slice (views) or an index array (copies)."""
+        changed: dict[str, Tensor | Stacked] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                index = which if isinstance(which, slice) else torch.from_numpy(which).to(value.device)
+                changed[field.name] = value[index]
+            elif isinstance(value, Stacked):
+                changed[field.name] = value.take(which)
+        return replace(self, **changed)
+
+    def at(self, position: int) -> Self:
+        """Return the single member at `position`, as a stack of one."""
+        return self.take(slice(position, position + 1))
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the stack with its floating-point arrays in another dtype."""
+        changed: dict[str, Tensor | Stacked] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Stacked) or (isinstance(value, Tensor) and value.is_floating_point()):
+                changed[field.name] = value.to(dtype)
+        return replace(self, **changed)
+
+    def first_not_finite(self) -> int | None:
+        """Position of the first member with a NaN or Inf in its arrays; None where there is none."""
+        for array in self._arrays():
+            if array.is_floating_point() and not bool(torch.isfinite(array).all()):
+                return int(torch.isfinite(array).flatten(1).all(1).long().argmin())
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the arrays."""
+        return sum(array.untyped_storage().nbytes() for array in self._arrays())

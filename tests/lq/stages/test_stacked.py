@@ -1,0 +1,55 @@
+"""Stacks of arrays."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linop_hess.lq.stages.stacked import Stacked
+
+
+@dataclass(frozen=True)
+class Inner(Stacked):
+    index: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Outer(Stacked):
+    name: str
+    nothing: Tensor | None
+    inner: Inner
+    weights: Tensor
+
+
+def outer():
+    inner = Inner(torch.arange(3)[:, None], torch.arange(6.0).view(3, 2))
+    return Outer("a", None, inner, torch.ones(3, 4))
+
+
+def test_count_dtype_and_device_come_from_the_first_arrays():
+    stack = outer()
+    assert (stack.count, stack.dtype, stack.device.type) == (3, torch.float32, "cpu")
+    assert stack.nbytes == 3 * 8 + 6 * 4 + 12 * 4
+
+
+def test_slices_are_views_and_indices_copies():
+    stack = outer()
+    assert stack.at(1).inner.values.data_ptr() == stack.inner.values[1].data_ptr()
+    assert stack.at(1).count == 1 and stack.at(1).name == "a"
+    assert stack.take(np.array([2, 0])).inner.index.flatten().tolist() == [2, 0]
+
+
+def test_only_floating_arrays_are_cast():
+    cast = outer().to(torch.float64)
+    assert cast.dtype == torch.float64 and cast.inner.index.dtype == torch.int64
+
+
+def test_first_not_finite():
+    stack = outer()
+    assert stack.first_not_finite() is None
+    stack.weights[2, 1] = torch.nan
+    assert stack.first_not_finite() == 2
+    stack.inner.values[1, 0] = torch.inf
+    assert stack.first_not_finite() == 1
