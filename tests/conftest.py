@@ -6,7 +6,7 @@ import torch
 
 # The repository root, so that `tests.helpers` is found however pytest is started.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-pytest.register_assert_rewrite("tests.operators.conformance")
+pytest.register_assert_rewrite("tests.operators.conformance", "tests.lq.stages.conformance")
 
 # The tests' matrices are tiny: on a busy machine threads that wait for each other cost ten times the work.
 torch.set_num_threads(1)

@@ -117,7 +117,7 @@ def test_dense_pieces_compose_as_well(case):
 
 def test_pieces_are_block_diagonal(case):
     lin, _, _ = case
-    q = lin.problem
+    q = lin.problem.layout
     for op, rows, columns in (
         (lin.D_x, q.out_offsets, q.x_offsets),
         (lin.DD_xx, q.x_offsets, q.x_offsets),
@@ -134,7 +134,7 @@ def test_pieces_are_block_diagonal(case):
 
 def test_shift_and_transition_are_what_they_say(case):
     lin, _, _ = case
-    q = lin.problem
+    q = lin.problem.layout
     M, M_inv, P = dense(lin.M, lin.M_inv, lin.P)
     expected = np.zeros_like(P)
     kept = q.size_out - q.n_out[-1]
@@ -152,7 +152,7 @@ def test_shift_and_transition_are_what_they_say(case):
 def test_blocks_of_M_are_the_jacobians_of_the_layers():
     model, loss, x, y = network("unequal widths")
     lin = lh.linearize(model, loss, x, y)
-    q = lin.problem
+    q = lin.problem.layout
     M = lh.to_dense(lin.M)
     z = x
     for l, layer in enumerate(model):
@@ -194,7 +194,7 @@ def test_schur_complement_of_the_augmented_system(case):
     lin, H, _ = case
     N = len(H)
     K = lh.to_dense(lin.augmented(DAMPING))
-    assert K.shape == (N + 2 * lin.problem.size_out,) * 2
+    assert K.shape == (N + 2 * lin.problem.layout.size_out,) * 2
     schur = K[:N, :N] - K[:N, N:] @ np.linalg.solve(K[N:, N:], K[N:, :N])
     assert_close(schur, H + DAMPING * np.eye(N))
     g = np.random.default_rng(0).standard_normal(N)
@@ -237,7 +237,7 @@ def test_permuted_system_is_block_tridiagonal(case):
 def test_permutation_groups_each_layer(case):
     """(x_l, y_l, z_l) of one layer together, in this order."""
     lin, _, _ = case
-    q = lin.problem
+    q = lin.problem.layout
     labels = np.concatenate(
         [
             np.concatenate([np.repeat(np.arange(q.length), sizes) * 3 + part])

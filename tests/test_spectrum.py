@@ -168,7 +168,7 @@ def test_density(scale, bins):
     eigenvalues = np.linalg.eigvalsh(H)
     found = lh.spectrum.density(lin, bins, scale=scale)
     null = np.abs(eigenvalues) <= found.null
-    assert found.null == 1e-7 * lin.problem.norm and found.nullity == null.sum() > 0
+    assert found.null == 1e-7 * lin.analysis.norm and found.nullity == null.sum() > 0
     assert found.counts.sum() + found.nullity == found.size == len(H)
     expected = [((eigenvalues > a) & (eigenvalues <= b) & ~null).sum() for a, b in itertools.pairwise(found.edges)]
     np.testing.assert_array_equal(found.counts, expected)
@@ -231,7 +231,7 @@ def test_extremes_are_not_trusted(monkeypatch):
     lin, H = setting()
     eigenvalues = np.linalg.eigvalsh(H)
     genuine = extremes._end
-    inner = {"SA": eigenvalues[1] / lin.problem.norm, "LA": eigenvalues[-2] / lin.problem.norm}
+    inner = {"SA": eigenvalues[1] / lin.analysis.norm, "LA": eigenvalues[-2] / lin.analysis.norm}
     monkeypatch.setattr(extremes, "_end", lambda A, which, *rest: inner.get(which) or genuine(A, which, *rest))
     np.testing.assert_allclose(lin.extreme_eigenvalues(), eigenvalues[[0, -1]], rtol=1e-7)
 

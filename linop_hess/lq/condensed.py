@@ -44,6 +44,12 @@ class Condensed:
             T[:, self.r :, self.r :].sub_(self.gram, alpha=1.0 / damping)
         return T
 
+    def out_of_units(self, unit_in: Tensor, unit_out: Tensor) -> Condensed:
+        """Return the blocks for states that are not in units."""
+        back = torch.cat([unit_in.new_ones(unit_in.shape[0], self.r, 1), 1.0 / unit_in], 1)
+        gram = None if self.gram is None else self.gram / unit_in / unit_in.mT
+        return Condensed(self.r, self.curvature * back * back.mT, gram, self.W * unit_out * back.mT)
+
 
 def condense(group: SegmentGroup) -> Condensed:
     """Return the condensed blocks of a group."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linop_hess.lq.accuracy import RANK
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.segments import SegmentGroup
 
@@ -28,6 +29,10 @@ class Hidden:
         Orthonormal directions U that are delayed.
     coupling : Tensor or None, shape (n_in, j)
         BᵀU.
+    weak : Tensor or None, shape (p, i)
+        Where some are delayed, orthonormal directions of all others that the state acts on.
+    weak_coupling : Tensor or None, shape (n_in, i)
+        Bᵀ times these.
     damping : float
         ε, the pivot of every direction.
     """
@@ -35,6 +40,8 @@ class Hidden:
     gram: Tensor | None = None
     directions: Tensor | None = None
     coupling: Tensor | None = None
+    weak: Tensor | None = None
+    weak_coupling: Tensor | None = None
     damping: float = 0.0
 
     @property
@@ -42,14 +49,29 @@ class Hidden:
         """Number of delayed directions j."""
         return 0 if self.directions is None else self.directions.shape[1]
 
-    def growth(self, units: Tensor) -> float:
-        """What the elimination adds to the cost-to-go, in units of the state, (n_in, 1)."""
+    @property
+    def is_split(self) -> bool:
+        """Whether some are delayed, so that the others are eliminated direction by direction."""
+        return self.directions is not None
+
+    def push(self, g: Tensor) -> Tensor:
+        """(1/ε) Bᵀ times the part of g⊥ of shape (p, k) along the weak directions."""
+        assert self.weak is not None and self.weak_coupling is not None
+        return self.weak_coupling @ (self.weak.mT @ g) / self.damping
+
+    def answer(self, c: Tensor, d: Tensor) -> Tensor:
+        """U c of the delayed directions, and what the weak ones answer to a state δ, (p, k)."""
+        assert self.directions is not None and self.weak is not None and self.weak_coupling is not None
+        return self.directions @ c - self.weak @ (self.weak_coupling.mT @ d) / self.damping
+
+    def largest_coupling(self, units: Tensor) -> float:
+        """Largest norm of a column of N of those that are eliminated, in units of the state, (n_in, 1)."""
         if self.gram is None or not self.gram.numel():
             return 0.0
-        return float((self.gram.diagonal() * units[:, 0].square()).max()) / abs(self.damping)
+        return float((self.gram.diagonal().sqrt() * units[:, 0]).max())
 
 
-def largest_coupling(analysis: Analysis) -> float:
+def strongest_coupling(analysis: Analysis) -> float:
     """Largest diagonal entry of Bᵀ(I − QQᵀ)B of any segment, in units of the states: |ε| times what elimination adds to a cost-to-go."""
     largest = 0.0
     for group in analysis.groups:
@@ -59,7 +81,7 @@ def largest_coupling(analysis: Analysis) -> float:
     return largest
 
 
-def hidden_controls(group: SegmentGroup, gram: Tensor | None, damping: float, limit: float) -> list[Hidden]:
+def hidden_controls(group: SegmentGroup, gram: Tensor | None, damping: float, largest: float) -> list[Hidden]:
     """Decide for each segment of a group which hidden directions are delayed.
 
     Parameters
@@ -68,30 +90,34 @@ def hidden_controls(group: SegmentGroup, gram: Tensor | None, damping: float, li
     gram : Tensor or None, shape (K, n_in, n_in)
         BᵀPB of all hidden controls, P = I − QQᵀ, in the unit of `SegmentGroup.state_unit`; None where they are not coupled.
     damping : float
-    limit : float
-        What the elimination of a direction may add to the cost-to-go, in units of the states.
+    largest : float
+        The largest coupling σ to the state, in its units, of a direction that is eliminated.
     """
     if gram is None:
         return [Hidden(damping=damping)] * group.count
-    # A unit per entry turns the growth of the cost-to-go into that of H; see `lq.scaling`.
+    # A unit per entry turns what is added to the cost-to-go into what is added to H; see `lq.scaling`.
     unit = group.unit_in / group.state_unit if group.state_unit is not None else group.unit_in
-    growth = (gram.diagonal(dim1=1, dim2=2) * unit[..., 0].square()).amax(1) / abs(damping)
-    fine = (growth <= limit).tolist()
+    size = (gram.diagonal(dim1=1, dim2=2).sqrt() * unit[..., 0]).amax(1)
+    fine = (size <= largest).tolist()
     return [
-        Hidden(gram[k], damping=damping) if fine[k] else _split(group, k, unit[k], damping, limit)
+        Hidden(gram[k], damping=damping) if fine[k] else _split(group, k, unit[k], damping, largest)
         for k in range(group.count)
     ]
 
 
-def _split(group: SegmentGroup, k: int, unit: Tensor, damping: float, limit: float) -> Hidden:
-    """Delay the directions of segment k that grow beyond the limit; `unit` takes its kept unit to the unit of `unit_in`."""
+def _split(group: SegmentGroup, k: int, unit: Tensor, damping: float, largest: float) -> Hidden:
+    """Delay the directions of segment k that are coupled too strongly; `unit` takes its kept unit to the unit of `unit_in`."""
     state_unit = 1.0 if group.state_unit is None else group.state_unit[k]
     space = group.space.at(k)
     # The factor N and not the Gram matrix: squared singular values would lose half the digits of the small ones.
-    _, sigma, Wt = torch.linalg.svd(space.hidden_coupling()[0] * (state_unit * unit).mT, full_matrices=False)
-    late = sigma.square() > limit * abs(damping)
-    kept = Wt[~late] * sigma[~late, None] / unit.mT
-    along = Wt[late].mT / sigma[late] * (state_unit * unit)
-    directions = space.hidden_directions(along[None])[0]
-    coupling = Wt[late].mT * sigma[late] / unit
-    return Hidden(kept.mT @ kept, directions, coupling, damping)
+    N = space.hidden_coupling()[0] * (state_unit * unit).mT
+    _, sigma, Wt = torch.linalg.svd(N, full_matrices=False)
+    rank = int((sigma > RANK * max(N.shape) * torch.finfo(sigma.dtype).eps * sigma[0]).sum())
+    late = int((sigma > largest).sum())
+    # Directions from small singular values are orthogonal to rounding only in terms of the largest, which 1/ε would amplify: hence QR,
+    # and all that the state acts on is split off, so that nothing of B is left on the others but exact zeros.
+    along = Wt[:rank].mT / sigma[:rank] * (state_unit * unit)
+    U = torch.linalg.qr(space.hidden_directions(along[None])[0]).Q
+    coupling = group.control.at(k).Bt(U[None])[0] * state_unit
+    weak = coupling[:, late:]
+    return Hidden(weak @ weak.mT, U[:, :late], coupling[:, :late], U[:, late:], weak, damping)

@@ -89,7 +89,7 @@ class Problem:
         """
         if not len(A) == len(B) == len(C) == len(F) == len(G):
             raise ValueError(
-                "expected one block of A, B, C, F and G per stage, got "
+                "expected one block per stage of A, B, C, F and G, got "
                 f"{len(A)}, {len(B)}, {len(C)}, {len(F)} and {len(G)} blocks: pass as many of each"
             )
         stages = [DenseStage.from_arrays(l, *group) for l, group in enumerate(zip(A, B, C, F, G, strict=True))]

@@ -8,7 +8,7 @@ hidden controls, see `lq.stages.row_space`) is eliminated exactly, which leaves 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -50,6 +50,8 @@ class SegmentGroup:
         Units of the states before and after; see `lq.scaling`.
     is_first : bool
         Whether this is the first segment of the chain.
+    in_units : bool
+        Whether recursions keep states in their units: where all segments of the chain are condensed, so that it costs nothing.
     """
 
     segments: np.ndarray
@@ -62,6 +64,7 @@ class SegmentGroup:
     unit_in: Tensor
     unit_out: Tensor
     is_first: bool
+    in_units: bool = False
 
     @property
     def count(self) -> int:
@@ -101,8 +104,8 @@ class SegmentGroup:
 
     @cached_property
     def state_unit(self) -> Tensor | None:
-        """The unit in which a recursion keeps the state before a segment; None: 1, as where segments are not condensed."""
-        return self.unit_in if self.is_narrow else None
+        """The unit in which recursions keep the state before a segment; None: 1."""
+        return self.unit_in if self.in_units else None
 
 
 def segment_groups(problem: Problem, row_spaces: Sequence[RowSpace | None], scales: Tensor) -> list[SegmentGroup]:
@@ -149,6 +152,8 @@ def segment_groups(problem: Problem, row_spaces: Sequence[RowSpace | None], scal
                     is_first=is_first,
                 )
             )
+    if all(group.is_narrow for group in groups):
+        return [replace(group, in_units=True) for group in groups]
     return groups
 
 

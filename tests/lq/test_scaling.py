@@ -274,7 +274,7 @@ def test_single_precision_underflow_is_told():
         model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
         x, y = torch.randn(5, 3), torch.randn(5, 2)
     lin = lh.linearize(model, lambda o, t: 1e25 * (o - t).square().sum(), x, y)
-    inverse = lin.inverse(float(lin.problem.norm))
+    inverse = lin.inverse(float(lin.analysis.norm))
     with pytest.raises(OverflowError, match="below the range"):
         inverse.solve(np.full(inverse.shape[0], 1e-30, dtype=np.float32))
 

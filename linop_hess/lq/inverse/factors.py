@@ -23,7 +23,7 @@ from linop_hess.lq.accuracy import (
     UNSURE_PIVOT,
 )
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.hidden import largest_coupling
+from linop_hess.lq.hidden import strongest_coupling
 from linop_hess.lq.methods.base import Factorization
 from linop_hess.lq.methods.plan import METHODS, Plan
 from linop_hess.lq.methods.riccati import RiccatiFactorization
@@ -104,6 +104,7 @@ class Factors:
     def __init__(self, analysis: Analysis, damping: float, plan: Plan, solving: Factorization | None = None) -> None:
         self.analysis, self.damping, self._plan = analysis.in_float64, damping, plan
         known = solving is not None and solving.analysis is self.analysis
+        self._asked_for = None if solving is None else solving.method
         self._made: dict[str, Factorization] = {solving.method: solving} if known and solving is not None else {}
         self._riccati: dict[BoundedGrowth, RiccatiFactorization] = {}
 
@@ -115,7 +116,7 @@ class Factors:
     @cached_property
     def hidden_growth(self) -> float:
         """What the elimination of all hidden controls adds to the cost-to-go, in terms of max(‖H‖, |ε|)."""
-        largest = self.analysis.once(largest_coupling)
+        largest = self.analysis.once(strongest_coupling)
         return largest / abs(self.damping) / self.scale if largest and self.damping else math.inf * (largest > 0.0)
 
     def answering(self, question: str) -> Answering:
@@ -123,8 +124,9 @@ class Factors:
         for made in self._made.values():
             if question in made.answers:
                 return self._certain(made)
+        # In another precision the method of the solves comes first, then the fastest.
         able = [name for name in self._plan.by_time() if question in METHODS[name].answers]
-        for name in able:
+        for name in sorted(able, key=lambda name: name != self._asked_for):
             if question in (made := self.made(name)).answers:
                 return self._certain(made)
         return self.riccati(GROWTH)

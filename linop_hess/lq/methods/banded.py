@@ -121,13 +121,13 @@ class BandedFactorization:
             s = Slots(layout.start[group.segments], group.r).gather(y)
             d = Slots(layout.state_before[group.segments], group.n_in).gather(y)
             hidden = None if part.hidden is None else part.hidden.div_(damping)
-            put_controls(x, group, hidden, s, d if group.is_narrow else d * group.unit_in, damping)
+            put_controls(x, group, hidden, s, d if group.in_units else d * group.unit_in, damping)
         return x
 
     @staticmethod
     def _in_units(group: SegmentGroup, state: Tensor) -> Tensor:
-        """Return a load on states in their units, in which the band keeps them; narrow segments have it so already."""
-        return state if group.is_narrow else state * group.unit_in
+        """Return a load on states in their units, in which the band keeps them; where recursions keep them so it is there already."""
+        return state if group.in_units else state * group.unit_in
 
     def _solve_band(self, rhs: Tensor) -> Tensor:
         kl = self._layout.bandwidth

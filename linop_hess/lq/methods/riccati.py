@@ -21,6 +21,7 @@ from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.hidden import Hidden
 from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method
 from linop_hess.lq.methods.closed_loop import ClosedLoop
 from linop_hess.lq.methods.stage_factor import SegmentLoad, StageFactor, unwhiten, whiten
@@ -94,7 +95,7 @@ class RiccatiFactorization(Congruence):
     ) -> None:
         self.analysis, self.damping = analysis, damping
         rule = SmallPivots(damping) if rule is None else rule
-        segments = segments_at(analysis, damping, rule.limit)
+        segments = segments_at(analysis, damping, rule.coupling_up_to(damping))
         self.hidden = analysis.hidden - sum(segment.hidden.delayed for segment in segments)
         # Looking at each pivot costs more than dividing by it where blocks are narrow: divide by all, then look at all of them at once.
         self._is_packed = analysis.is_narrow and not careful and not any(segment.hidden.delayed for segment in segments)
@@ -106,8 +107,8 @@ class RiccatiFactorization(Congruence):
 
     def obeys(self, rule: PivotRule) -> bool:
         """Whether by `rule` nothing need be delayed, or nothing more than is."""
-        hidden = max((f.segment.hidden.growth(f.segment.units) for f in self.factors), default=0.0)
-        return hidden <= rule.limit and _obey(rule, self.factors[1:])
+        hidden = max((f.segment.hidden.largest_coupling(f.segment.units) for f in self.factors), default=0.0)
+        return hidden <= rule.coupling_up_to(self.damping) and _obey(rule, self.factors[1:])
 
     @cached_property
     def segment_pivots(self) -> list[Tensor]:
@@ -167,20 +168,22 @@ class RiccatiFactorization(Congruence):
         of_group: list[list[SegmentLoad]] = []
         for group in self.analysis.groups:
             visible, rest = split_load(group, g)
+            state = state_load(group, rest, self.damping)
+            pushed: list[Tensor | None] = [None] * group.count
+            if state is not None:
+                pushed = [*state.unbind()]
             along = [visible[k, :0] for k in range(group.count)]
             if rest is not None:
-                for k, segment in enumerate(self._members(group)):
-                    if (U := segment.hidden.directions) is not None:
-                        along[k] = U.mT @ rest[k]
-                        rest[k] -= U @ along[k]
+                for k, mine in enumerate(self._hidden(group)):
+                    if mine.directions is not None:
+                        along[k], pushed[k] = mine.directions.mT @ rest[k], mine.push(rest[k])
+                        rest[k] -= mine.directions @ along[k]
                 group.x_slots.put(hidden, rest)
-            state = state_load(group, rest, self.damping)
-            pushed = [None] * group.count if state is None else list(state.unbind())
             of_group.append([SegmentLoad(*parts) for parts in zip(visible.unbind(), pushed, along, strict=True)])
         return [of_group[g][k] for g, k in self.analysis.pairs], hidden
 
-    def _members(self, group: SegmentGroup) -> list[Segment]:
-        return [self.factors[k].segment for k in group.segments]
+    def _hidden(self, group: SegmentGroup) -> list[Hidden]:
+        return [self.factors[k].segment.hidden for k in group.segments]
 
     def unwhiten(self, w: Tensor) -> Tensor:
         problem = self.analysis.problem
@@ -196,15 +199,13 @@ class RiccatiFactorization(Congruence):
             if group.hidden:
                 of_group = group.count, group.control.p, w.shape[1]
                 rest = group.x_slots.gather(w[-problem.size :]) if self.hidden else w.new_zeros(of_group)
-            states = torch.stack([d[k] for k in at])
-            put_controls(x, group, rest, torch.stack([s[k] for k in at]), states, self.damping)
-            for k, segment in enumerate(self._members(group)):
-                if (U := segment.hidden.directions) is not None:
-                    # (I − QQᵀ)Bδ/ε was taken off along U too, where c is what counts.
-                    assert segment.hidden.coupling is not None
-                    start = int(group.x_slots.starts[k])
-                    along = c[at[k]] + segment.hidden.coupling.mT @ states[k] / self.damping
-                    x[start : start + group.control.p] += U @ along
+            hidden = self._hidden(group)
+            # Where hidden controls are split, B acts on their directions alone.
+            states = [torch.zeros_like(d[k]) if mine.is_split else d[k] for k, mine in zip(at, hidden, strict=True)]
+            put_controls(x, group, rest, torch.stack([s[k] for k in at]), torch.stack(states), self.damping)
+            for k, start, mine in zip(at, group.x_slots.starts.tolist(), hidden, strict=True):
+                if mine.is_split:
+                    x[start : start + group.control.p] += mine.answer(c[k], d[k])
         return x
 
     def project(self, w: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ def eliminate(
     """
     none = S.new_zeros(S.shape[0], 0), S.new_zeros(0), S.new_zeros(E.shape[1], 0)
     # Bunch-Kaufman first, whose pivots show whether all may be eliminated; eigenvectors, several times the work, only where they may not.
-    if S.shape[0] > _EIGENVECTORS_UP_TO and (last or not careful):
+    if S.shape[0] > _EIGENVECTORS_UP_TO and not (rule.is_orthogonal if last else careful):
         if not bool(torch.isfinite(S).all()):
             raise ArithmeticError("NaN or Inf in a pivot")
         factor = SymmetricFactor.of(S)

@@ -16,9 +16,12 @@ from linop_hess.lq.pivots.bunch_kaufman import packed_pivots
 class PivotRule(Protocol):
     """Which pivots may be divided by; couplings to the state are in its units."""
 
+    def coupling_up_to(self, damping: float) -> float:
+        """The largest coupling to the state of a hidden direction, whose pivot is ε, that may be eliminated."""
+
     @property
-    def limit(self) -> float:
-        """What the elimination of one direction may add to the cost-to-go."""
+    def is_orthogonal(self) -> bool:
+        """Whether T must be orthogonal at the last block too, where everything is eliminated."""
 
     def accepts(self, theta: Tensor, white: Tensor) -> bool:
         """Whether all of T θ Tᵀ may be eliminated, `white` being T⁻¹E."""
@@ -35,7 +38,10 @@ class SmallPivots:
     """For solves: pivots far below |ε| are delayed. What a pivot near |ε| costs, refinement gives back."""
 
     damping: float
-    limit: float = math.inf
+    is_orthogonal: bool = False
+
+    def coupling_up_to(self, damping: float) -> float:
+        return math.inf
 
     def accepts(self, theta: Tensor, white: Tensor) -> bool:
         smallest, largest = extremes(theta)
@@ -63,6 +69,14 @@ class BoundedGrowth:
     limit: float
     multiplier: float = math.inf
     smallest: float = 0.0
+
+    @property
+    def is_orthogonal(self) -> bool:
+        # The multipliers of Bunch-Kaufman are not bounded.
+        return self.multiplier < math.inf
+
+    def coupling_up_to(self, damping: float) -> float:
+        return min(math.sqrt(self.limit * abs(damping)), self.multiplier * abs(damping))
 
     def accepts(self, theta: Tensor, white: Tensor) -> bool:
         if not extremes(theta)[0] > self.smallest:

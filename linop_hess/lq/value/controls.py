@@ -163,15 +163,15 @@ class Segment:
         return y
 
 
-def segments_at(analysis: Analysis, damping: float, limit: float) -> list[Segment]:
+def segments_at(analysis: Analysis, damping: float, largest: float) -> list[Segment]:
     """Return the segments of a chain in order, at a damping.
 
     Parameters
     ----------
     analysis : Analysis
     damping : float
-    limit : float
-        What the elimination of a hidden direction may add to the cost-to-go; beyond it, it is delayed.
+    largest : float
+        The largest coupling to the state of a hidden direction that is eliminated; others are delayed.
 
     Raises
     ------
@@ -182,32 +182,35 @@ def segments_at(analysis: Analysis, damping: float, limit: float) -> list[Segmen
         if group.hidden and damping == 0.0:
             raise SingularPivotError(int(group.stages[0]))
     of_group = [
-        _condensed(analysis, g, damping, limit) if group.is_narrow else _wide(group, damping, limit)
+        _condensed(analysis, g, damping, largest) if group.is_narrow else _wide(group, damping, largest)
         for g, group in enumerate(analysis.groups)
     ]
     return [of_group[g][k] for g, k in analysis.pairs]
 
 
-def _condensed(analysis: Analysis, g: int, damping: float, limit: float) -> list[Segment]:
+def _condensed(analysis: Analysis, g: int, damping: float, largest: float) -> list[Segment]:
     group, blocks = analysis.groups[g], analysis.condensed[g]
-    hidden = hidden_controls(group, blocks.gram, damping, limit)
-    Ts, ones = blocks.T(damping), torch.ones_like(group.unit_in)
+    units = torch.ones_like(group.unit_in)
+    if not group.in_units:
+        blocks, units = blocks.out_of_units(group.unit_in, group.unit_out), group.unit_in
+    hidden = hidden_controls(group, blocks.gram, damping, largest)
+    Ts = blocks.T(damping)
     if blocks.gram is not None:
         for k, mine in enumerate(hidden):
             if mine.delayed and mine.gram is not None:  # those delayed are not eliminated
                 Ts[k, group.r :, group.r :].add_(blocks.gram[k] - mine.gram, alpha=1.0 / damping)
     return [
-        Segment(CondensedControl(W, T, group.r), (), mine, int(stage), units, group.is_first)
-        for W, T, mine, stage, units in zip(
-            blocks.W.unbind(), Ts.unbind(), hidden, group.stages, ones.unbind(), strict=True
+        Segment(CondensedControl(W, T, group.r), (), mine, int(stage), unit, group.is_first)
+        for W, T, mine, stage, unit in zip(
+            blocks.W.unbind(), Ts.unbind(), hidden, group.stages, units.unbind(), strict=True
         )
     ]
 
 
-def _wide(group: SegmentGroup, damping: float, limit: float) -> list[Segment]:
+def _wide(group: SegmentGroup, damping: float, largest: float) -> list[Segment]:
     gram = group.space.hidden_gram() if group.is_coupled else None
     segments = []
-    for k, hidden in enumerate(hidden_controls(group, gram, damping, limit)):
+    for k, hidden in enumerate(hidden_controls(group, gram, damping, largest)):
         control = StageControl(group.control.at(k), group.space.at(k), damping, hidden)
         free = tuple(stage.at(k) for stage in group.free)
         segments.append(Segment(control, free, hidden, int(group.stages[k]), group.unit_in[k], group.is_first))

@@ -1,4 +1,4 @@
-"""Inertia of long chains in lockstep, against dense eigenvalues."""
+"""Inertia of long chains with legs eliminated side by side, against dense eigenvalues."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,11 @@ from torch import nn
 from torch.nn import functional as f
 
 import linop_hess as lh
-from linop_hess.lq.inverse import counting as convexity
-from linop_hess.lq.methods import parallel as lockstep
-from linop_hess.lq.methods.parallel import Lockstep, periodic_stretch, serves
-from linop_hess.lq.pivots.inertia import ZERO, Inertia
+from linop_hess.lq.accuracy import ZERO_PIVOT
+from linop_hess.lq.inverse import inertia as inertia_module
+from linop_hess.lq.methods import parallel
+from linop_hess.lq.methods.parallel import Parallel, legs_of, periodic_stretch
+from linop_hess.lq.pivots.inertia import Inertia
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 
 
@@ -38,13 +39,13 @@ def test_against_dense_eigenvalues(name):
     lin, H = chain(CHAINS[name], samples=3 if name == "a batch" else 1)
     eigenvalues = np.linalg.eigvalsh(H)
     assert eigenvalues[0] < -1e-2 * eigenvalues[-1]
-    solver = Lockstep(lin.problem)
+    solver = Parallel(lin.analysis)
     between = (eigenvalues[:-1] + eigenvalues[1:]) / 2
     wide = np.diff(eigenvalues) > 1e-6
     shifts = np.concatenate([[0.3, 1e-2, 1e-3, -1e-3, -0.2], -between[wide][:: max(1, wide.sum() // 20)]])
     answered = 0
     for damping in shifts:
-        found = solver.inertia(damping, ZERO * lin.problem.norm)
+        found = solver.inertia(damping, ZERO_PIVOT * lin.analysis.norm)
         if found is not None:
             answered += 1
             assert found == of_eigenvalues(eigenvalues + damping), damping
@@ -54,26 +55,26 @@ def test_against_dense_eigenvalues(name):
 def test_close_to_an_eigenvalue():
     lin, H = chain(CHAINS["uniform"])
     eigenvalues = np.linalg.eigvalsh(H)
-    solver = Lockstep(lin.problem)
+    solver = Parallel(lin.analysis)
     checked = 0
     for value in eigenvalues[np.abs(eigenvalues) > 1e-2]:
         for side in (-1, 1):
             damping = -value + side * 1.1e-12 * np.abs(eigenvalues).max()
-            found = solver.inertia(damping, ZERO * lin.problem.norm)
+            found = solver.inertia(damping, ZERO_PIVOT * lin.analysis.norm)
             assert found is None or found == of_eigenvalues(eigenvalues + damping)
             checked += found is not None
     assert checked >= 20
 
 
-def test_a_chunk_tries_another_terminal_cost(monkeypatch):
+def test_a_leg_tries_another_terminal_cost(monkeypatch):
     lin, H = chain(CHAINS["a batch"], samples=3)
     eigenvalues = np.linalg.eigvalsh(H)
-    solver = Lockstep(lin.problem)
-    monkeypatch.setattr(lockstep, "GROWTH", 20.0)  # so strict that many chunks fail with the first
+    solver = Parallel(lin.analysis)
+    monkeypatch.setattr(parallel, "GROWTH_PARALLEL", 20.0)  # so strict that many legs fail with the first
     rescued = 0
     for damping in np.linspace(-0.05, 0.05, 41):
         with monkeypatch.context() as patch:
-            patch.setattr(lockstep, "_RHOS", (1.0,))
+            patch.setattr(parallel, "_RHOS", (1.0,))
             first = solver.inertia(damping, 1e-14)
         found = solver.inertia(damping, 1e-14)
         rescued += first is None and found is not None
@@ -83,19 +84,19 @@ def test_a_chunk_tries_another_terminal_cost(monkeypatch):
 
 def test_gives_up_rather_than_guess():
     lin, _ = chain(CHAINS["uniform"])
-    assert Lockstep(lin.problem).inertia(1e-10, 1e-14) is None
+    assert Parallel(lin.analysis).inertia(1e-10, 1e-14) is None
 
 
 def test_long_chains_use_it(monkeypatch):
     model = make_mlp([2] * 230 + [2], seed=1, gain=1.3)
     lin = lh.linearize(model, f.cross_entropy, *make_batch(2, 2, 1))
-    assert serves(lin.problem)
+    assert legs_of(lin.analysis) is not None
     eigenvalues = np.linalg.eigvalsh(lh.to_dense(lin.H))
     with monkeypatch.context() as patch:
-        patch.setattr(convexity, "BlockLDL", None)
+        patch.setattr(inertia_module, "Factors", None)
         for damping in (0.1, 1e-3, -0.05):
             assert lin.inverse(damping).inertia() == of_eigenvalues(eigenvalues + damping)
-    assert not serves(lh.linearize(make_mlp([2] * 10), f.cross_entropy, *make_batch(2, 2, 1)).problem)
+    assert legs_of(lh.linearize(make_mlp([2] * 10), f.cross_entropy, *make_batch(2, 2, 1)).analysis) is None
 
 
 def test_gauss_newton_and_float32():

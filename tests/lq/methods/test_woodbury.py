@@ -9,8 +9,6 @@ from torch.nn import functional as f
 import linop_hess as lh
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.inverse import entries
-from linop_hess.lq.inverse.factors import BlockLDL
-from linop_hess.lq.inverse.gram_factors import GramFactors
 from linop_hess.lq.methods.function_space import FunctionSpace
 from tests.helpers import make_batch, make_mlp, oracle_jacobian
 from tests.lq.problems import backward_error
@@ -126,7 +124,7 @@ def test_against_the_dense_matrix(name, loss_fn):
 def test_the_losses_are_what_they_say():
     """Each of them reaches the part of the code that it is there for."""
     model, (x, y) = make_mlp([3, 5, 4, 3], gain=1.3), make_batch(3, 3, 6)
-    spaces = {loss_fn: FunctionSpace(lh.linearize(model, loss_fn, x, y).problem) for loss_fn in LOSSES}
+    spaces = {loss_fn: FunctionSpace(lh.linearize(model, loss_fn, x, y).analysis) for loss_fn in LOSSES}
     assert [spaces[loss_fn].samples for loss_fn in LOSSES] == [6, 6, 6, 1, 1]
     assert [spaces[loss_fn].is_convex for loss_fn in LOSSES] == [True, True, False, True, False]
     assert spaces[cross_entropy].rows == 6 * 2  # softmax has one flat direction
@@ -135,7 +133,7 @@ def test_the_losses_are_what_they_say():
 @pytest.mark.parametrize("loss_fn", [cross_entropy, squared, coupled])
 @pytest.mark.parametrize("name", cases())
 def test_what_the_gram_matrix_knows(name, loss_fn, monkeypatch):
-    monkeypatch.setattr(entries, "_SMALL", 0)
+    monkeypatch.setattr(entries, "SOLVED_UP_TO", 0)
     model, x, y = setting(name)
     H = gauss_newton_matrix(model, loss_fn, x, y)
     N = len(H)
@@ -145,7 +143,8 @@ def test_what_the_gram_matrix_knows(name, loss_fn, monkeypatch):
         expected = np.linalg.inv(K)
         atol = 1e-14 * np.linalg.cond(K) * np.abs(expected).max()
         inverse = lin.gauss_newton().inverse(damping, "woodbury")
-        assert isinstance(inverse._ldl, GramFactors)
+        factors = inverse._inverse.factors.answering("sample")
+        assert factors.method == "woodbury"
         np.testing.assert_allclose(inverse.diagonal(), np.diag(expected), rtol=0, atol=atol)
         np.testing.assert_allclose(inverse.trace(), np.trace(expected), rtol=0, atol=N * atol)
         start = 0
@@ -155,7 +154,6 @@ def test_what_the_gram_matrix_knows(name, loss_fn, monkeypatch):
             start = stop
         assert start == N
         np.testing.assert_allclose(lh.to_dense(inverse.positive()), expected, rtol=0, atol=3 * atol)
-        factors = inverse._ldl
         with torch.no_grad():
             root = factors.color(torch.eye(factors.noise, dtype=torch.float64)).numpy()
         np.testing.assert_allclose(root @ root.T, expected, rtol=0, atol=10 * atol)
@@ -170,7 +168,10 @@ def test_a_nonconvex_cost(loss_fn):
     K = H + 1e-2 * np.eye(len(H))
     assert np.linalg.eigvalsh(K)[0] < 0
     inverse = lin.gauss_newton().inverse(1e-2, "woodbury")
-    assert inverse.method == "woodbury" and isinstance(inverse._ldl, BlockLDL)
+    assert inverse.method == "woodbury" and inverse._inverse.factors.answering("positive").method in (
+        "riccati",
+        "dense",
+    )
     positive = lh.to_dense(inverse.positive())
     assert np.linalg.eigvalsh((positive + positive.T) / 2)[0] > 0
     np.testing.assert_allclose(np.abs(np.linalg.eigvals(positive @ K)), 1, atol=1e-6)
@@ -200,7 +201,9 @@ def test_single_precision():
         inverse = ggn.inverse(damping, "woodbury")
         assert inverse.method == "woodbury" and backward_error(H, damping, inverse.solve(g).x, g) <= 2e-6
         assert inverse.diagonal().dtype == np.float32 and inverse.is_positive_definite
-        assert isinstance(inverse._ldl, GramFactors)  # the flat direction of softmax is none of negative curvature
+        assert (
+            inverse._inverse.factors.answering("sample").method == "woodbury"
+        )  # the flat direction of softmax is none of negative curvature
 
 
 def test_repeated_and_zero_samples():

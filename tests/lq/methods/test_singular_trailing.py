@@ -10,7 +10,7 @@ import torch
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.methods import riccati
-from linop_hess.lq.pivots import rules as pivots
+from linop_hess.lq.pivots import rules
 from tests.lq.problems import Blocks, backward_error, random_blocks
 
 DELTAS = [1e-6, 1e-10, 1e-13, 0.0]
@@ -100,7 +100,7 @@ def test_riccati_delays_few_directions(found, n, p, with_A, l, delta):
     blocks, damping = near_singular(found, n, p, with_A, l, delta)
     H, problem = blocks.hessian(), blocks.problem()
     g = np.random.default_rng(2).standard_normal((len(H), 2))
-    factors = riccati.factor(problem, damping)
+    factors = riccati.factor(lq.Analysis(problem), damping)
     assert backward_error(H, damping, factors.solve(torch.from_numpy(g)).numpy(), g) <= 1e-12
     assert sum(factors.delayed.values()) <= 6
     if delta <= 1e-10:
@@ -110,13 +110,13 @@ def test_riccati_delays_few_directions(found, n, p, with_A, l, delta):
 @pytest.mark.parametrize(("n", "p", "with_A", "l"), cases())
 def test_without_delay_the_error_grows(found, n, p, with_A, l, monkeypatch):
     """The sweep is a real one: the same recursion that never delays loses what δ says."""
-    monkeypatch.setattr(pivots, "SUSPECT", 0.0)
+    monkeypatch.setattr(rules, "PIVOT_SUSPECT", 0.0)
     errors = {}
     for delta in (1e-6, 1e-10):
         blocks, damping = near_singular(found, n, p, with_A, l, delta)
         H = blocks.hessian()
         g = np.random.default_rng(3).standard_normal((len(H), 1))
-        factors = riccati.factor(blocks.problem(), damping)
+        factors = riccati.factor(lq.Analysis(blocks.problem()), damping)
         errors[delta] = backward_error(H, damping, factors.solve(torch.from_numpy(g)).numpy(), g)
     assert errors[1e-10] > 1e-11
     assert errors[1e-10] > 20 * errors[1e-6]
