@@ -36,12 +36,13 @@ class Condensed:
     gram: Tensor | None
     W: Tensor
 
-    def T(self, damping: float) -> Tensor:
-        """T at a damping, (K, r + n_in, r + n_in)."""
+    def T(self, damping: float, gram: Tensor | None = None) -> Tensor:
+        """T at a damping, (K, r + n_in, r + n_in); `gram` takes the place of that of all hidden controls."""
         T = self.curvature.clone()
         T.diagonal(dim1=1, dim2=2)[:, : self.r].add_(damping)
-        if self.gram is not None:
-            T[:, self.r :, self.r :].sub_(self.gram, alpha=1.0 / damping)
+        gram = self.gram if gram is None else gram
+        if gram is not None:
+            T[:, self.r :, self.r :].sub_(gram, alpha=1.0 / damping)
         return T
 
     def out_of_units(self, unit_in: Tensor, unit_out: Tensor) -> Condensed:

@@ -194,11 +194,9 @@ def _condensed(analysis: Analysis, g: int, damping: float, largest: float) -> li
     if not group.in_units:
         blocks, units = blocks.out_of_units(group.unit_in, group.unit_out), group.unit_in
     hidden = hidden_controls(group, blocks.gram, damping, largest)
-    Ts = blocks.T(damping)
-    if blocks.gram is not None:
-        for k, mine in enumerate(hidden):
-            if mine.delayed and mine.gram is not None:  # those delayed are not eliminated
-                Ts[k, group.r :, group.r :].add_(blocks.gram[k] - mine.gram, alpha=1.0 / damping)
+    # Those delayed must never have been taken off: 1/ε is so large that adding them again would leave nothing but rounding.
+    grams = [mine.gram for mine in hidden if mine.gram is not None]
+    Ts = blocks.T(damping, torch.stack(grams) if grams else None)
     return [
         Segment(CondensedControl(W, T, group.r), (), mine, int(stage), unit, group.is_first)
         for W, T, mine, stage, unit in zip(
