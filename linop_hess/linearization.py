@@ -18,8 +18,8 @@ from linop_hess.graph.sequential import is_float
 from linop_hess.graph.verification import Reference
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
-from linop_hess.operators.algebra import Permutation
-from linop_hess.operators.base import Operator
+from linop_hess.operators.operator import Operator
+from linop_hess.operators.permutation import Permutation
 
 
 def linearize(

@@ -24,9 +24,8 @@ from linop_hess.autograd.snapshot import (
     select_parameters,
 )
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.operators.algebra import damped
-from linop_hess.operators.base import Operator
 from linop_hess.operators.convert import plain_arithmetic
+from linop_hess.operators.operator import Operator, damped
 
 
 class Curvature(Operator):

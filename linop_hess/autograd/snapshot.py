@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from linop_hess._validate import NUMPY_DTYPES
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.operators.convert import NUMPY_DTYPES
 
 
 def select_parameters(model: Any, params: Iterable[str] | None) -> list[str]:

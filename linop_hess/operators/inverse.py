@@ -22,8 +22,8 @@ from linop_hess.lq.methods import riccati
 from linop_hess.lq.methods.singular import SingularPivotError
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
-from linop_hess.operators.base import Operator
 from linop_hess.operators.convert import as_tensor, to_numpy
+from linop_hess.operators.operator import Operator
 
 _Answer = TypeVar("_Answer")
 
