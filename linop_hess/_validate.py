@@ -103,3 +103,39 @@ def require_dtype(dtype: torch.dtype, what: str) -> None:
             f"expected {what} in torch.float32 or torch.float64, got {dtype}: convert the model or the arrays with "
             ".float() or .double()"
         )
+
+
+def require_loss_fn(loss_fn: Any) -> None:
+    """Raise TypeError unless a loss can be called."""
+    if not callable(loss_fn):
+        raise TypeError(
+            f"expected loss_fn to be callable as loss_fn(output, targets), got {type(loss_fn).__name__}: pass a function "
+            "or a loss module"
+        )
+
+
+def checked_loss(value: Any) -> Tensor:
+    """Return what a loss function gave as a tensor without dimensions: it must hold one number, a finite one.
+
+    Raises
+    ------
+    TypeError
+        If it is no tensor.
+    ValueError
+        If it has several elements or none, or is NaN or infinite.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"expected loss_fn to return a scalar tensor, got {type(value).__name__}: return the tensor itself, which "
+            ".item() and float() cut off from the parameters"
+        )
+    if value.numel() != 1:
+        raise ValueError(
+            f"expected loss_fn to return a scalar tensor, got shape {tuple(value.shape)}: reduce it with .sum() or "
+            '.mean(), or pass reduction="sum" to the loss'
+        )
+    if not bool(torch.isfinite(value)):
+        raise ValueError(
+            f"expected a finite loss, got {value.detach().item()}: look for NaN or Inf in inputs, targets and parameters"
+        )
+    return value.reshape(())

@@ -344,7 +344,7 @@ def test_compare_tabulates_records_and_callables():
     assert len(lines) == 5
     where = lines[0].index("true residual") + len("true residual")
     assert all(line[where - 1] != " " and line[where] == " " for line in lines[2:])
-    assert "12.8 kB" in lines[4]
+    assert "12.5 KiB" in lines[4]
     markdown = table.to_markdown().splitlines()
     assert markdown[0].startswith("| method |")
     assert r"MINRES \| M" in markdown[3]

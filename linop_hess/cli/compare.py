@@ -15,10 +15,10 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from linop_hess import krylov
-from linop_hess._memory import available_bytes
+from linop_hess._memory import available_bytes, format_bytes
 from linop_hess.autograd import Hessian
 from linop_hess.errors import FactorizationError
-from linop_hess.krylov.record import Comparison, Record, readable_bytes
+from linop_hess.krylov.record import Comparison, Record
 from linop_hess.linearization import Linearization, linearize
 
 DIGITS = 1797
@@ -230,7 +230,7 @@ def _direct(
     plan = lin.plan(damping)
     cost = plan.costs[method]
     if not plan.fits(method):
-        return cost.why_not or f"needs about {readable_bytes(int(cost.nbytes))}"
+        return cost.why_not or f"needs about {format_bytes(cost.nbytes)}"
     if cost.seconds > LDU_SECONDS:
         return f"its plan says about {cost.seconds:.0f} s, more than {LDU_SECONDS:.0f} s"
     try:
@@ -257,7 +257,7 @@ def _dense_does_not_fit(n: int) -> str:
     # The matrix, its factor, and the identity's columns in passing.
     needed, available = 3 * 8 * n**2, available_bytes()
     if needed > available:
-        return f"needs about {readable_bytes(needed)}, {readable_bytes(available)} are available"
+        return f"needs about {format_bytes(needed)}, {format_bytes(available)} are available"
     return "" if n <= 10_000 else f"would take {n:,} Hessian products, more than 10,000"
 
 

@@ -90,7 +90,7 @@ def as_tensor(
             f"expected an operand of {who} of shape {expected}, got {tuple(tensor.shape)}: "
             "pass a flat vector, or a matrix with one vector a column"
         )
-    if not _all_finite(tensor):
+    if not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
             f"expected finite numbers in {dtype} for {who}, got {bad} NaN or Inf in {tensor.numel()} entries: "
@@ -99,9 +99,10 @@ def as_tensor(
     return tensor
 
 
-def to_numpy(out: Tensor) -> np.ndarray:
-    """Return a fresh, writable, C-ordered NumPy copy of a tensor."""
-    return np.array(out.detach().cpu().numpy(), order="C", copy=True)
+def to_numpy(out: Tensor, *, fresh: bool = False) -> np.ndarray:
+    """Return a tensor as a writable, C-ordered NumPy array of its own memory, of the tensor's where that is `fresh`."""
+    array = out.detach().cpu().numpy()
+    return np.ascontiguousarray(array) if fresh else np.array(array, order="C", copy=True)
 
 
 def _from_torch(x: Tensor, dtype: torch.dtype, device: torch.device, who: str) -> Tensor:
@@ -143,6 +144,6 @@ def _from_numpy(x: Any, dtype: torch.dtype, device: torch.device, who: str) -> T
     return torch.from_numpy(array).to(device)
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    # One pass without a mask; a sum that overflows is looked at again.
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds no NaN or Inf, in one pass without a mask; a sum that overflows is looked at again."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -49,7 +49,8 @@ class Operator(_ScipyOperator):
     torch_dtype : torch.dtype
         The dtype of the arithmetic and of results; `dtype` is the same as a NumPy dtype.
     device : torch.device
-        Where the operator computes.
+    fresh : bool
+        Whether what `_apply` returns is memory of its own: neither its operand's nor the operator's.
 
     Raises
     ------
@@ -58,6 +59,7 @@ class Operator(_ScipyOperator):
     """
 
     symmetric: bool = False
+    fresh: bool = False
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         require_dtype(dtype, type(self).__name__)
@@ -159,7 +161,6 @@ class Operator(_ScipyOperator):
         return self._rdot(x)
 
     def __call__(self, x: Any) -> Any:
-        """Return ``self @ x``."""
         return self @ x
 
     def __add__(self, other: Any) -> Any:
@@ -229,10 +230,11 @@ class Operator(_ScipyOperator):
                     f"contract, got {tuple(out.shape)} of {out.dtype}: report this defect of the operator"
                 )
             out = out.reshape(rows, *operand.shape[1:])
-            # Always a copy: what an operator returns may be its operand or its own storage.
+            # A copy, unless known to be needless: what an operator returns may be its operand or its own storage.
             if isinstance(x, Tensor):
-                return out.detach().clone(memory_format=torch.contiguous_format)
-            result = to_numpy(out)
+                out = out.detach()
+                return out.contiguous() if self.fresh else out.clone(memory_format=torch.contiguous_format)
+            result = to_numpy(out, fresh=self.fresh)
         return np.asmatrix(result) if isinstance(x, np.matrix) else result
 
 

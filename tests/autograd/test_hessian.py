@@ -414,7 +414,7 @@ class Once(torch.autograd.Function):
 def test_an_operation_without_second_derivative_is_named():
     model, batch = mlp_and_batch()
     for loss_fn in (lambda z, t: Once.apply(z).sum(), lambda z, t: Once.apply(z).tanh().sum()):
-        with pytest.raises(UnsupportedModelError, match="Once has no second derivative"):
+        with pytest.raises(UnsupportedModelError, match="second derivative, got Once"):
             Hessian(model, loss_fn, batch)
 
 
@@ -449,7 +449,7 @@ def test_data_that_shrink_are_noticed():
 @pytest.mark.parametrize("kind", CURVATURES)
 def test_bad_losses(kind):
     model, (x, y) = mlp_and_batch()
-    with pytest.raises(ValueError, match=r"scalar; got shape \(7,\)"):
+    with pytest.raises(ValueError, match=r"scalar tensor, got shape \(7,\)"):
         kind(model, nn.CrossEntropyLoss(reduction="none"), (x, y))
     with pytest.raises(TypeError, match="item"):
         kind(model, lambda z, t: CE_MEAN(z, t).item(), (x, y))
@@ -479,7 +479,7 @@ def test_a_penalty_on_the_models_own_weights_is_not_lost_silently():
     def penalized(z, t):
         return CE_MEAN(z, t) + decay / 2 * sum((p**2).sum() for p in model.parameters())
 
-    with pytest.raises(ValueError, match="damped"):
+    with pytest.raises(UnsupportedModelError, match="damped"):
         Hessian(model, penalized, (x, y))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from linop_hess import cli
-from linop_hess.krylov.record import readable_bytes
+from linop_hess._memory import format_bytes
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- compare: begin -->", "<!-- compare: end -->"
@@ -32,7 +32,7 @@ def table(results: dict[str, Any]) -> str:
             f"{row['products_A']:,}" if row["products_A"] else "",
             f"{row['seconds']:.2g}",
             f"{row['residual']:.0e}",
-            readable_bytes(row["memory"]),
+            format_bytes(row["memory"]),
         )
         lines.append("| " + " | ".join(cells) + " |")
     options, machine = results["options"], results["machine"]
