@@ -195,14 +195,14 @@ def compare(runs: Mapping[str, Record | Callable[[], Record]]) -> Comparison:
         If there is nothing to compare.
     """
     if not runs:
-        raise ValueError("expected at least one labelled run, got an empty mapping")
+        raise ValueError("expected at least one labelled run, got an empty mapping: pass {label: record}")
     records = []
     for label, entry in runs.items():
         record = entry if isinstance(entry, Record) else entry() if callable(entry) else entry
         if not isinstance(record, Record):
             raise TypeError(
-                f"row {label!r}: expected a Record or a callable that returns one, got "
-                f"{type(record).__name__}; wrap the solve as `lambda: krylov.run(...)`"
+                f"expected a Record or a callable that returns one in row {label!r}, got "
+                f"{type(record).__name__}: wrap the solve as `lambda: krylov.run(...)`"
             )
         records.append(record.replace(name=str(label)))
     return Comparison(records)
