@@ -10,50 +10,21 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from linop_hess import _memory
-from linop_hess.autograd import GaussNewton, Hessian, recording
+from linop_hess.autograd import Hessian, recording
 from linop_hess.autograd.differentiate import joined, twice_differentiable
 from linop_hess.operators import to_dense
+from tests.autograd.settings import (
+    CE_MEAN,
+    CE_SUM,
+    CURVATURES,
+    Attention,
+    Checkpointed,
+    Recurrent,
+)
 from tests.helpers import make_batch, make_mlp, oracle_hessian
-
-CURVATURES = [Hessian, GaussNewton]
-CE_MEAN, CE_SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        tokens = x.unsqueeze(1) * torch.linspace(1, 2, 3, dtype=x.dtype)[None, :, None]
-        return self.head(self.layer(tokens).mean(1))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.GRU(2, 3, batch_first=True)
-        self.head = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.head(self.cell(x.reshape(len(x), 2, 2))[0][:, -1])
-
-
-class Checkpointed(nn.Module):
-    """An attention layer computed again in the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Attention().eval()
-
-    def forward(self, x):
-        return checkpoint(self.inner, x, use_reentrant=False)
-
 
 MODELS = {
     "perceptron": lambda: make_mlp([4, 6, 3]),
