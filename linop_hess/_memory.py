@@ -6,6 +6,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+import torch
+
 
 def available_bytes() -> int:
     """Bytes this process can still have without swapping: what the machine has left, and its container's limit."""
@@ -52,6 +54,24 @@ def _limited_group() -> tuple[Path | None, int]:
         return None, 0
 
 
+def available_on(device: torch.device) -> int:
+    """Bytes that tensors on a device can still take: `available_bytes`, or what a graphics card has left."""
+    if device.type != "cuda":
+        return available_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes in words, as ``"512 B"`` or ``"3.42 MiB"``."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
 def require(nbytes: float, what: str, available: int | None = None) -> None:
     """Raise unless `nbytes` more can be allocated.
 
@@ -73,15 +93,6 @@ def require(nbytes: float, what: str, available: int | None = None) -> None:
         available = available_bytes()
     if nbytes > available:
         raise MemoryError(
-            f"{what} needs about {nbytes / 2**30:.3g} GiB, but only {available / 2**30:.3g} GiB is available; "
+            f"{what} needs about {format_bytes(nbytes)}, but only {format_bytes(available)} is available: "
             "choose another method, or a smaller batch or model"
         )
-
-
-def format_bytes(n: float) -> str:
-    """Return a number of bytes as text, in powers of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.3g} {unit}"
-        n /= 1024
-    return f"{n:.3g} TiB"

@@ -1,31 +1,141 @@
-"""Checks of arguments, the same wherever they are taken."""
+"""Every check of a scalar, a dtype or a loss, so that one mistake is told in one voice: "expected …, got …: do …"."""
 
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+NUMPY_DTYPES: dict[torch.dtype, np.dtype] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
+"""The dtypes computed in, with NumPy's names of them."""
 
 
-def finite_real(value: Any, name: str) -> float:
+def is_scalar(value: Any) -> bool:
+    """Tell whether `value` is a number, a NumPy scalar, or an array or tensor without dimensions."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.ndim == 0
+    return isinstance(value, numbers.Number | np.generic)
+
+
+def finite_real(value: Any, name: str, dtype: torch.dtype = torch.float64) -> float:
     """Return a finite real number as a float.
+
+    Parameters
+    ----------
+    value : scalar
+        What `is_scalar` accepts.
+    name : str
+        The argument, for the message.
+    dtype : torch.dtype
+        In which it must be finite.
 
     Raises
     ------
     TypeError
-        If it is not a real number; the message names the argument.
+        If it is complex or no number.
     ValueError
-        If it is NaN or infinite.
+        If it is NaN or infinite, or overflows `dtype`.
     """
+    plain = value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and is_scalar(value) else value
+    if not isinstance(plain, numbers.Real):
+        raise TypeError(
+            f"expected {name} to be a real number, got {value!r} of type {type(value).__name__}: pass a float"
+        )
     try:
-        if isinstance(value, complex | str | bytes) or not np.isscalar(value):
-            raise TypeError
-        number = float(value)  # type: ignore[arg-type]
+        number = float(plain)
     except OverflowError:
         number = math.inf
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number, got {value!r}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value!r}")
+    if not abs(number) <= torch.finfo(dtype).max:
+        within = "" if dtype == torch.float64 else f" in {dtype}"
+        raise ValueError(f"expected {name} to be finite{within}, got {value!r}: pass a finite number")
     return number
+
+
+def whole(value: Any, name: str, least: int | None = None) -> int:
+    """Return an integer as an int.
+
+    Parameters
+    ----------
+    value : int or NumPy integer
+    name : str
+        The argument, for the message.
+    least : int, optional
+        The smallest one allowed.
+
+    Raises
+    ------
+    TypeError
+        If it is no integer; True and False are none.
+    ValueError
+        If it is less than `least`.
+    """
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"expected {name} to be an integer, got {value!r} of type {type(value).__name__}: pass an int"
+        ) from None
+    if least is not None and number < least:
+        raise ValueError(f"expected {name} to be at least {least}, got {number}: pass {least} or more")
+    return number
+
+
+def require_dtype(dtype: torch.dtype, what: str) -> None:
+    """Raise unless a dtype is one that is computed in.
+
+    Raises
+    ------
+    TypeError
+        If it is neither float32 nor float64; the message names `what` has it.
+    """
+    if dtype not in NUMPY_DTYPES:
+        raise TypeError(
+            f"expected {what} in torch.float32 or torch.float64, got {dtype}: convert the model or the arrays with "
+            ".float() or .double()"
+        )
+
+
+def require_loss_fn(loss_fn: Any) -> None:
+    """Raise TypeError unless a loss can be called."""
+    if not callable(loss_fn):
+        raise TypeError(
+            f"expected loss_fn to be callable as loss_fn(output, targets), got {type(loss_fn).__name__}: pass a function "
+            "or a loss module"
+        )
+
+
+def checked_loss(value: Any) -> Tensor:
+    """Return what a loss function gave as a tensor without dimensions: it must hold one number, a finite one.
+
+    Raises
+    ------
+    TypeError
+        If it is no tensor.
+    ValueError
+        If it has several elements or none, or is NaN or infinite.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"expected loss_fn to return a scalar tensor, got {type(value).__name__}: return the tensor itself, which "
+            ".item() and float() cut off from the parameters"
+        )
+    if value.numel() != 1:
+        raise ValueError(
+            f"expected loss_fn to return a scalar tensor, got shape {tuple(value.shape)}: reduce it with .sum() or "
+            '.mean(), or pass reduction="sum" to the loss'
+        )
+    if not bool(torch.isfinite(value)):
+        raise ValueError(
+            f"expected a finite loss, got {value.detach().item()}: look for NaN or Inf in inputs, targets and parameters"
+        )
+    return value.reshape(())

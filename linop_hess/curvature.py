@@ -11,9 +11,8 @@ from linop_hess.lq.inverse.inertia import inertia
 from linop_hess.lq.methods.plan import Plan, make_plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.operators import pieces
-from linop_hess.operators.algebra import damped
-from linop_hess.operators.base import Operator
 from linop_hess.operators.inverse import HessianInverse
+from linop_hess.operators.operator import Operator, damped
 from linop_hess.spectrum.extremes import condition_number, extreme_eigenvalues
 
 

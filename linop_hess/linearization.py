@@ -21,9 +21,9 @@ from linop_hess.lq.methods.plan import Plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
-from linop_hess.operators.algebra import Permutation
-from linop_hess.operators.base import Operator
 from linop_hess.operators.inverse import HessianInverse
+from linop_hess.operators.operator import Operator
+from linop_hess.operators.permutation import Permutation
 
 
 def linearize(

@@ -199,7 +199,9 @@ def test_every_module_of_lq_has_a_test_of_its_own(path):
 
 
 # Words that were coined where the field has one, and English that is not plain.
-UNWANTED = re.compile(r"\bat hand\b|\bis had by\b|\bto be had\b|\bseldom does harm\b|\blockstep\b|\bcompliance\b|\blent\b", re.IGNORECASE)
+UNWANTED = re.compile(
+    r"\bat hand\b|\bis had by\b|\bto be had\b|\bseldom does harm\b|\blockstep\b|\bcompliance\b|\blent\b", re.IGNORECASE
+)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=ids)

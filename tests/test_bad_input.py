@@ -73,10 +73,10 @@ def test_inputs(setting, x, error, match):
     ("loss", "error", "match"),
     [
         (lambda o, t: f.cross_entropy(o, t, reduction="none"), ValueError, r"scalar tensor, got shape \(4,\)"),
-        (lambda o, t: 1.0, ValueError, "scalar tensor, got float"),
+        (lambda o, t: 1.0, TypeError, "scalar tensor, got float"),
         (lambda o, t: torch.tensor(2.0, dtype=torch.float64), ValueError, "depend"),
         (lambda o, t: o.detach().sum(), ValueError, "depend"),
-        (lambda o, t: (o.sum() - o.sum()).log(), ValueError, "the loss is -inf"),
+        (lambda o, t: (o.sum() - o.sum()).log(), ValueError, "finite loss, got -inf"),
         (lambda o, t: (o.sum() - o.sum()).sqrt(), ValueError, "NaN or Inf"),
         ("mse", TypeError, "callable"),
     ],
@@ -123,7 +123,7 @@ def test_nothing_to_train(setting):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(setting, dtype):
     model, x, y = setting
-    with pytest.raises(TypeError, match=f"{dtype}.*torch.float32 or"):
+    with pytest.raises(TypeError, match=f"torch.float32 or.*got {dtype}"):
         lh.linearize(model.to(dtype), f.cross_entropy, x.to(dtype), y)
 
 
@@ -205,7 +205,34 @@ def test_singular_hessian_names_a_damping_that_works():
     assert lin.inverse(caught.value.suggested_damping).solve(g).backward_error <= 1e-14
 
 
-def test_loss_with_a_weight_penalty(setting):
+def test_losses_are_refused_in_one_voice(setting):
+    """By linearize and by Hessian with the same error and the same words."""
     model, x, y = setting
-    with pytest.raises(UnsupportedModelError, match="besides the model's output"):
-        lh.linearize(model, lambda o, t: f.cross_entropy(o, t) + sum((p**2).sum() for p in model.parameters()), x, y)
+
+    def penalty(o, t):
+        return f.cross_entropy(o, t) + sum((p**2).sum() for p in model.parameters())
+
+    for loss, error, match in (
+        (penalty, UnsupportedModelError, "penalty on the weights"),
+        (lambda o, t: f.cross_entropy(o, t, reduction="none"), ValueError, r"scalar tensor, got shape \(4,\)"),
+        (lambda o, t: f.cross_entropy(o, t).item(), TypeError, "scalar tensor, got float"),
+        (lambda o, t: f.cross_entropy(o, t) / 0, ValueError, "finite loss, got inf"),
+    ):
+        said = []
+        for build in (lambda loss: lh.linearize(model, loss, x, y), lambda loss: lh.Hessian(model, loss, (x, y))):
+            with pytest.raises(error, match=match) as caught:
+                build(loss)
+            said.append(str(caught.value))
+        assert said[0] == said[1] and said[0].startswith("expected ") and ", got " in said[0] and ": " in said[0]
+
+
+def test_a_loss_of_one_element_is_a_scalar(setting):
+    model, x, y = setting
+    H = lh.to_dense(lh.linearize(model, f.cross_entropy, x, y).H)
+    for shape in ((1,), (1, 1)):
+
+        def loss(o, t, shape=shape):
+            return f.cross_entropy(o, t).reshape(shape)
+
+        np.testing.assert_array_equal(lh.to_dense(lh.linearize(model, loss, x, y).H), H)
+        np.testing.assert_allclose(lh.to_dense(lh.Hessian(model, loss, (x, y))), H, atol=1e-13)

@@ -318,7 +318,7 @@ def test_memory_is_asked_for_before_it_is_taken(setting, method, monkeypatch):
 
     for name, known in plan_module.METHODS.items():
         monkeypatch.setitem(plan_module.METHODS, name, replace(known, factor=forbidden))
-    with pytest.raises(MemoryError, match="needs about .* GiB, but only .* GiB is available"):
+    with pytest.raises(MemoryError, match="needs about .* [KMG]?i?B, but only .*B is available"):
         lin.inverse(1e-3, method)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-_ONE_BATCH = "One batch is a tuple (inputs, targets); several are a list of such tuples or a DataLoader."
+_ONE_BATCH = "pass one batch as a tuple (inputs, targets), several as a list of such tuples or a DataLoader"
 
 
 class Batches:
@@ -53,11 +53,11 @@ class Batches:
         self.data: Iterable[Any] = _as_iterable(data)
         stated = _stated_reduction(loss_fn)
         if reduction not in (None, "sum", "mean"):
-            raise ValueError(f'reduction must be "sum" or "mean"; got {reduction!r}.')
+            raise ValueError(f'expected reduction to be "sum" or "mean", got {reduction!r}: pass one of the two')
         if reduction is not None and stated is not None and reduction != stated:
             raise ValueError(
-                f"reduction={reduction!r} contradicts the loss, whose own reduction is {stated!r}. "
-                "Leave reduction out, or change the loss."
+                f"expected the loss's own reduction, {stated!r}, got reduction={reduction!r}, which contradicts it: leave "
+                "reduction out, or change the loss"
             )
         self.reduction = reduction or stated
         self.count = 0
@@ -79,8 +79,8 @@ class Batches:
             yield inputs, targets, weight
         if batches != self.count or (weighted and samples != self.samples):
             raise ValueError(
-                f"the data gave {self.count} batches when the operator was built and {batches} now (samples: "
-                f"{self.samples} and {samples}). Pass data that are the same on every pass."
+                f"expected the {self.count} batches that the data gave when the operator was built, got {batches} "
+                f"(samples: {self.samples} and {samples}): pass data that are the same on every pass"
             )
 
     def tracked(self, title: str) -> Iterable[tuple[Any, Any, float]]:
@@ -94,7 +94,7 @@ class Batches:
         pairs = (_as_pair(batch) for batch in self.data)
         first = next(pairs, None)
         if first is None:
-            raise ValueError(f"the data hold no batch. {_ONE_BATCH}")
+            raise ValueError(f"expected at least one batch, got no batch: {_ONE_BATCH}")
         self.count = 1
         trailing = _sample_shape(first[1])
         for inputs, targets in pairs:
@@ -105,26 +105,22 @@ class Batches:
                 self.samples += _sample_count(inputs, targets)
                 if _sample_shape(targets) != trailing:
                     raise ValueError(
-                        "a mean over batches whose targets differ in more than their number is ambiguous: "
-                        f"got samples of shapes {trailing} and {_sample_shape(targets)}. "
-                        'Use a loss with reduction="sum".'
+                        "expected targets that differ in their number alone, or their mean is ambiguous, got samples of "
+                        f'shapes {trailing} and {_sample_shape(targets)}: use a loss with reduction="sum"'
                     )
                 _refuse_ignored(loss_fn, targets)
 
     def _start_weights(self, loss_fn: Callable[..., Any], inputs: Any, targets: Any) -> None:
         if self.reduction is None:
             raise ValueError(
-                "with several batches the operator must know how the loss combines samples, and this loss "
-                "does "
-                'not say. Pass reduction="sum" or reduction="mean".'
+                "expected a loss that says how it combines samples, as several batches need, got one without "
+                'reduction: pass reduction="sum" or reduction="mean"'
             )
         if self.reduction == "mean":
             if getattr(loss_fn, "weight", None) is not None:
                 raise ValueError(
-                    "the mean of a class-weighted loss divides by the weights met in each batch, so the mean "
-                    "over "
-                    'batches is not the mean over the data. Use reduction="sum" in the loss and scale the '
-                    "operator."
+                    "expected a mean over samples, got that of a class-weighted loss, which divides by the weights in "
+                    'each batch, not those in the data: use reduction="sum" in the loss and scale the operator'
                 )
             self.samples = _sample_count(inputs, targets)
             _refuse_ignored(loss_fn, targets)
@@ -146,27 +142,27 @@ def _as_iterable(data: Any) -> Iterable[Any]:
         return [tuple(data)]
     if isinstance(data, tuple) and _is_pair(data):
         raise ValueError(
-            "a tuple of two pairs is either one batch or two; it is not clear which. Put two batches in a "
-            "list, or several inputs of one batch in a dict."
+            "expected one batch or a list of batches, got a tuple of two pairs, and it is not clear which it is: put two "
+            "batches in a list, or several inputs of one batch in a dict"
         )
     if isinstance(data, Tensor) or not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        raise TypeError(f"data must be a batch or an iterable of batches; got {type(data).__name__}. {_ONE_BATCH}")
+        raise TypeError(f"expected a batch or an iterable of batches, got {type(data).__name__}: {_ONE_BATCH}")
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise TypeError(
-            f"a {type(data).__name__} gives single samples; batches are needed. "
-            "Wrap it: torch.utils.data.DataLoader(dataset, batch_size=...)."
+            f"expected batches, got a {type(data).__name__} of single samples: wrap it as "
+            "torch.utils.data.DataLoader(dataset, batch_size=...)"
         )
     if iter(data) is data:
         raise TypeError(
-            f"the data are gone through once a product, and a {type(data).__name__} can be gone through only "
-            "once. Pass a list of batches or a DataLoader."
+            f"expected data that can be gone through once a product, got a {type(data).__name__}, which can be gone "
+            "through only once: pass a list of batches or a DataLoader"
         )
     return data
 
 
 def _as_pair(batch: Any) -> tuple[Any, Any]:
     if not _is_pair(batch):
-        raise TypeError(f"each batch must be a pair (inputs, targets); got {type(batch).__name__}. {_ONE_BATCH}")
+        raise TypeError(f"expected each batch to be a pair (inputs, targets), got {type(batch).__name__}: {_ONE_BATCH}")
     return batch[0], batch[1]
 
 
@@ -186,9 +182,8 @@ def _sample_count(inputs: Any, targets: Any) -> int:
                 break
             return int(value.shape[0])
     raise ValueError(
-        "a mean over several batches needs the number of samples of each, which is read from the first "
-        "dimension of the targets (or of the inputs where the targets are no tensor); there is none. Give "
-        "the batches one."
+        "expected targets (or inputs, where the targets are no tensor) whose first dimension is the number of samples, which "
+        "a mean over several batches needs, got none: give the batches one"
     )
 
 
@@ -201,9 +196,8 @@ def _refuse_ignored(loss_fn: Callable[..., Any], targets: Any) -> None:
     if ignored is not None and isinstance(targets, Tensor) and not targets.is_floating_point():
         if bool((targets == ignored).any()):
             raise ValueError(
-                f"targets equal to ignore_index={ignored} make the mean of each batch divide by another "
-                "number than "
-                'its samples. Use reduction="sum" in the loss and scale the operator.'
+                f"expected targets without ignore_index={ignored}, got some, which make a mean divide by another number "
+                'than that of the samples: use reduction="sum" in the loss and scale the operator'
             )
 
 
@@ -212,6 +206,6 @@ def _import_tqdm() -> Any:
         from tqdm import tqdm
     except ImportError:
         raise ImportError(
-            "progress=True needs tqdm, which is not installed. Run `python -m pip install tqdm`, or leave progress out."
+            "expected tqdm for progress=True, got no such package: run `python -m pip install tqdm`, or leave progress out"
         ) from None
     return tqdm

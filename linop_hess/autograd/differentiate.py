@@ -1,9 +1,14 @@
-"""Reverse-mode derivatives, in full precision and through operations that can be differentiated twice."""
+"""First and second derivatives by reverse mode alone, in full precision.
+
+Double backward (`autograd.grad` of a gradient) is the one route that agrees with finite differences for every module;
+`torch.func.hessian` and forward-over-reverse are silently wrong for some fused operations (docs/method.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +19,51 @@ from linop_hess.errors import UnsupportedModelError
 
 Gradients = Sequence[Tensor | None]
 
+_ROWS_AT_ONCE = 256
+
 # What torch says, in its several wordings, of an operation without a second derivative.
-_NOT_TWICE = (
-    "is not implemented",
-    "not currently support",
-    "double backward",
-    "once_differentiable",
-    "create_graph",
-)
+_NOT_TWICE = ("is not implemented", "not currently support", "double backward", "once_differentiable", "create_graph")
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda context: None).__code__
+
+
+@contextmanager
+def twice_differentiable(what: str, device: torch.device, model: nn.Module | None = None) -> Iterator[None]:
+    """Record graphs that can be differentiated twice, in full precision, whatever is switched on outside.
+
+    The fused kernels of attention have no second derivatives, and cuDNN's recurrent ones neither; the plain ones
+    replace them.
+
+    Parameters
+    ----------
+    what : str
+        What is recorded, for the message.
+    device : torch.device
+        Where it runs.
+    model : torch.nn.Module, optional
+        Looked through for recurrent layers.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If an operation inside cannot be differentiated twice.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if device.type == "cuda" and model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        try:
+            yield
+        except RuntimeError as error:
+            if any(hint in str(error) for hint in _NOT_TWICE):
+                raise UnsupportedModelError(
+                    f"expected {what} to be twice differentiable, got an operation without a second derivative "
+                    f"({error}): replace it by one built from differentiable operations"
+                ) from error
+            raise
 
 
 def differentiate(
@@ -33,6 +73,7 @@ def differentiate(
     *,
     create_graph: bool = False,
     retain_graph: bool = False,
+    batched: bool = False,
 ) -> Gradients:
     """Return Σ_i (∂output_i/∂by)ᵀ seed_i for each tensor of `by`, None where no output depends on it.
 
@@ -45,6 +86,8 @@ def differentiate(
         One of each output's shape; may be left out for scalars.
     create_graph, retain_graph : bool, optional
         As in `torch.autograd.grad`.
+    batched : bool, optional
+        Whether the seeds, and so the results, have one dimension more, the first.
 
     Returns
     -------
@@ -57,12 +100,104 @@ def differentiate(
         return [None] * len(by)
     return torch.autograd.grad(
         [output for output, _ in pairs],
-        list(by),
+        by,
         [seed for _, seed in pairs],
         create_graph=create_graph,
         retain_graph=retain_graph or create_graph,
         allow_unused=True,
+        is_grads_batched=batched,
     )
+
+
+def joined(derivatives: Gradients, by: Sequence[Tensor]) -> Tensor:
+    """Join derivatives by some tensors to one flat tensor, with zeros for None; autograd cuts what comes back sooner."""
+    pairs = zip(derivatives, by, strict=True)
+    return torch.cat([(torch.zeros_like(b) if d is None else d).reshape(-1) for d, b in pairs])
+
+
+def vjps(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
+    """Pull k cotangents back through a recorded graph.
+
+    Parameters
+    ----------
+    output : Tensor, shape (*s)
+    sources : sequence of Tensor
+        What to differentiate with respect to.
+    cotangents : Tensor, shape (k, *s)
+
+    Returns
+    -------
+    list of Tensor
+        For each source its (k, source.numel()) derivatives; zeros where `output` does not depend on it.
+    """
+    parts = [_vjps_at_once(output, sources, chunk) for chunk in cotangents.split(_ROWS_AT_ONCE)]
+    return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+
+def _vjps_at_once(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
+    k = cotangents.shape[0]
+    try:
+        rows = differentiate([output], sources, [cotangents], retain_graph=True, batched=True)
+    except RuntimeError:  # an operation without a batching rule
+        single = [differentiate([output], sources, [c], retain_graph=True) for c in cotangents]
+        rows = [None if column[0] is None else torch.stack(column) for column in zip(*single, strict=True)]
+    return [
+        source.new_zeros(k, source.numel()) if row is None else row.detach().reshape(k, source.numel())
+        for row, source in zip(rows, sources, strict=True)
+    ]
+
+
+def unit_cotangents(like: Tensor) -> Tensor:
+    """All unit cotangents of a tensor, shape (numel, *shape)."""
+    n = like.numel()
+    return torch.eye(n, dtype=like.dtype, device=like.device).view(n, *like.shape)
+
+
+def symmetric(block: Tensor, what: str, scale: float = 0.0) -> Tensor:
+    """Return a computed second derivative, symmetric to rounding, as an exactly symmetric one.
+
+    Parameters
+    ----------
+    block : Tensor, shape (..., n, n)
+    what : str
+        Its name, for the message.
+    scale : float
+        Size of the derivatives it was computed from, whose rounding it inherits even where it is small itself.
+
+    Returns
+    -------
+    Tensor
+        The mean of `block` and its transpose.
+
+    Raises
+    ------
+    ArithmeticError
+        If it is not symmetric to rounding, naming `what`: torch's derivative of some operation in it is wrong.
+    """
+    if not block.numel():
+        return block
+    gap = float((block - block.mT).abs().max())
+    size = max(float(block.abs().max()), scale)
+    # A wrong derivative is off by order one; rounding is amplified by ill-conditioned operations such as norms.
+    if gap > torch.finfo(block.dtype).eps ** 0.5 * size:
+        raise ArithmeticError(
+            f"the second derivative of {what} came out asymmetric by {gap:.1e} of {size:.1e}: torch differentiates an "
+            "operation in it wrongly; rewrite it in primitive operations"
+        )
+    return (block + block.mT) / 2
+
+
+def graph_nodes(*outputs: Tensor) -> Iterator[Any]:
+    """Yield every node of the graph that autograd recorded on the way to some tensors, each once."""
+    pending: list[Any] = [output.grad_fn for output in outputs]
+    seen = {None}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(following for following, _ in node.next_functions)
 
 
 def refuse_once_differentiable(output: Tensor) -> None:
@@ -75,46 +210,35 @@ def refuse_once_differentiable(output: Tensor) -> None:
     UnsupportedModelError
         Naming the operation.
     """
-    seen: set[object] = set()
-    stack = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
+    for node in graph_nodes(output):
         function = getattr(node, "_forward_cls", None)
         if function is not None and getattr(function.backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
             raise UnsupportedModelError(
-                f"the operation {function.__name__} has no second derivative: its backward is marked "
-                "once_differentiable. Replace it by one built from differentiable operations."
+                f"expected operations with a second derivative, got {function.__name__}, whose backward is marked "
+                "once_differentiable: replace it by one built from differentiable operations"
             )
 
 
-@contextmanager
-def differentiating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Switch differentiation on, mixed precision off, and operations without second derivatives to others.
+def refuse_direct_parameters(loss: Tensor, known: Sequence[Tensor] = ()) -> None:
+    """Raise if a loss uses parameters other than through the model, as a penalty on the weights does.
 
-    The fused kernels of attention have none, and cuDNN's recurrent ones neither; the plain ones replace them.
+    Parameters
+    ----------
+    loss : Tensor
+    known : sequence of Tensor
+        The parameters of the model that the loss was computed with.
 
     Raises
     ------
     UnsupportedModelError
-        If an operation inside cannot be differentiated twice.
+        Giving the parameter's shape.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        try:
-            yield
-        except RuntimeError as error:
-            if any(hint in str(error) for hint in _NOT_TWICE):
-                raise UnsupportedModelError(
-                    f"the model or the loss has an operation without a second derivative: {error}. "
-                    "Replace it by one built from differentiable operations."
-                ) from error
-            raise
+    through_the_model = {id(parameter) for parameter in known}
+    for node in graph_nodes(loss):
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in through_the_model:
+            raise UnsupportedModelError(
+                "expected a loss of the model's output and the targets alone, got one that uses a parameter of shape "
+                f"{tuple(leaf.shape)} besides (a penalty on the weights?): take it out of loss_fn and add its Hessian, "
+                "c/2·‖θ‖² is .damped(c) or damping=c; if it is a constant, .detach() it"
+            )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from linop_hess._validate import checked_loss, require_loss_fn
 from linop_hess.autograd.batches import Batches, to_device
 from linop_hess.autograd.differentiate import (
-    Gradients,
     differentiate,
-    differentiating,
+    joined,
+    refuse_direct_parameters,
     refuse_once_differentiable,
+    twice_differentiable,
 )
+from linop_hess.autograd.recording import Recording, Recordings
 from linop_hess.autograd.snapshot import (
     buffers_of,
     changed_buffers,
@@ -24,15 +27,14 @@ from linop_hess.autograd.snapshot import (
     select_parameters,
 )
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.operators.algebra import damped
-from linop_hess.operators.base import Operator
-from linop_hess.operators.convert import plain_arithmetic
+from linop_hess.operators.convert import all_finite, plain_arithmetic
+from linop_hess.operators.operator import Operator, damped
 
 
-class Curvature(Operator):
+class RiskCurvature(Operator):
     """A symmetric curvature matrix of a model's empirical risk Σ_b w_b ℓ(f(x_b; θ), y_b), matrix-free.
 
-    A subclass implements `_batch_products`. See `Hessian` for the parameters and what is raised.
+    A subclass implements `_record`. See `Hessian` for the parameters and what is raised.
 
     Attributes
     ----------
@@ -45,6 +47,7 @@ class Curvature(Operator):
     """
 
     symmetric = True
+    fresh = True
 
     def __init__(
         self,
@@ -57,9 +60,9 @@ class Curvature(Operator):
         progress: bool = False,
         check_deterministic: bool = True,
         check_symmetric: bool = True,
+        retain_graph: bool | None = None,
     ) -> None:
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable as loss_fn(output, target); got {type(loss_fn).__name__}.")
+        require_loss_fn(loss_fn)
         self.names = tuple(select_parameters(model, params))
         self.batches = Batches(data, loss_fn, reduction, progress)
         with torch.inference_mode(False):
@@ -69,10 +72,10 @@ class Curvature(Operator):
         self.parameters = [named[name].requires_grad_() for name in self.names]
         size = sum(parameter.numel() for parameter in self.parameters)
         super().__init__((size, size), self.parameters[0].dtype, self.parameters[0].device)
-        originals = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._recordings = Recordings(self.device, check_deterministic if retain_graph is None else retain_graph)
         with plain_arithmetic(self.device):
             before = buffers_of(self.model)
-            self.loss, self._gradient, scale = self._evaluate(first=True, originals=originals)
+            self.loss, self._gradient, scale = self._evaluate(first=True)
             if check_deterministic:
                 self._check_deterministic(before, scale)
             if check_symmetric:
@@ -102,56 +105,69 @@ class Curvature(Operator):
         """
         return damped(self, damping)
 
-    def _batch_products(self, inputs: Any, targets: Any, columns: list[list[Tensor]]) -> Iterator[Gradients]:
-        """Yield, for each column (cut into the parameters' shapes), one batch's matrix times it."""
+    @property
+    def retained_graphs(self) -> int:
+        """The number of batches whose graphs are kept at present."""
+        return len(self._recordings)
+
+    def release(self) -> None:
+        """Free the memory of the graphs that are kept; the next product records them anew."""
+        self._recordings.release()
+
+    def _record(self, inputs: Any, targets: Any) -> Recording:
+        """Record the graph of one batch's matrix."""
         raise NotImplementedError
 
+    def _record_batch(self, batch: Any) -> Recording:
+        with self._twice_differentiable():
+            return self._record(*to_device(batch, self.device))
+
+    def _twice_differentiable(self) -> Any:
+        return twice_differentiable("the model and the loss", self.device, self.model)
+
     def _apply(self, X: Tensor) -> Tensor:
-        total = torch.zeros_like(X)
-        columns = [self._cut(column) for column in X.T]
-        for inputs, targets, weight in self.batches.tracked(f"{type(self).__name__} @ {X.shape[1]} columns"):
-            with differentiating(self.model, self.device):
-                products = self._batch_products(*self._on_device(inputs, targets), columns)
-                for k, product in enumerate(products):
-                    total[:, k] += weight * self._flatten(product)
-        self._require_finite(total.sum(1), "a product")
+        return self._products(X, self._recordings)
+
+    def _products(self, X: Tensor, recordings: Recordings) -> Tensor:
+        total: Tensor | None = None
+        batches = self.batches.tracked(f"{type(self).__name__} @ {X.shape[1]} columns")
+        for index, (inputs, targets, weight) in enumerate(batches):
+            recording = recordings.recording(index, (inputs, targets), self._record_batch)
+            try:
+                part = recording(X)
+            except RuntimeError:  # such as that of a checkpoint, whose forward pass runs within the backward pass
+                with self._twice_differentiable():
+                    part = recording(X)
+            if weight != 1.0:
+                part *= weight
+            total = part if total is None else total.add_(part)
+        assert total is not None  # there is a batch at least
+        self._require_finite(total, "a product")
         return total
 
     def _output(self, inputs: Any) -> Any:
         return self.model(inputs)
 
     def _loss(self, output: Any, targets: Any) -> Tensor:
-        loss = self.loss_fn(output, targets)
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"loss_fn must return a torch scalar; got {type(loss).__name__}. "
-                "Return the tensor itself: .item() and float() cut it off from the parameters."
-            )
-        if loss.ndim:
-            raise ValueError(
-                f"loss_fn must return a scalar; got shape {tuple(loss.shape)}. "
-                'Reduce it with .sum() or .mean(), or pass reduction="sum" to the loss.'
-            )
-        return loss
+        return checked_loss(self.loss_fn(output, targets))
 
     def _check_deterministic(self, before: dict[str, Tensor], scale: float) -> None:
         """Raise where the first evaluation changed a buffer, or a second one gives other values."""
         changed = changed_buffers(self.model, before)
         if changed:
             raise UnsupportedModelError(
-                f"evaluating the model changes its buffer {changed[0]!r}, so the loss is no fixed function "
-                "of the parameters; BatchNorm in training mode does that. Call model.eval() first, or pass "
-                "check_deterministic=False to take it as it is."
+                "expected a loss that is a fixed function of the parameters, got a model whose evaluation changes its "
+                f"buffer {changed[0]!r}, as BatchNorm does in training mode: call model.eval() first, or pass "
+                "check_deterministic=False to take it as it is"
             )
         again, gradient, _ = self._evaluate()
         tolerance = torch.finfo(self.torch_dtype).eps ** 0.5
         moved = float(torch.linalg.vector_norm(gradient - self._gradient))
         if abs(self.loss - again) > tolerance * abs(self.loss) or moved > tolerance * scale:
             raise UnsupportedModelError(
-                f"two evaluations gave losses {self.loss:.8g} and {again:.8g} and gradients that differ by "
-                f"{moved:.3g}, so the loss is no fixed function of the parameters. Dropout in training mode "
-                "does that (call model.eval() first), and so does a DataLoader that shuffles and drops the "
-                "last batch."
+                "expected a loss that is a fixed function of the parameters, got two evaluations with losses "
+                f"{self.loss:.8g} and {again:.8g} and gradients that differ by {moved:.3g}: call model.eval() first if "
+                "Dropout does that, or keep a DataLoader that shuffles from dropping the last batch"
             )
 
     def _check_symmetric(self) -> None:
@@ -166,87 +182,66 @@ class Curvature(Operator):
         noise = _crossed_norms(probes, self._apply_perturbed(probes, generator) - products)
         if asymmetry > 10 * noise:
             raise UnsupportedModelError(
-                "torch's second derivatives of this model are wrong: uᵀHv and vᵀHu differ by "
-                f"{asymmetry:.3g}, where rounding explains {noise:.1g}. torch.nn.utils.weight_norm and "
-                "custom backward functions do that. Write the operation out in elementary ones, or restrict "
-                "`params` to leave its parameters out."
+                f"expected uᵀHv and vᵀHu to agree, got a difference of {asymmetry:.3g}, where rounding explains "
+                f"{noise:.1g}: torch's second derivatives of this model are wrong, as torch.nn.utils.weight_norm and "
+                "custom backward functions make them; write the operation out in elementary ones, or restrict `params` "
+                "to leave its parameters out"
             )
 
     def _apply_perturbed(self, X: Tensor, generator: torch.Generator) -> Tensor:
         """Return the product at parameters changed by a few units in the last place."""
         saved = [parameter.detach().clone() for parameter in self.parameters]
         ulp = torch.finfo(self.torch_dtype).eps
+        self.release()  # the graphs are those of the parameters before the change
         try:
             for parameter in self.parameters:
                 change = torch.randn(parameter.shape, generator=generator, dtype=self.torch_dtype)
                 parameter.mul_(1 + 2 * ulp * change.to(self.device))
-            return self._apply(X)
+            return self._products(X, Recordings(self.device, keep=False))
         finally:
             for parameter, value in zip(self.parameters, saved, strict=True):
                 parameter.copy_(value)
 
-    def _evaluate(self, *, first: bool = False, originals: Sequence[Tensor] = ()) -> tuple[float, Tensor, float]:
+    def _evaluate(self, *, first: bool = False) -> tuple[float, Tensor, float]:
         """Return the risk, its gradient (n,), and the sum of the norms of the batches' gradients.
 
-        The first time the graph of the loss is looked at: it must be twice differentiable and not reach the
-        original parameters, those of the model that was copied.
+        The first time the graph of the loss is looked at: it must be twice differentiable and use no parameters but
+        the model's.
         """
         total, scale, used = 0.0, 0.0, False
         gradient = torch.zeros(self.shape[0], dtype=self.torch_dtype, device=self.device)
         for inputs, targets, weight in self.batches.tracked("loss and gradient"):
-            with differentiating(self.model, self.device):
-                inputs, targets = self._on_device(inputs, targets)
+            with self._twice_differentiable():
+                inputs, targets = to_device((inputs, targets), self.device)
                 loss = self._loss(self._output(inputs), targets)
                 if first:
                     refuse_once_differentiable(loss)
-                if any(g is not None for g in differentiate([loss], originals, retain_graph=True)):
-                    raise ValueError(
-                        "loss_fn uses the model's parameters directly (a penalty on the weights?), which is "
-                        "neither seen by the operator nor part of its snapshot. Leave the term out of "
-                        "loss_fn and add its Hessian to the operator: c/2 * ||θ||² is .damped(c)."
-                    )
+                    refuse_direct_parameters(loss, self.parameters)
                 gradients = differentiate([loss], self.parameters)
             used = used or any(g is not None for g in gradients)
-            part = weight * self._flatten(gradients)
+            part = weight * joined(gradients, self.parameters)
             total += weight * float(loss.detach())
             gradient += part
             scale += float(torch.linalg.vector_norm(part))
-        if not np.isfinite(total):
-            raise ValueError(
-                f"the loss is {total}; second derivatives need a finite one. Check data and parameters for NaN or Inf."
-            )
         if not used:
             raise ValueError(
-                f"the loss does not depend on any of the chosen parameters ({', '.join(self.names[:4])}, …). "
-                "Check that neither the model nor the loss detaches its tensors, and that `params` names the "
-                "right ones."
+                "expected a loss that depends on the parameters, got one that does not depend on any of the chosen "
+                f"({', '.join(self.names[:4])}, …): see that neither model nor loss detaches its tensors, and that "
+                "`params` names the right ones"
             )
         self._require_finite(gradient, "the gradient")
         return total, gradient, scale
 
     def _require_finite(self, flat: Tensor, what: str) -> None:
-        if bool(torch.isfinite(flat).all()):
+        if all_finite(flat):
             return
-        for name, part in zip(self.names, self._cut(flat), strict=True):
-            if not bool(torch.isfinite(part).all()):
+        for name, part in zip(self.names, flat.split([p.numel() for p in self.parameters]), strict=True):
+            if not all_finite(part):
                 raise ValueError(
-                    f"{what} is NaN or Inf in the entries of parameter {name!r}. The loss is finite but not "
-                    "twice differentiable here (a square root or logarithm at zero, an overflow): move the "
-                    "parameters."
+                    f"expected finite derivatives, but {what} is NaN or Inf in the entries of parameter {name!r}: the loss "
+                    "is finite but not twice differentiable here (a square root or logarithm at zero, an overflow); move "
+                    "the parameters"
                 )
-
-    def _on_device(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
-        return to_device(inputs, self.device), to_device(targets, self.device)
-
-    def _cut(self, flat: Tensor) -> list[Tensor]:
-        """Cut a flat vector (n,) into tensors of the parameters' shapes."""
-        parts = flat.split([parameter.numel() for parameter in self.parameters])
-        return [part.reshape(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
-
-    def _flatten(self, gradients: Gradients) -> Tensor:
-        """Join tensors of the parameters' shapes to a flat vector (n,), with zeros for None."""
-        pairs = zip(gradients, self.parameters, strict=True)
-        return torch.cat([(torch.zeros_like(p) if g is None else g).detach().reshape(-1) for g, p in pairs])
 
 
 def _crossed_norms(probes: Tensor, products: Tensor) -> float:

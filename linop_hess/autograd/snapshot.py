@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from linop_hess._validate import require_dtype
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.operators.convert import NUMPY_DTYPES
 
 
 def select_parameters(model: Any, params: Iterable[str] | None) -> list[str]:
@@ -37,32 +37,33 @@ def select_parameters(model: Any, params: Iterable[str] | None) -> list[str]:
         devices.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+        raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
     named = dict(model.named_parameters())
     chosen = _chosen_names(named, params)
     if not chosen:
-        frozen = f"all {len(named)} of the model are frozen: call model.requires_grad_(True)"
-        what = "params names none" if params is not None else frozen if named else "the model has none"
-        raise ValueError(f"second derivatives need at least one trainable parameter; {what}.")
+        frozen = f"{len(named)}, all frozen: call model.requires_grad_(True)"
+        none = "a model without any: give it some"
+        came = (
+            "params that name none: name one, or leave params out" if params is not None else frozen if named else none
+        )
+        raise ValueError(f"expected at least one trainable parameter, got {came}")
     for name in chosen:
         if isinstance(named[name], UninitializedParameter):
-            raise ValueError(f"parameter {name!r} has no shape yet. Run the model once before building the operator.")
+            raise ValueError(
+                f"expected parameters with shapes, got {name!r}, which has no shape yet: run the model once"
+            )
     for name in chosen:
         parameter, first = named[name], named[chosen[0]]
-        if parameter.dtype not in NUMPY_DTYPES:
-            raise TypeError(
-                f"parameter {name!r} is {parameter.dtype}; second derivatives need torch.float32 or "
-                "torch.float64. Convert the model with .float() or .double()."
-            )
+        require_dtype(parameter.dtype, f"parameter {name!r}")
         if parameter.dtype != first.dtype:
             raise TypeError(
-                f"parameters {chosen[0]!r} and {name!r} are {first.dtype} and {parameter.dtype}; one dtype "
-                "is needed. Convert the model with .float() or .double()."
+                f"expected parameters of one dtype, got {chosen[0]!r} in {first.dtype} and {name!r} in {parameter.dtype}: "
+                "convert the model with .float() or .double()"
             )
         if parameter.device != first.device:
             raise ValueError(
-                f"parameters {chosen[0]!r} and {name!r} are on {first.device} and {parameter.device}; one "
-                "device is needed. Move the model with .to(device)."
+                f"expected parameters on one device, got {chosen[0]!r} on {first.device} and {name!r} on "
+                f"{parameter.device}: move the model with .to(device)"
             )
     return chosen
 
@@ -87,8 +88,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise UnsupportedModelError(
-            "an operator keeps its own copy of the model, and copy.deepcopy fails on this "
-            f"{type(model).__name__}: {error}. Make the model deep-copyable."
+            "expected a model that can be copied, as an operator keeps its own, got this error of copy.deepcopy on the "
+            f"{type(model).__name__}: {error}: make the model deep-copyable"
         ) from error
     for module in twin.modules():
         if getattr(module, "sparse", None) is True:  # an embedding's sparse gradient has no second derivative
@@ -116,15 +117,19 @@ def _chosen_names(named: dict[str, nn.Parameter], params: Iterable[str] | None) 
     if params is None:
         return [name for name, parameter in named.items() if parameter.requires_grad]
     if isinstance(params, str):
-        raise TypeError(f"params must be an iterable of names; got the string {params!r}. Pass [{params!r}].")
+        raise TypeError(f"expected params to be an iterable of names, got the string {params!r}: pass [{params!r}]")
     asked = set(params)
     unknown = sorted(str(name) for name in asked if name not in named)
     if unknown:
-        raise ValueError(f"the model has no parameter {', '.join(unknown)}; it has {', '.join(named) or 'none'}.")
+        some = ", ".join(list(named)[:8]) or "none"
+        raise ValueError(
+            f"expected names of the model's parameters ({some}, …), got some of others: there is no parameter "
+            f"{', '.join(unknown)}"
+        )
     frozen = [name for name in named if name in asked and not named[name].requires_grad]
     if frozen and all(named[name].is_floating_point() for name in frozen):
         raise ValueError(
-            f"params names {', '.join(frozen)}, which is frozen (requires_grad=False). "
-            "Leave it out, or call .requires_grad_() on it."
+            f"expected trainable parameters in params, got {', '.join(frozen)}, which is frozen (requires_grad=False): "
+            "leave it out, or call .requires_grad_() on it"
         )
     return [name for name in named if name in asked]

@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from linop_hess.cli.compare import Outcome
+import numpy
+import scipy
+import torch
 
-ACTIVATIONS = ("tanh", "relu", "gelu", "silu", "sigmoid", "softplus")
+from linop_hess import __version__, plot
+from linop_hess.cli.compare import Outcome, compare_solvers
+from linop_hess.cli.networks import ACTIVATIONS, DIGITS, digits_problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     add = compare.add_argument
     add("--depth", type=_integer(1), default=24, metavar="N", help="hidden layers, at least 1")
     add("--width", type=_integer(1), default=8, metavar="N", help="neurons a hidden layer, at least 1")
-    add("--batch", type=_integer(1, 1797), default=16, metavar="N", help="images in the loss, 1 to 1797")
+    add("--batch", type=_integer(1, DIGITS), default=16, metavar="N", help=f"images in the loss, 1 to {DIGITS}")
     add("--damping", type=_positive(), default=1e-3, metavar="X", help="added to the diagonal, positive")
-    add("--activation", choices=ACTIVATIONS, default="tanh", help="between the layers")
+    add("--activation", choices=tuple(ACTIVATIONS), default="tanh", help="between the layers")
     add("--train-steps", type=_integer(0), default=0, metavar="N", help="Adam steps first, at least 0")
     add("--seed", type=_integer(0, 2**63 - 1), default=0, metavar="N", help="from 0 to 2^63 - 1")
     add("--rtol", type=_positive(1.0), default=1e-10, metavar="X", help="for Krylov, between 0 and 1")
@@ -110,8 +113,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"linop-hess compare needs {error.name}: pip install 'linop-hess[demo]'", file=sys.stderr)
         return 1
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
@@ -121,14 +122,12 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from linop_hess.cli import compare as demo
-
     begin = time.perf_counter()
-    problem = demo.digits_problem(
+    problem = digits_problem(
         arguments.depth, arguments.width, arguments.batch,
         arguments.activation, arguments.train_steps, arguments.seed,
     )  # fmt: skip
-    outcome = demo.compare_solvers(
+    outcome = compare_solvers(
         problem,
         arguments.damping,
         rtol=arguments.rtol,
@@ -168,8 +167,6 @@ def _headline(arguments: argparse.Namespace, outcome: Outcome) -> str:
 
 
 def _draw(arguments: argparse.Namespace, outcome: Outcome, path: Path) -> None:
-    from linop_hess import plot
-
     title = (
         f"Newton step of a {arguments.depth}×{arguments.width} {arguments.activation} network on digits "
         f"({outcome.parameters:,} parameters, damping {arguments.damping:g})"
@@ -178,12 +175,6 @@ def _draw(arguments: argparse.Namespace, outcome: Outcome, path: Path) -> None:
 
 
 def _results(arguments: argparse.Namespace, outcome: Outcome, seconds: float) -> dict[str, Any]:
-    import numpy
-    import scipy
-    import torch
-
-    import linop_hess
-
     options = {k: v for k, v in vars(arguments).items() if k not in ("command", "out", "no_progress")}
     return {
         "options": options,
@@ -196,7 +187,7 @@ def _results(arguments: argparse.Namespace, outcome: Outcome, seconds: float) ->
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
-            "linop_hess": linop_hess.__version__,
+            "linop_hess": __version__,
             "torch": torch.__version__,
             "scipy": scipy.__version__,
             "numpy": numpy.__version__,

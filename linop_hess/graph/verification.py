@@ -34,8 +34,8 @@ class Reference:
         """
         if self._versions() != self.versions:
             raise RuntimeError(
-                "the model or its data changed since linearize(): the linearization is still right for what they were, but "
-                "can no longer be compared with them; verify before changing them"
+                "expected the model and data of linearize() to compare with, got some that changed since linearize(): the "
+                "linearization is still right for what they were; verify before changing them"
             )
         return Hessian(
             self.model, self.loss_fn, (self.inputs, self.targets), params=self.names, check_deterministic=False

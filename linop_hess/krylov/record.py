@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from linop_hess._memory import format_bytes
+
 
 @dataclass(frozen=True, eq=False)
 class Record:
@@ -167,7 +169,7 @@ class Comparison:
         if any(not math.isnan(r.backward_error) for r in self.records):
             columns.append(("backward error", lambda r: _or_dash(r.backward_error, "{:.1e}")))
         if any(r.memory is not None for r in self.records):
-            columns.append(("memory", lambda r: "-" if r.memory is None else readable_bytes(r.memory)))
+            columns.append(("memory", lambda r: "-" if r.memory is None else format_bytes(r.memory)))
         columns.append(("status", lambda r: r.status))
         return [[title for title, _ in columns]] + [[cell(r) for _, cell in columns] for r in self.records]
 
@@ -193,27 +195,17 @@ def compare(runs: Mapping[str, Record | Callable[[], Record]]) -> Comparison:
         If there is nothing to compare.
     """
     if not runs:
-        raise ValueError("expected at least one labelled run, got an empty mapping")
+        raise ValueError("expected at least one labelled run, got an empty mapping: pass {label: record}")
     records = []
     for label, entry in runs.items():
         record = entry if isinstance(entry, Record) else entry() if callable(entry) else entry
         if not isinstance(record, Record):
             raise TypeError(
-                f"row {label!r}: expected a Record or a callable that returns one, got "
-                f"{type(record).__name__}; wrap the solve as `lambda: krylov.run(...)`"
+                f"expected a Record or a callable that returns one in row {label!r}, got "
+                f"{type(record).__name__}: wrap the solve as `lambda: krylov.run(...)`"
             )
         records.append(record.replace(name=str(label)))
     return Comparison(records)
-
-
-def readable_bytes(count: int) -> str:
-    """Return a byte count as ``"512 B"``, ``"3.4 MB"``, ``"1.2 GB"``."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _or_dash(value: float, form: str) -> str:

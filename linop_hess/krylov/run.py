@@ -8,7 +8,6 @@ ill-conditioned system returns it at a true residual near one.
 from __future__ import annotations
 
 import math
-import operator
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import scipy.sparse.linalg as spla
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
+from linop_hess._validate import finite_real, whole
 from linop_hess.krylov.observer import Breakdown, Observer, relative_norm
 from linop_hess.krylov.record import Comparison, Record, compare
 
@@ -203,7 +203,7 @@ def direct(
     x = np.asarray(solve(b.copy()))
     seconds = time.perf_counter() - begin
     if x.shape != b.shape:
-        raise ValueError(f"expected solve(b) of shape {b.shape}, got {x.shape}")
+        raise ValueError(f"expected solve(b) of shape {b.shape}, got {x.shape}: return one vector")
     residual = relative_norm(b - A.matvec(x), b) if np.isfinite(x).all() else math.nan
     converged = residual <= SLACK * rtol
     status = "converged" if converged else f"not solved: the true residual is {residual:.1e}"
@@ -221,16 +221,16 @@ def _check_system(
     b = _check_vector("b", b, A)
     M = None if M is None else _check_operator("M", M)
     if M is not None and M.shape != A.shape:
-        raise ValueError(f"expected M of A's shape {A.shape}, got {M.shape}; M approximates the inverse of A")
+        raise ValueError(f"expected M of A's shape {A.shape}, got {M.shape}: M approximates the inverse of A")
     return A, b, M, None if x0 is None else _check_vector("x0", x0, A).astype(b.dtype)
 
 
 def _check_operator(name: str, operand: Any) -> LinearOperator:
     base = aslinearoperator(operand)
     if len(base.shape) != 2 or base.shape[0] != base.shape[1]:
-        raise ValueError(f"expected a square {name}, got shape {base.shape}")
+        raise ValueError(f"expected a square {name}, got shape {base.shape}: pass one with as many rows as columns")
     if np.issubdtype(base.dtype, np.complexfloating):
-        raise TypeError(f"expected a real {name}, got {base.dtype}; complex systems are not supported")
+        raise TypeError(f"expected a real {name}, got {base.dtype}: complex systems are not supported")
     return base
 
 
@@ -238,14 +238,14 @@ def _check_vector(name: str, vector: Any, A: LinearOperator) -> np.ndarray:
     array = np.asarray(vector)
     n = A.shape[0]
     if array.shape not in ((n,), (n, 1)):
-        raise ValueError(f"expected {name} of shape ({n},) or ({n}, 1) for this A, got {array.shape}")
+        raise ValueError(f"expected {name} of shape ({n},) or ({n}, 1) for this A, got {array.shape}: reshape it")
     if np.issubdtype(array.dtype, np.complexfloating):
-        raise TypeError(f"expected a real {name}, got {array.dtype}; solve for its two parts apart")
+        raise TypeError(f"expected a real {name}, got {array.dtype}: solve for its two parts apart")
     if not np.issubdtype(array.dtype, np.floating):
         array = array.astype(A.dtype if np.issubdtype(A.dtype, np.floating) else np.float64)
     if not np.isfinite(array).all():
         count = np.count_nonzero(~np.isfinite(array))
-        raise ValueError(f"expected a finite {name}, got {count} NaN or Inf entries")
+        raise ValueError(f"expected a finite {name}, got {count} NaN or Inf entries: find where they arise")
     return array.reshape(n)
 
 
@@ -254,16 +254,16 @@ def _check_options(
 ) -> dict[str, Any]:
     """Return the keywords SciPy's solver takes besides the system and the tolerance, or raise."""
     if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    if not 0 < rtol < math.inf:
-        raise ValueError(f"expected a positive, finite rtol, got {rtol}")
-    options: dict[str, Any] = {"maxiter": _at_least_one("maxiter", maxiter)}
+        raise ValueError(f"expected a solver of {', '.join(SOLVERS)}, got {solver!r}: choose one of them")
+    if finite_real(rtol, "rtol") <= 0:
+        raise ValueError(f"expected a positive rtol, got {rtol}: pass one such as 1e-8")
+    options: dict[str, Any] = {"maxiter": whole(maxiter, "maxiter", least=1)}
     for key, value, owner in (("restart", restart, "gmres"), ("inner_m", inner_m, "lgmres")):
         if value is None:
             continue
         if solver != owner:
-            raise ValueError(f"{key} is an option of {owner}, not of {solver}; leave it out")
-        options[key] = _at_least_one(key, value)
+            raise ValueError(f"expected no {key} for {solver}, got {value!r}, an option of {owner}: leave it out")
+        options[key] = whole(value, key, least=1)
     if solver != "minres":
         options["atol"] = 0.0
     if solver == "gmres":
@@ -271,13 +271,6 @@ def _check_options(
         options["callback_type"] = "legacy"
         options["restart"] = min(options.get("restart", 20), options["maxiter"], n)
     return options
-
-
-def _at_least_one(name: str, value: int) -> int:
-    value = operator.index(value)
-    if value < 1:
-        raise ValueError(f"expected {name} of at least 1, got {value}")
-    return value
 
 
 def _status(solver: str, info: int | None, residuals: np.ndarray, converged: bool, observer: Observer) -> str:

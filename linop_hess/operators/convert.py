@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +11,7 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
-NUMPY_DTYPES: dict[torch.dtype, np.dtype] = {
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-}
+from linop_hess._validate import NUMPY_DTYPES, is_scalar
 
 
 @contextmanager
@@ -25,47 +21,30 @@ def plain_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
-def is_scalar(x: Any) -> bool:
-    """Tell whether `x` is a number, a NumPy scalar, or an array or tensor without dimensions."""
-    if isinstance(x, np.ndarray | Tensor):
-        return x.ndim == 0
-    return isinstance(x, numbers.Number | np.generic)
-
-
-def real_scalar(x: Any, dtype: torch.dtype) -> float:
-    """Return a scalar as a float, checked to be real and finite in `dtype`.
-
-    Parameters
-    ----------
-    x : scalar
-        What `is_scalar` accepts.
-    dtype : torch.dtype
-        The dtype in which the factor will be used.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    TypeError
-        If `x` is complex or not a number.
-    ValueError
-        If `x` is NaN, infinite, or overflows `dtype`.
-    """
-    value = x.item() if isinstance(x, np.generic | np.ndarray | Tensor) else x
-    if isinstance(value, complex) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"a real operator can be scaled by a real number only; got {x!r} of type {type(x).__name__}. "
-            "Take the real part, or apply the complex factor to the result."
+def require_one_column(x: Any, who: str) -> None:
+    """Raise ValueError if an operand is a block of several columns."""
+    shape = tuple(x.shape) if hasattr(x, "shape") else np.shape(x)
+    if len(shape) == 2 and shape[1] != 1:
+        raise ValueError(
+            f"expected one vector for {who}, got shape {shape}: use matmat (rmatmat for the adjoint) or @ for several"
         )
-    try:
-        value = float(value)
-    except OverflowError:
-        value = float("inf")
-    if not abs(value) <= torch.finfo(dtype).max:
-        raise ValueError(f"the factor must be finite in {dtype}; got {x!r}. Scale by a finite number.")
-    return value
+
+
+def refuse_scalar(x: Any) -> None:
+    """Raise ValueError if x, a factor of @, is a scalar."""
+    if is_scalar(x):
+        raise ValueError(f"expected an array or an operator at @, got the scalar {x!r}: use *")
+
+
+def require_alike(left: Any, right: Any) -> None:
+    """Raise TypeError unless two operators have one dtype, ValueError unless one device."""
+    if left.torch_dtype != right.torch_dtype:
+        raise TypeError(
+            f"expected operators of one dtype, got {left.torch_dtype} and {right.torch_dtype}: build both from models "
+            "of one precision"
+        )
+    if left.device != right.device:
+        raise ValueError(f"expected operators on one device, got {left.device} and {right.device}: build both on one")
 
 
 def as_tensor(
@@ -108,50 +87,55 @@ def as_tensor(
     if tensor.ndim not in ndims or tensor.shape[0] != length:
         expected = " or ".join(f"({length},)" if n == 1 else f"({length}, k)" for n in ndims)
         raise ValueError(
-            f"{who} needs an operand of shape {expected}; got {tuple(tensor.shape)}. "
-            "Pass a flat vector, or a matrix with one vector a column."
+            f"expected an operand of {who} of shape {expected}, got {tuple(tensor.shape)}: "
+            "pass a flat vector, or a matrix with one vector a column"
         )
-    if not _all_finite(tensor):
+    if not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
-            f"{who} needs finite numbers in {dtype}; {bad} of {tensor.numel()} entries are NaN or Inf. "
-            "Find where they arise before multiplying."
+            f"expected finite numbers in {dtype} for {who}, got {bad} NaN or Inf in {tensor.numel()} entries: "
+            "find where they arise before multiplying"
         )
     return tensor
 
 
-def to_numpy(out: Tensor) -> np.ndarray:
-    """Return a fresh, writable, C-ordered NumPy copy of a tensor."""
-    return np.array(out.detach().cpu().numpy(), order="C", copy=True)
+def to_numpy(out: Tensor, *, fresh: bool = False) -> np.ndarray:
+    """Return a tensor as a writable, C-ordered NumPy array of its own memory, of the tensor's where that is `fresh`."""
+    array = out.detach().cpu().numpy()
+    return np.ascontiguousarray(array) if fresh else np.array(array, order="C", copy=True)
 
 
 def _from_torch(x: Tensor, dtype: torch.dtype, device: torch.device, who: str) -> Tensor:
     if x.layout != torch.strided:
-        raise TypeError(f"{who} needs a dense tensor; got layout {x.layout}. Call .to_dense() on it.")
+        raise TypeError(f"expected a dense tensor for {who}, got layout {x.layout}: call .to_dense() on it")
     if x.device != device:
-        raise ValueError(f"{who} is on {device}; got a tensor on {x.device}. Move it with .to({str(device)!r}).")
+        raise ValueError(
+            f"expected a tensor on device {device} for {who}, got one on {x.device}: move it with .to({str(device)!r})"
+        )
     if x.is_complex():
-        raise TypeError(f"{who} is real; got a {x.dtype} tensor. Multiply real and imaginary parts separately.")
+        raise TypeError(f"expected real numbers for {who}, got a {x.dtype} tensor: multiply its two parts separately")
     if x.is_floating_point() and x.dtype != dtype:
-        raise TypeError(f"{who} computes in {dtype}; got a {x.dtype} tensor. Cast it with .to({dtype}).")
+        raise TypeError(f"expected a {dtype} tensor for {who}, got {x.dtype}: cast it with .to({dtype})")
     return x.detach().to(dtype)
 
 
 def _from_numpy(x: Any, dtype: torch.dtype, device: torch.device, who: str) -> Tensor:
     if issparse(x):
         raise TypeError(
-            f"{who} multiplies dense arrays; got a sparse {type(x).__name__}. "
-            "Call .toarray() on it, or compose with scipy.sparse.linalg.aslinearoperator of it."
+            f"expected a dense array for {who}, got a sparse {type(x).__name__}: call .toarray() on it, or compose with "
+            "scipy.sparse.linalg.aslinearoperator of it"
         )
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{who} has no notion of a mask; got a masked array. Call .filled(value) on it.")
+        raise TypeError(f"expected an array without a mask for {who}, got a masked one: call .filled(value) on it")
     array = np.asarray(x)
     if array.dtype.kind == "c":
-        raise TypeError(f"{who} is real; got a {array.dtype} array. Multiply real and imaginary parts separately.")
+        raise TypeError(
+            f"expected real numbers for {who}, got a {array.dtype} array: multiply its two parts separately"
+        )
     if array.dtype.kind not in "biuf":
         raise TypeError(
-            f"{who} needs an array of real numbers; got dtype {array.dtype} from {type(x).__name__}. "
-            "Convert it with numpy.asarray(x, dtype=float)."
+            f"expected real numbers for {who}, got dtype {array.dtype} from {type(x).__name__}: convert it with "
+            "numpy.asarray(x, dtype=float)"
         )
     with np.errstate(over="ignore"):  # an overflow becomes Inf, which the caller reports
         array = np.asarray(array, dtype=NUMPY_DTYPES[dtype], order="C")
@@ -160,6 +144,6 @@ def _from_numpy(x: Any, dtype: torch.dtype, device: torch.device, who: str) -> T
     return torch.from_numpy(array).to(device)
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    # One pass without a mask; a sum that overflows is looked at again.
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds no NaN or Inf, in one pass without a mask; a sum that overflows is looked at again."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -9,7 +9,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from linop_hess import _memory
-from linop_hess.operators.base import Operator
+from linop_hess._validate import whole
+from linop_hess.operators.operator import Operator
 
 _BLOCK_BYTES = 2**26
 
@@ -34,7 +35,7 @@ def to_dense(op: Any, chunk: int | None = None) -> np.ndarray:
     MemoryError
         If the result does not fit in the available memory; raised before anything is allocated.
     TypeError
-        If `op` is not a linear operator.
+        If `op` is not a linear operator, or `chunk` no integer.
     ValueError
         If `chunk` is less than one.
 
@@ -50,15 +51,15 @@ def to_dense(op: Any, chunk: int | None = None) -> np.ndarray:
             op = aslinearoperator(op)
         except TypeError:
             raise TypeError(
-                f"to_dense needs a LinearOperator; got {type(op).__name__}. Wrap it with aslinearoperator."
+                f"expected a LinearOperator, got {type(op).__name__}: wrap it with aslinearoperator"
             ) from None
     rows, columns = op.shape
     dtype = np.dtype(np.float64 if op.dtype is None else op.dtype)
     tallest = max(rows, columns, 1) * dtype.itemsize
     if chunk is None:
         chunk = max(1, _BLOCK_BYTES // tallest)
-    elif chunk < 1:
-        raise ValueError(f"chunk must be at least 1; got {chunk}. Leave it out to have it chosen.")
+    else:
+        chunk = whole(chunk, "chunk", least=1)
     chunk = min(chunk, max(columns, 1))
     _memory.require(
         rows * columns * dtype.itemsize + 2 * chunk * tallest, f"a dense {rows}×{columns} matrix of {dtype}"

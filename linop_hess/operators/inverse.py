@@ -16,8 +16,8 @@ from linop_hess.lq.inverse.inverse import Inverse
 from linop_hess.lq.inverse.solve import Solution
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
-from linop_hess.operators.base import Operator
 from linop_hess.operators.convert import as_tensor, to_numpy
+from linop_hess.operators.operator import Operator
 
 
 class HessianInverse(Operator):

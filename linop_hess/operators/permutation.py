@@ -1,4 +1,4 @@
-"""The identity and permutations."""
+"""Permutations."""
 
 from __future__ import annotations
 
@@ -8,27 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.operators.base import Operator
-
-
-class Identity(Operator):
-    """The identity I.
-
-    Parameters
-    ----------
-    size : int
-        n; the shape is (n, n).
-    dtype : torch.dtype, optional
-    device : torch.device or str, optional
-    """
-
-    symmetric = True
-
-    def __init__(self, size: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> None:
-        super().__init__((size, size), dtype, device)
-
-    def _apply(self, X: Tensor) -> Tensor:
-        return X
+from linop_hess.operators.operator import Operator
 
 
 class Permutation(Operator):
@@ -61,11 +41,13 @@ class Permutation(Operator):
     def __init__(self, index: Any, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> None:
         order = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
         if order.dtype.kind not in "iu" and order.size:
-            raise TypeError(f"a permutation needs integers; got dtype {order.dtype}. Pass an integer index array.")
+            raise TypeError(
+                f"expected integers for a permutation, got dtype {order.dtype}: pass an integer index array"
+            )
         if order.ndim != 1 or not np.array_equal(np.sort(order), np.arange(order.size)):
             raise ValueError(
-                f"a permutation of n items needs a flat array with each of 0, …, n−1 once; "
-                f"got one of shape {order.shape} that is not. Check for repeated or missing entries."
+                f"expected a flat array with each of 0, …, n−1 once, got another of shape {order.shape}: "
+                "look for repeated or missing entries"
             )
         super().__init__((order.size, order.size), dtype, device)
         self.index = torch.as_tensor(order.astype(np.int64), device=self.device)

@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from linop_hess.lq.problem import Problem
-from linop_hess.operators.algebra import Permutation
-from linop_hess.operators.base import Operator
+from linop_hess.operators.operator import Operator
+from linop_hess.operators.permutation import Permutation
 
 
 class Piece(Operator):

@@ -1,88 +1,34 @@
+"""Hessian and GaussNewton against dense truths."""
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
 
 from linop_hess.autograd import GaussNewton, Hessian
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators import Operator, to_dense
+from tests.autograd.settings import (
+    CE_MEAN,
+    CE_SUM,
+    CURVATURES,
+    DTYPES,
+    Attention,
+    HalfIdle,
+    Recurrent,
+    Tied,
+    gauss_newton_truth,
+    mlp_and_batch,
+    worst,
+)
 from tests.helpers import (
     differenced_hessian,
     make_batch,
     make_mlp,
     oracle_gradient,
     oracle_hessian,
-    oracle_jacobian,
 )
 from tests.operators.conformance import check_operator
-
-DTYPES = [torch.float32, torch.float64]
-CURVATURES = [Hessian, GaussNewton]
-CE_MEAN, CE_SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
-
-
-class Attention(nn.Module):
-    """A transformer layer and a head over the mean of three tokens made of each input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        tokens = x.unsqueeze(1) * torch.linspace(1, 2, 3, dtype=x.dtype)[None, :, None]
-        return self.head(self.layer(tokens).mean(1))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.LSTM(2, 3, batch_first=True)
-        self.head = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.head(self.cell(x.reshape(len(x), 2, 2))[0][:, -1])
-
-
-class Tied(nn.Module):
-    """One weight used twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.second = nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
-
-
-class TwoInputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-
-    def forward(self, inputs):
-        return self.layer(inputs["a"]) * self.layer(inputs["b"])
-
-
-def mlp_and_batch(dtype=torch.float64, samples=7):
-    return make_mlp([4, 5, 5, 3], dtype=dtype), make_batch(4, 3, samples, dtype=dtype)
-
-
-def gauss_newton_truth(model, loss_fn, x, y):
-    """Jᵀ (∇²_z ℓ) J from dense factors, in float64."""
-    J = oracle_jacobian(model, x)
-    with torch.no_grad():
-        z = model.double()(x.double())
-    curvature = torch.autograd.functional.hessian(lambda u: loss_fn(u.reshape(z.shape), y), z.reshape(-1))
-    return J.T @ curvature.numpy() @ J
-
-
-def worst(op, truth):
-    return np.abs(to_dense(op) - truth).max() / np.abs(truth).max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -164,104 +110,6 @@ def test_logistic_regression_in_closed_form():
         assert worst(kind(model, nn.BCEWithLogitsLoss(reduction="sum"), (x, y)), truth) < 1e-14
 
 
-@pytest.mark.parametrize("kind", CURVATURES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss_fn", [CE_MEAN, CE_SUM], ids=["mean", "sum"])
-def test_unequal_batches_are_one_batch(kind, dtype, loss_fn):
-    model, (x, y) = mlp_and_batch(dtype, samples=11)
-    whole = kind(model, loss_fn, (x, y))
-    batches = list(zip(x.split([1, 3, 7]), y.split([1, 3, 7]), strict=True))
-    tolerance = 100 * float(np.finfo(whole.dtype).eps)
-    for data in (
-        batches,
-        [list(batch) for batch in batches],
-        tuple(batches),
-        DataLoader(TensorDataset(x, y), batch_size=4),
-        DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True),
-    ):
-        parts = kind(model, loss_fn, data)
-        assert parts.loss == pytest.approx(whole.loss, rel=tolerance)
-        np.testing.assert_allclose(parts.gradient, whole.gradient, atol=tolerance * np.abs(whole.gradient).max())
-        assert worst(parts, to_dense(whole)) < tolerance
-
-
-def test_two_batches_are_not_taken_for_one():
-    model, (x, y) = mlp_and_batch()
-    halves = [(x[:3], y[:3]), (x[3:], y[3:])]
-    truth = oracle_hessian(model, CE_SUM, x, y)
-    assert worst(Hessian(model, CE_SUM, halves), truth) < 1e-13
-    assert worst(Hessian(model, CE_SUM, [x, y]), truth) < 1e-13
-    with pytest.raises(ValueError, match="not clear"):
-        Hessian(model, CE_SUM, tuple(halves))
-
-
-def test_the_reduction_of_a_function_is_asked_for_and_used():
-    model, (x, y) = mlp_and_batch()
-    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
-    with pytest.raises(ValueError, match='reduction="sum" or reduction="mean"'):
-        Hessian(model, functional.cross_entropy, batches)
-    truth = oracle_hessian(model, functional.cross_entropy, x, y)
-    assert worst(Hessian(model, functional.cross_entropy, batches, reduction="mean"), truth) < 1e-13
-    assert worst(Hessian(model, functional.cross_entropy, (x, y)), truth) < 1e-13
-    with pytest.raises(ValueError, match="contradicts"):
-        Hessian(model, CE_MEAN, batches, reduction="sum")
-    with pytest.raises(ValueError, match="'none'"):
-        Hessian(model, functional.cross_entropy, (x, y), reduction="none")
-
-
-def test_means_that_weights_cannot_make_exact_are_refused():
-    model, (x, y) = mlp_and_batch()
-    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
-    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
-    with pytest.raises(ValueError, match="class-weighted"):
-        Hessian(model, weighted, batches)
-    assert worst(Hessian(model, weighted, (x, y)), oracle_hessian(model, weighted, x, y)) < 1e-13
-    with pytest.raises(ValueError, match="ignore_index=2"):
-        Hessian(model, nn.CrossEntropyLoss(ignore_index=2), [(x, torch.full_like(y, 2)), (x, y)])
-    with pytest.raises(ValueError, match="shapes"):
-        Hessian(nn.Linear(4, 1).double(), nn.MSELoss(), [(x, torch.ones(7, 1)), (x, torch.ones(7, 2))])
-    with pytest.raises(ValueError, match="number of samples"):
-        Hessian(model, CE_MEAN, [(x[0], y[0]), (x[1], y[1])])
-
-
-def test_a_subset_of_parameters_is_a_block():
-    model, (x, y) = mlp_and_batch()
-    whole = oracle_hessian(model, CE_MEAN, x, y)
-    sizes = np.cumsum([0] + [p.numel() for p in model.parameters()])
-    chosen = np.r_[sizes[1] : sizes[2], sizes[4] : sizes[5]]
-    H = Hessian(model, CE_MEAN, (x, y), params=iter(["4.weight", "0.bias"]))
-    assert H.names == ("0.bias", "4.weight")
-    assert worst(H, whole[np.ix_(chosen, chosen)]) < 1e-13
-    np.testing.assert_allclose(H.gradient, oracle_gradient(model, CE_MEAN, x, y)[chosen], atol=1e-14)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in H.names)
-    assert worst(Hessian(model, CE_MEAN, (x, y)), whole[np.ix_(chosen, chosen)]) < 1e-13
-    assert worst(GaussNewton(model, CE_MEAN, (x, y)), gauss_newton_truth(model, CE_MEAN, x, y)) < 1e-13
-
-
-@pytest.mark.parametrize("kind", CURVATURES)
-def test_an_operator_is_a_snapshot(kind):
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Tanh(), nn.Linear(5, 3))
-    model = model.double().eval()
-    x, y = make_batch(4, 3, 6)
-    op = kind(model, CE_MEAN, (x, y))
-    v = np.ones(op.shape[0])
-    before, gradient, state = op @ v, op.gradient, {k: t.clone() for k, t in model.state_dict().items()}
-    op @ v
-    op.gradient[:] = 0
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, state[key])
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    model.train()
-    model(x)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(2)
-    model[4] = nn.Linear(5, 3)
-    np.testing.assert_array_equal(op @ v, before)
-    np.testing.assert_array_equal(op.gradient, gradient)
-
-
 def test_differentiation_may_be_off_or_in_low_precision_outside():
     model, (x, y) = mlp_and_batch(torch.float32)
     truth = to_dense(Hessian(model, CE_MEAN, (x, y)))
@@ -290,16 +138,6 @@ def test_zero_curvature_is_zero(kind):
     assert np.abs(linear.gradient).max() > 0
 
 
-class HalfIdle(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.idle = nn.Linear(2, 2)
-        self.used = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.used(x)
-
-
 @pytest.mark.parametrize("kind", CURVATURES)
 def test_an_unused_parameter_has_a_zero_block(kind):
     x, y = make_batch(4, 3, 5)
@@ -309,63 +147,6 @@ def test_an_unused_parameter_has_a_zero_block(kind):
     np.testing.assert_allclose(dense[6:, 6:], oracle_hessian(model.used, CE_MEAN, x, y), atol=1e-14)
     with pytest.raises(ValueError, match=r"does not depend.*idle\.weight"):
         kind(model, CE_MEAN, (x, y), params=["idle.weight"])
-
-
-def test_inputs_may_be_a_dict():
-    x, y = make_batch(4, 3, 5)
-    model = TwoInputs().double()
-    H = Hessian(model, CE_MEAN, ({"a": x, "b": x.flip(0)}, y))
-    ps = list(model.parameters())
-    v = torch.linspace(-1, 1, 15, dtype=torch.float64)
-    step, theta = 1e-5, nn.utils.parameters_to_vector(ps).detach()
-    sides = []
-    for sign in (1, -1):
-        nn.utils.vector_to_parameters(theta + sign * step * v, ps)
-        sides.append(Hessian(model, CE_MEAN, ({"a": x, "b": x.flip(0)}, y)).gradient)
-    np.testing.assert_allclose(H @ v.numpy(), (sides[0] - sides[1]) / (2 * step), atol=1e-8)
-
-
-def test_sparse_embeddings_are_differentiated_densely():
-    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3)).double()
-    x = torch.tensor([[0, 1], [1, 4], [4, 4]])
-    y = torch.tensor([0, 1, 2])
-    H = Hessian(model, CE_MEAN, (x, y))
-    model[0].sparse = False
-    assert worst(H, oracle_hessian(model, CE_MEAN, x, y)) < 1e-13
-
-
-def test_progress_counts_batches(capsys):
-    model, (x, y) = mlp_and_batch()
-    H = Hessian(model, CE_SUM, [(x[:3], y[:3]), (x[3:], y[3:])], progress=True)
-    capsys.readouterr()
-    H @ np.ones(H.shape[0])
-    shown = capsys.readouterr().err
-    assert "Hessian" in shown and "2/2" in shown
-
-
-def test_progress_without_tqdm_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
-    with pytest.raises(ImportError, match="pip install tqdm"):
-        Hessian(*mlp_and_batch()[:1], CE_MEAN, mlp_and_batch()[1], progress=True)
-
-
-@pytest.mark.parametrize("kind", CURVATURES)
-@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(4)], ids=["dropout", "batch norm"])
-def test_a_loss_that_is_no_function_of_the_parameters(kind, layer):
-    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3)).double().train()
-    batch = make_batch(4, 3, 6)
-    with pytest.raises(UnsupportedModelError, match=r"model\.eval\(\)"):
-        kind(model, CE_MEAN, batch)
-    kind(model, CE_MEAN, batch, check_deterministic=False, check_symmetric=False)
-    kind(model.eval(), CE_MEAN, batch)
-
-
-def test_a_loader_that_drops_samples_at_random_is_refused():
-    model, (x, y) = mlp_and_batch()
-    loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True, drop_last=True)
-    torch.manual_seed(0)
-    with pytest.raises(UnsupportedModelError, match="shuffles"):
-        Hessian(model, CE_SUM, loader)
 
 
 @pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
@@ -414,42 +195,14 @@ class Once(torch.autograd.Function):
 def test_an_operation_without_second_derivative_is_named():
     model, batch = mlp_and_batch()
     for loss_fn in (lambda z, t: Once.apply(z).sum(), lambda z, t: Once.apply(z).tanh().sum()):
-        with pytest.raises(UnsupportedModelError, match="Once has no second derivative"):
+        with pytest.raises(UnsupportedModelError, match="second derivative, got Once"):
             Hessian(model, loss_fn, batch)
-
-
-@pytest.mark.parametrize("kind", CURVATURES)
-def test_bad_data(kind):
-    model, (x, y) = mlp_and_batch()
-    with pytest.raises(TypeError, match="only once"):
-        kind(model, CE_SUM, ((x, y) for _ in range(2)))
-    with pytest.raises(TypeError, match="only once"):
-        kind(model, CE_SUM, zip([x], [y], strict=True))
-    with pytest.raises(TypeError, match="DataLoader"):
-        kind(model, CE_SUM, TensorDataset(x, y))
-    with pytest.raises(TypeError, match="batch"):
-        kind(model, CE_SUM, x)
-    with pytest.raises(TypeError, match="pair"):
-        kind(model, CE_SUM, [x, y, x])
-    with pytest.raises(TypeError, match="batch"):
-        kind(model, CE_SUM, 3)
-    with pytest.raises(ValueError, match="no batch"):
-        kind(model, CE_SUM, [])
-
-
-def test_data_that_shrink_are_noticed():
-    model, (x, y) = mlp_and_batch()
-    data = [(x, y), (x, y)]
-    H = Hessian(model, CE_SUM, data)
-    data.pop()
-    with pytest.raises(ValueError, match="2 batches"):
-        H @ np.ones(H.shape[0])
 
 
 @pytest.mark.parametrize("kind", CURVATURES)
 def test_bad_losses(kind):
     model, (x, y) = mlp_and_batch()
-    with pytest.raises(ValueError, match=r"scalar; got shape \(7,\)"):
+    with pytest.raises(ValueError, match=r"scalar tensor, got shape \(7,\)"):
         kind(model, nn.CrossEntropyLoss(reduction="none"), (x, y))
     with pytest.raises(TypeError, match="item"):
         kind(model, lambda z, t: CE_MEAN(z, t).item(), (x, y))
@@ -479,43 +232,8 @@ def test_a_penalty_on_the_models_own_weights_is_not_lost_silently():
     def penalized(z, t):
         return CE_MEAN(z, t) + decay / 2 * sum((p**2).sum() for p in model.parameters())
 
-    with pytest.raises(ValueError, match="damped"):
+    with pytest.raises(UnsupportedModelError, match="damped"):
         Hessian(model, penalized, (x, y))
-
-
-@pytest.mark.parametrize("kind", CURVATURES)
-def test_bad_parameters(kind):
-    model, batch = mlp_and_batch()
-    with pytest.raises(ValueError, match="no parameter 9.weight"):
-        kind(model, CE_MEAN, batch, params=["0.weight", "9.weight"])
-    with pytest.raises(ValueError, match="at least one"):
-        kind(model, CE_MEAN, batch, params=[])
-    with pytest.raises(TypeError, match="string"):
-        kind(model, CE_MEAN, batch, params="0.weight")
-    with pytest.raises(ValueError, match="at least one"):
-        kind(nn.Tanh(), CE_MEAN, batch)
-    model[0].weight.requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen"):
-        kind(model, CE_MEAN, batch, params=["0.weight", "0.bias"])
-    with pytest.raises(ValueError, match="at least one"):
-        kind(model.requires_grad_(False), CE_MEAN, batch)
-    with pytest.raises(TypeError, match="Module"):
-        kind(lambda x: x, CE_MEAN, batch)
-    for dtype in (torch.float16, torch.bfloat16):
-        with pytest.raises(TypeError, match=str(dtype)):
-            kind(make_mlp([4, 3], dtype=dtype), CE_MEAN, batch)
-    mixed = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3).double())
-    with pytest.raises(TypeError, match="one dtype"):
-        kind(mixed, CE_MEAN, batch)
-    scattered = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3, device="meta"))
-    with pytest.raises(ValueError, match="one device"):
-        kind(scattered, CE_MEAN, batch)
-    with pytest.raises(ValueError, match="no shape"):
-        kind(nn.LazyLinear(3), CE_MEAN, batch)
-    counts = nn.Linear(4, 3)
-    counts.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.int64), requires_grad=False)
-    with pytest.raises(TypeError, match="int64"):
-        kind(counts, CE_MEAN, batch, params=["weight"])
 
 
 def test_damping_is_checked():

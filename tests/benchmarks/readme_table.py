@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from linop_hess import cli
-from linop_hess.krylov.record import readable_bytes
+from linop_hess._memory import format_bytes
+from linop_hess.cli.main import main as linop_hess
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- compare: begin -->", "<!-- compare: end -->"
@@ -32,7 +32,7 @@ def table(results: dict[str, Any]) -> str:
             f"{row['products_A']:,}" if row["products_A"] else "",
             f"{row['seconds']:.2g}",
             f"{row['residual']:.0e}",
-            readable_bytes(row["memory"]),
+            format_bytes(row["memory"]),
         )
         lines.append("| " + " | ".join(cells) + " |")
     options, machine = results["options"], results["machine"]
@@ -52,7 +52,7 @@ def main() -> None:
     results = parser.parse_args().results
     with tempfile.TemporaryDirectory() as folder:
         if results is None:
-            if cli.main(["compare", "--out", folder]):
+            if linop_hess(["compare", "--out", folder]):
                 raise SystemExit(1)
             results = Path(folder) / "results.json"
         shutil.copy(results.parent / "convergence.png", ROOT / "docs" / "images" / "convergence.png")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from linop_hess.autograd.second_order import double_backward, symmetric, unit_cotangents, vjps
+from linop_hess.autograd.differentiate import symmetric, twice_differentiable, unit_cotangents, vjps
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.rules.base import Kind, Layer
 from linop_hess.lq.stages.base import Stage
@@ -44,7 +44,7 @@ class Generic(Kind):
         return u, list(params.values()), y
 
     def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
-        with double_backward(_title(layers[0])):
+        with twice_differentiable(_title(layers[0]), Z.device, layers[0].module):
             u, params, y = self._record(layers[0], Z[0])
             sources = [u, *params] if u.requires_grad else params
             rows = vjps(y, sources, unit_cotangents(y)) if sources else []
@@ -55,7 +55,7 @@ class Generic(Kind):
 
     def curve(self, stages: Stage, layers: Sequence[Layer], Z: Tensor, beta: Tensor) -> Stage:
         layer = layers[0]
-        with double_backward(_title(layer)):
+        with twice_differentiable(_title(layer), Z.device, layer.module):
             u, params, y = self._record(layer, Z[0])
             sources = [*params, u] if u.requires_grad else params
             if not y.requires_grad:

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linop_hess.autograd.second_order import double_backward, symmetric, unit_cotangents, vjps
+from linop_hess._validate import checked_loss
+from linop_hess.autograd.differentiate import (
+    refuse_direct_parameters,
+    symmetric,
+    twice_differentiable,
+    unit_cotangents,
+    vjps,
+)
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.stages.objective import ObjectiveStage
 
@@ -40,10 +47,12 @@ def linearize_loss(
     ------
     ValueError
         If the loss is not a scalar, or NaN or Inf, or its derivatives are.
+    TypeError
+        If it is no tensor.
     UnsupportedModelError
         If it gives another value each time, or uses parameters besides the model's output.
     """
-    with double_backward("the loss"):
+    with twice_differentiable("the loss", output.device):
         u = output.detach().clone().requires_grad_()
         value = checked_loss(loss_fn(u.clone(), target))  # which a loss may change in place
         if not value.requires_grad:
@@ -51,7 +60,7 @@ def linearize_loss(
                 "the loss does not depend on the model's output: loss_fn(output, target) must compute it from output, "
                 "without detach() or .item()"
             )
-        _refuse_other_parameters(value, u)
+        refuse_direct_parameters(value)
         if not torch.equal(value, loss_fn(u.clone(), target).reshape(())):
             raise UnsupportedModelError("loss_fn gives another value each time; remove its randomness")
         (gradient,) = torch.autograd.grad(value, u, create_graph=True, allow_unused=True, materialize_grads=True)
@@ -61,40 +70,6 @@ def linearize_loss(
         if not bool(torch.isfinite(array).all()):
             raise ValueError(f"the {what} of the loss with respect to the model's output holds NaN or Inf")
     return float(value.detach()), ObjectiveStage(row, symmetric(C, "the loss"))
-
-
-def _refuse_other_parameters(value: Tensor, u: Tensor) -> None:
-    """Refuse a loss whose graph reaches leaves other than the output, such as a weight penalty."""
-    seen: set[Any] = set()
-    queue = [value.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and leaf is not u:
-            raise UnsupportedModelError(
-                f"loss_fn uses a parameter of shape {tuple(leaf.shape)} besides the model's output, which a chain cannot hold; "
-                "take it out of loss_fn (a penalty ½ε‖x‖² is damping=ε)"
-            )
-        queue.extend(following for following, _ in node.next_functions)
-
-
-def checked_loss(value: Any) -> Tensor:
-    """Return the loss as a 0-dimensional tensor.
-
-    Raises
-    ------
-    ValueError
-        If it is not a scalar tensor, or not finite.
-    """
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss_fn must return a scalar tensor, got {came}: reduce it with .mean() or .sum()")
-    if not bool(torch.isfinite(value)):
-        raise ValueError(f"the loss is {float(value.detach())}: check inputs, targets and parameters")
-    return value.reshape(())
 
 
 def _hessian_blocks(gradient: Tensor, u: Tensor) -> Tensor:

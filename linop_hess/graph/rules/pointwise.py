@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from linop_hess.autograd.second_order import double_backward
+from linop_hess.autograd.differentiate import graph_nodes, twice_differentiable
 from linop_hess.graph.rules.base import Kind, Layer, is_plain
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.diagonal import DiagonalStage
@@ -75,7 +75,7 @@ class Pointwise(Kind):
 
     def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         module = layers[0].module
-        with double_backward(f"layer {layers[0].name!r} ({type(module).__name__})"):
+        with twice_differentiable(f"layer {layers[0].name!r} ({type(module).__name__})", Z.device, module):
             u = Z.detach().clone().requires_grad_()
             # A module that is not known may look at the shape of its input.
             y = (
@@ -121,17 +121,11 @@ def is_elementwise(module: nn.Module, z: Tensor) -> bool:
         y = module(u * 1.0)
     if not isinstance(y, Tensor) or y.shape != z.shape or y.dtype != z.dtype or y.grad_fn is None:
         return False
-    pending, seen = [y.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(y):
         name = node.name()
         if name == "torch::autograd::AccumulateGrad":
             if getattr(node, "variable", None) is not u:
                 return False
         elif name not in _ELEMENTWISE_NODES:
             return False
-        pending.extend(after for after, _ in node.next_functions if after is not None)
     return True

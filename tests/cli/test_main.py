@@ -3,10 +3,10 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 
+from linop_hess.cli import compare
 from linop_hess.cli import main as cli
 
 SMALL = ["--depth", "3", "--width", "4", "--batch", "5", "--maxiter", "30", "--no-progress"]
@@ -49,12 +49,6 @@ def test_a_command_is_required(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
-def test_activations_offered_are_those_that_exist():
-    from linop_hess.cli import compare as demo
-
-    assert tuple(demo.ACTIVATIONS) == cli.ACTIVATIONS
-
-
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out") / "new"
@@ -90,61 +84,9 @@ def test_every_row_is_there_and_the_exact_ones_are_exact(outcome):
     assert rows["CG"]["products_A"] == rows["CG"]["iterations"]
 
 
-def test_the_judge_is_the_dense_double_backward_hessian():
-    from linop_hess.cli import compare as demo
-
-    problem = demo.digits_problem(depth=2, width=3, batch=4, seed=1)
-    outcome = demo.compare_solvers(problem, 0.05, maxiter=5)
-    names = [name for name, _ in problem.model.named_parameters()]
-    shapes = [p.shape for p in problem.model.parameters()]
-    flat = torch.cat([p.detach().reshape(-1) for p in problem.model.parameters()])
-
-    def loss(theta):
-        parts = theta.split([s.numel() for s in shapes])
-        values = {n: part.reshape(s) for n, part, s in zip(names, parts, shapes, strict=True)}
-        output = torch.func.functional_call(problem.model, values, (problem.inputs,))
-        return problem.loss_fn(output, problem.targets)
-
-    H = torch.autograd.functional.hessian(loss, flat).numpy() + 0.05 * np.eye(len(flat))
-    g = torch.autograd.functional.jacobian(loss, flat).numpy()
-    norm = np.linalg.norm(H, 2)
-    for record in outcome.comparison:
-        residual = np.linalg.norm(g - H @ record.x)
-        assert record.residual == pytest.approx(residual / np.linalg.norm(g), rel=1e-6, abs=1e-13)
-        error = residual / (norm * np.linalg.norm(record.x) + np.linalg.norm(g))
-        assert record.backward_error == pytest.approx(error, rel=0.1, abs=1e-14)
-    assert outcome.hessian_norm == pytest.approx(norm, rel=0.1)
-    assert outcome.hessian_norm <= norm * (1 + 1e-12)
-
-
 def test_what_does_not_fit_is_left_out_and_said(monkeypatch, capsys, tmp_path):
-    from linop_hess.cli import compare as demo
-
-    monkeypatch.setattr(demo, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(compare, "available_bytes", lambda: 1000)
     assert cli.main(["compare", *SMALL, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "left out: dense LU: needs about" in said
     assert "true residual" in said
-
-
-def test_training_lowers_the_loss_and_seeds_leave_torch_alone():
-    from linop_hess.cli import compare as demo
-
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    losses = []
-    for steps in (0, 60):
-        p = demo.digits_problem(depth=2, width=16, batch=64, train_steps=steps)
-        losses.append(p.loss_fn(p.model(p.inputs), p.targets).item())
-    assert losses[1] < 0.9 * losses[0]
-    assert torch.equal(torch.rand(3), expected)
-
-
-@pytest.mark.parametrize("activation", cli.ACTIVATIONS)
-def test_the_hessian_of_a_deep_network_is_not_negligible(activation):
-    from linop_hess.cli import compare as demo
-
-    p = demo.digits_problem(activation=activation)
-    gradient = torch.autograd.grad(p.loss_fn(p.model(p.inputs), p.targets), p.model[0].weight)[0]
-    assert 1e-3 < gradient.norm() < 1e3
