@@ -31,6 +31,10 @@ RANK = 1.0
 # a semidefinite objective indefinite in float64.
 ROUNDED = 1.0
 
+# Samples of a loss do not interact where a random probe of its Hessian differs by this many eps from that of the blocks alone; a coupling
+# of 1e-6 between two of sixty entries is still seen.
+SAMPLES_APART = 1e3
+
 # --- Which pivots a solve may divide by ----------------------------------------------------------------------------------------
 
 # Every stage has pivots of size ε (controls that its output hardly sees), so a pivot is small only where it is far below |ε|, and far

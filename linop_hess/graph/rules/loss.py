@@ -17,6 +17,7 @@ from linop_hess.autograd.differentiate import (
     vjps,
 )
 from linop_hess.errors import UnsupportedModelError
+from linop_hess.lq.accuracy import SAMPLES_APART
 from linop_hess.lq.stages.objective import ObjectiveStage
 
 _DENSE_UP_TO = 16
@@ -86,6 +87,8 @@ def _hessian_blocks(gradient: Tensor, u: Tensor) -> Tensor:
         full = vjps(gradient, [u], v.reshape(1, *u.shape))[0].reshape(-1)
         ours = (blocks @ v.reshape(samples, width, 1)).reshape(-1)
         scale = float(blocks.abs().max()) if blocks.numel() else 0.0
-        if float((full - ours).abs().max()) <= 1e3 * torch.finfo(u.dtype).eps * max(scale, float(full.abs().max())):
+        if float((full - ours).abs().max()) <= SAMPLES_APART * torch.finfo(u.dtype).eps * max(
+            scale, float(full.abs().max())
+        ):
             return blocks[None].contiguous()
     return vjps(gradient, [u], unit_cotangents(u))[0].reshape(1, 1, n, n)

@@ -89,3 +89,16 @@ def test_small_couplings_keep_their_digits(small):
     sigma = torch.linalg.svdvals(space.hidden_coupling()[0])
     truth = torch.linalg.svdvals(stage.beta[0]).repeat_interleave(3)
     torch.testing.assert_close(sigma[sigma > 1e-12], truth, rtol=0, atol=1e-14)
+
+
+def test_hidden_directions_of_small_coupling_are_orthogonal_to_the_row_space():
+    """Of a large input next to a bias hardly anything is hidden: what is left of B after one projection has rounding along Q."""
+    stage = case(rows=1, inputs=4, outputs=2).stage
+    stage.Z.mul_(1e5)
+    space = stage.row_space()
+    _, sigma, Wt = torch.linalg.svd(space.hidden_coupling()[0], full_matrices=False)
+    w, smallest = Wt[-1:].mT, sigma[-1]
+    assert 1e-7 < float(smallest / sigma[0]) < 1e-4
+    U = space.hidden_directions((w / smallest)[None])
+    assert float(space.Qt(U).abs().max()) <= 1e-15
+    torch.testing.assert_close(float(U.norm()), 1.0, rtol=0, atol=1e-15 * float(sigma[0] / smallest))
