@@ -21,8 +21,8 @@ FLOORS = [
     "errors",
     "_memory",
     "_validate",
+    "_machine",
     "lq.accuracy",
-    "lq.machine",
     "lq.stages",
     "lq.layout",
     "lq.band_storage",
@@ -47,8 +47,8 @@ FLOORS = [
     "linearization",
     "krylov",
     "plot",
-    "cli",
     "",
+    "cli",
 ]
 OPTIONAL = {"matplotlib", "sklearn", "tqdm"}
 ROOMS = ("lq.stages", "lq.pivots", "lq.value", "lq.methods")

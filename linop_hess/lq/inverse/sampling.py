@@ -10,7 +10,17 @@ from linop_hess.lq.inverse.factors import Answering
 
 
 def positive(factors: Answering, g: Tensor) -> Tensor:
-    """L⁻ᵀ|D|⁻¹L⁻¹ g for g of shape (N, k) and any dtype: symmetric positive definite, (H + εI)⁻¹ where that is."""
+    """L⁻ᵀ|D|⁻¹L⁻¹ g: symmetric positive definite, (H + εI)⁻¹ where that is positive definite.
+
+    With K = H + εI its square is (L⁻ᵀ|D|⁻¹L⁻¹ K)² = I, so that MINRES with it as `M` stops after two iterations.
+
+    Parameters
+    ----------
+    factors : Answering
+        In float64.
+    g : Tensor, shape (N, k)
+        In any precision, which the result has too.
+    """
     return factors.positive(g.to(torch.float64)).to(g.dtype)
 
 

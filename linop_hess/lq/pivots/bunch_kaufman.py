@@ -1,6 +1,6 @@
 """Symmetric indefinite matrices as a congruence with a diagonal: S = T diag(θ) Tᵀ, T well conditioned in practice.
 
-Bunch-Kaufman (LAPACK sytrf, through torch), its 1×1 and 2×2 pivots rotated to diagonal form. With T at hand every later
+Bunch-Kaufman (LAPACK sytrf, through torch), its 1×1 and 2×2 pivots rotated to diagonal form. With T known every later
 step is a triangular solve or a matrix product, three times faster than LAPACK's own solves from the packed factor, and the signs of
 θ are the inertia of S.
 """
