@@ -86,7 +86,7 @@ class Analysis:
     @cached_property
     def samples(self) -> int:
         """Into how many independent samples the states of all stages split; 1: they interact."""
-        return common_samples(self.problem.stages)
+        return common_samples(self.problem.blocks)
 
     @cached_property
     def probe(self) -> tuple[Tensor, Tensor]:
