@@ -28,6 +28,8 @@ FLOORS = [
     "lq.band_storage",
     "lq.transition",
     "lq.problem",
+    "lq.assembly_plan",
+    "lq.assembly",
     "lq.scaling",
     "lq.segments",
     "lq.condensed",

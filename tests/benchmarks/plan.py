@@ -1,7 +1,8 @@
 """The plan against measurement: time and memory of every method over a table of shapes, and whether "auto" chooses well.
 
-Run: python tests/benchmarks/plan.py [--memory]. Times are of `lin.inverse(damping, method)` on a linearization inverted before, least of
-a few runs. Memory is the growth of the process's peak, each factorization in a process of its own.
+Run: python tests/benchmarks/plan.py [--memory]. Times are of one factorization from an analysis whose row spaces, segments and norm are
+there already, as every method shares them, but nothing of the method's own; least of a few runs. Memory is the growth of the process's
+peak, each factorization in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from common import batch, machine, network, print_table
 from torch import nn
 
 import linop_hess as lh
+from linop_hess import lq
 
 DAMPING = 1e-2
 # Depth, width, batch, Gauss-Newton.
@@ -35,12 +37,21 @@ def linearization(shape: tuple[int, int, int, bool]) -> lh.Linearization:
     return lh.linearize(network(depth, width), nn.CrossEntropyLoss(), *batch(size))
 
 
-def seconds(run: object, least: float = 0.3) -> float:
-    """Least time of runs that take `least` together, three at most where they are slow."""
+def prepared(problem: lq.Problem) -> lq.Analysis:
+    """A fresh analysis with what all methods share."""
+    analysis = lq.Analysis(problem)
+    lq.make_plan(analysis, DAMPING)
+    assert analysis.condensed and analysis.probe
+    return analysis
+
+
+def seconds(problem: lq.Problem, method: str, least: float = 0.3) -> float:
+    """Least time of runs that take `least` together, two at most where they are slow."""
     times: list[float] = []
     while len(times) < 2 or (sum(times) < least and len(times) < 30):
+        analysis = prepared(problem)
         start = time.perf_counter()
-        run()  # type: ignore[operator]
+        lq.METHODS[method].factor(analysis, DAMPING)
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -60,9 +71,10 @@ def print_peak_growth(index: int, method: str) -> None:
     matrix = lin.gauss_newton() if shape[3] else lin.H
     small = lh.linearize(network(2, 3), nn.CrossEntropyLoss(), *batch(3))
     (small.gauss_newton() if method == "woodbury" else small).inverse(DAMPING, method)  # loads what it needs
-    matrix.plan(DAMPING)
+    analysis = prepared(matrix.analysis.problem)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    matrix.inverse(DAMPING, method)
+    factors = lq.METHODS[method].factor(analysis, DAMPING)
+    assert factors.nbytes
     print(1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
@@ -85,7 +97,7 @@ def main() -> None:
             if cost.why_not or cost.seconds > SLOWEST or not plan.fits(method):
                 cells.append("")
                 continue
-            times[method] = seconds(lambda m=method: matrix.inverse(DAMPING, m))  # type: ignore[misc]
+            times[method] = seconds(matrix.analysis.problem, method)
             ratio = cost.seconds / times[method]
             ratios.setdefault(method, []).append(ratio)
             cells.append(f"{times[method] * 1e3:.2f} ms ({ratio:.2f})")

@@ -7,15 +7,14 @@ from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.methods.assembly import assemble, assembly_cost
-from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method
+from linop_hess.lq.assembly import assemble, assembly_cost
+from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method, Tally
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.problem import Problem
 
-# Placeholders for a model of the machine.
-_FLOPS_PER_SECOND = 1e10
-_STAGES_PER_SECOND = 1e4
-_STAGES_OF_A_CALL = 10
+# Calls of torch in an assembly: at all, and a stage.
+_CALLS = 250
+_CALLS_PER_STAGE = 90
 
 # Up to so many bytes H is kept for other dampings.
 _KEPT_UP_TO = 64 << 20
@@ -80,13 +79,16 @@ def factor(analysis: Analysis, damping: float) -> DenseFactorization:
 
 def estimate(analysis: Analysis) -> Cost:
     """The assembly, and N³/3 flops; in memory that of the assembly or, where more, two copies of H beside H where that is kept."""
-    problem = analysis.problem
-    N = float(problem.size)
+    problem, tally = analysis.problem, Tally(analysis.problem.dtype)
+    N, item = float(problem.size), problem.dtype.itemsize
     flops, nbytes = analysis.once(_assembly_cost)
-    flops += N**3 / 3
-    factoring = (3.0 if _is_kept(problem) else 2.0) * N**2 * problem.numpy_dtype.itemsize
-    seconds = flops / _FLOPS_PER_SECOND + (_STAGES_OF_A_CALL + problem.length) / _STAGES_PER_SECOND
-    return Cost(flops, max(nbytes, factoring), seconds)
+    tally.calls(_CALLS + _CALLS_PER_STAGE * problem.length)
+    # Samples are what the products of an assembly sum over.
+    tally.kernel("gemm", flops, min(float(analysis.samples), N))
+    tally.kernel("ldl", N**3 / 3, N)
+    tally.moved(item * 16 * N**2)
+    factoring = (3.0 if _is_kept(problem) else 2.0) * N**2 * item
+    return Cost(tally.flops, max(nbytes, factoring), tally.seconds)
 
 
 METHOD = Method("dense", factor, estimate, EVERYTHING)

@@ -17,7 +17,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from linop_hess.lq.methods.assembly_plan import AssemblyPlan, Columns, Run, plan_assembly
+from linop_hess.lq.assembly_plan import AssemblyPlan, Columns, Run, plan_assembly
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import SampleRows, Stage
 
