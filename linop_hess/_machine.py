@@ -17,7 +17,12 @@ import torch
 from scipy.linalg import lapack
 
 # Orders at which kernels are timed; rates in between are interpolated, and beyond taken from the nearest.
-_SIZES = (8, 32, 96, 288)
+_SIZES = {
+    "gemm": (8, 32, 96, 288),
+    "ldl": (8, 32, 96, 288, 720),
+    "substitution": (8, 32, 96, 288),
+    "lu": (8, 32, 96, 288),
+}
 # Half bandwidths, and flops of one timed factorization.
 _BANDS = (4, 12, 40, 120)
 _BAND_FLOPS = 1e6
@@ -65,8 +70,8 @@ def _measured(dtype: torch.dtype, threads: int) -> Machine:
         byte = _seconds(lambda: long.clone()) / (2 * _COPIED * dtype.itemsize)
         rates: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
         for kernel, flops in _FLOPS.items():
-            times = [_seconds(_run(kernel, n, dtype)) / flops(n) for n in _SIZES]
-            rates[kernel] = tuple(map(float, _SIZES)), tuple(times)
+            times = [_seconds(_run(kernel, n, dtype)) / flops(n) for n in _SIZES[kernel]]
+            rates[kernel] = tuple(map(float, _SIZES[kernel])), tuple(times)
         rates["band"] = _bands(dtype)
     return Machine(call, byte, rates)
 
@@ -103,7 +108,6 @@ def _bands(dtype: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
         rows = max(4 * kl, round(_BAND_FLOPS / (4 * kl**2)))
         band = np.zeros((3 * kl + 1, rows), dtype=numpy_dtype, order="F")
         band[kl:] = np.random.default_rng(0).standard_normal((2 * kl + 1, rows))
-        band[2 * kl] += 4.0 * kl
         times.append(_seconds(partial(gbtrf, band, kl, kl)) / (4.0 * rows * kl**2))
     return tuple(map(float, _BANDS)), tuple(times)
 

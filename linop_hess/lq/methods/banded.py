@@ -159,7 +159,7 @@ def factor(analysis: Analysis, damping: float) -> BandedFactorization:
 
 
 # Calls of a group of segments: its blocks at a damping, and their places in the band.
-_CALLS_PER_GROUP = 150
+_CALLS_PER_GROUP = 60
 
 
 def estimate(analysis: Analysis) -> Cost:

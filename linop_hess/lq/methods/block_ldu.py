@@ -162,7 +162,7 @@ def estimate(analysis: Analysis) -> Cost:
     tally.calls(_CALLS_PER_LAYER * size.size)
     for n, after in zip(size, [*size[1:], 0.0], strict=True):
         tally.kernel("lu", 2 / 3 * n**3, n)
-        tally.kernel("gemm", 2 * n**2 * after, min(n, after))
+        tally.kernel("substitution", 2 * n**2 * after, min(n, after))
         tally.moved(item * 6 * n**2)
     blocks = sum(float(group.control.p) * (group.control.p + group.n_in + group.n_out) for group in layers)
     nbytes = item * (float((size**2).sum()) + blocks + 4 * float(size.max(initial=0.0)) ** 2)

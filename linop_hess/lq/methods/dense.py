@@ -13,8 +13,8 @@ from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.problem import Problem
 
 # Calls of torch in an assembly: at all, and a stage.
-_CALLS = 250
-_CALLS_PER_STAGE = 90
+_CALLS = 120
+_CALLS_PER_STAGE = 60
 
 # Up to so many bytes H is kept for other dampings.
 _KEPT_UP_TO = 64 << 20
@@ -84,7 +84,7 @@ def estimate(analysis: Analysis) -> Cost:
     flops, nbytes = analysis.once(_assembly_cost)
     tally.calls(_CALLS + _CALLS_PER_STAGE * problem.length)
     # Samples are what the products of an assembly sum over.
-    tally.kernel("gemm", flops, min(float(analysis.samples), N))
+    tally.kernel("gemm", flops, (analysis.samples * max(N, 1.0)) ** 0.5)
     tally.kernel("ldl", N**3 / 3, N)
     tally.moved(item * 16 * N**2)
     factoring = (3.0 if _is_kept(problem) else 2.0) * N**2 * item

@@ -252,10 +252,11 @@ def factor_careful(analysis: Analysis, damping: float) -> RiccatiFactorization:
     return RiccatiFactorization(analysis, damping, careful=True)
 
 
-# Calls of a segment beside its matrix products, the Python between them counted as calls too: condensed; and wide, of which each
-# control-free stage takes some more.
-_CALLS_CONDENSED = 34
-_CALLS_WIDE = 160
+# Calls beside the matrix products, the Python between them counted as calls too: of a group of segments; of a segment that is condensed;
+# and of a wide one, of which each control-free stage takes some more.
+_CALLS_PER_GROUP = 45
+_CALLS_CONDENSED = 24
+_CALLS_WIDE = 130
 _CALLS_FREE = 12
 
 
@@ -265,6 +266,7 @@ def estimate(analysis: Analysis) -> Cost:
     item = problem.dtype.itemsize
     for group in analysis.groups:
         K, r, n = group.count, float(group.r), float(group.n_in)
+        tally.calls(_CALLS_PER_GROUP)
         one = _condensed_segment if group.is_narrow else _wide_segment
         one(tally, group, K)
         tally.kernel("ldl", K * r**3 / 3, r)
@@ -290,13 +292,13 @@ def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
     for stage in (group.control, *group.free):
         before, after = float(stage.n_in), float(stage.n_out)
         width = max(1.0, before / max(stage.samples, 1))
-        # FᵀVF, by products of the stage's own structure on the columns of V and then on its rows.
-        tally.kernel("gemm", K * 2 * stage.entries("F") * (before + after), width)
+        # FᵀVF, by products of the stage's own structure on the columns of V and then on its rows: flat matrices, as long as V is wide.
+        tally.kernel("gemm", K * 2 * stage.entries("F") * (before + after), (width * max(before, after)) ** 0.5)
         tally.moved(K * item * 4 * max(before, after) ** 2)
     control = group.control
     rows = control.samples if control.samples > 1 else control.n_out
     tally.kernel("gemm", K * 2 * r * rows * (control.n_out + r), min(float(rows), r))  # V R and RᵀVR
-    tally.kernel("gemm", K * 2 * control.entries("F") * r, max(1.0, n / max(control.samples, 1)))  # RᵀVF
+    tally.kernel("gemm", K * 2 * control.entries("F") * r, (r * max(1.0, n / max(control.samples, 1))) ** 0.5)  # RᵀVF
     tally.moved(K * item * 6 * r * (control.n_out + n + r))
     tally.kernel("substitution", K * r**2 * n, min(r, n))
     tally.kernel("gemm", K * 1.25 * r * n**2, min(r, n))  # a strip at a time, of which the upper triangle is left out

@@ -118,7 +118,7 @@ def factor(analysis: Analysis, damping: float) -> WoodburyFactorization:
 
 # Calls of a factorization, and of a stage that the rows are walked back through.
 _CALLS = 100
-_CALLS_PER_STAGE = 40
+_CALLS_PER_STAGE = 15
 
 
 def estimate(analysis: Analysis) -> Cost:
@@ -140,9 +140,9 @@ def estimate(analysis: Analysis) -> Cost:
     columns, tally, item = rows / samples, Tally(problem.dtype), problem.dtype.itemsize
     tally.calls(_CALLS + _CALLS_PER_STAGE * problem.length)
     for stage, after in zip(problem.stages[:-1], layout.n_out, strict=False):
-        tally.kernel("gemm", 2 * columns * stage.entries("F"), min(columns, stage.n_in / samples))
+        tally.kernel("gemm", 2 * columns * stage.entries("F"), (columns * max(1.0, stage.n_in / samples)) ** 0.5)
         if stage.p:
-            tally.kernel("gemm", 2.0 * rows**2 / samples * float(after), min(rows, float(after) / samples))
+            tally.kernel("gemm", 2.0 * rows**2 / samples * float(after), (rows * float(after) / samples) ** 0.5)
             tally.moved(item * 6 * rows**2)
     tally.kernel("ldl", rows**3 / 3, rows)
     tally.moved(item * 10 * rows**2)

@@ -189,7 +189,7 @@ def segments_at(analysis: Analysis, damping: float, largest: float) -> list[Segm
 
 
 def _condensed(analysis: Analysis, g: int, damping: float, largest: float) -> list[Segment]:
-    group, blocks = analysis.groups[g], analysis.condensed[g]
+    group, blocks = analysis.groups[g], analysis.condensed_group(g)
     units = torch.ones_like(group.unit_in)
     if not group.in_units:
         blocks, units = blocks.out_of_units(group.unit_in, group.unit_out), group.unit_in
