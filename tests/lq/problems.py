@@ -78,6 +78,26 @@ def random_blocks(n: Sequence[int], p: Sequence[int], seed: int, *, with_A: str 
     return Blocks(A, B, C, F, G)
 
 
+def gauss_newton_blocks(
+    n: Sequence[int], p: Sequence[int], seed: int, *, samples: int = 1, convex: bool = True
+) -> Blocks:
+    """Return a problem whose only curvature is C of its last stage, which has no controls; p has one entry less than stages.
+
+    C is block diagonal over `samples`, and of half rank if convex; F of the last stage is a row.
+    """
+    blocks = random_blocks([*n, 1], [*p, 0], seed)
+    for part in (*blocks.A, *blocks.B, *blocks.C):
+        part[:] = 0
+    rng = np.random.default_rng(seed + 1)
+    i = n[-1] // samples
+    own = []
+    for _ in range(samples):
+        half = rng.standard_normal((i, max(1, i // 2) if convex else i))
+        own.append(half @ half.T if convex else (half + half.T) / 2)
+    blocks.C[-1][:] = diagonal_of_blocks(own)
+    return blocks
+
+
 def backward_error(H: np.ndarray, damping: float, x: np.ndarray, g: np.ndarray) -> float:
     """max over columns of ‖g − (H + εI)x‖ / (‖H + εI‖₂‖x‖ + ‖g‖), in float64, from the dense matrix."""
     K = H + damping * np.eye(len(H))

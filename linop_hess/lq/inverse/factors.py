@@ -103,7 +103,8 @@ class Factors:
 
     def __init__(self, analysis: Analysis, damping: float, plan: Plan, solving: Factorization | None = None) -> None:
         self.analysis, self.damping, self._plan = analysis.in_float64, damping, plan
-        known = solving is not None and solving.analysis is self.analysis
+        # Factors that only solve, such as those promoted from another precision, stand for no method here.
+        known = solving is not None and solving.analysis is self.analysis and solving.answers > {"solve"}
         self._asked_for = None if solving is None else solving.method
         self._made: dict[str, Factorization] = {solving.method: solving} if known and solving is not None else {}
         self._riccati: dict[BoundedGrowth, RiccatiFactorization] = {}

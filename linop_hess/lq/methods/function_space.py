@@ -68,13 +68,15 @@ class FunctionSpace:
         """J x: (N, k) to (M, k)."""
         p = self.analysis.problem
         d = p.layout.shift(p.transition.substitute(p.apply_G(x)))[int(p.layout.in_offsets[-2]) :]
-        return (self.seeds.mT @ d.reshape(self.samples, -1, d.shape[1])).reshape(self.rows, -1)
+        return (self.seeds.mT @ d.reshape(*self.seeds.shape[:2], d.shape[1])).reshape(self.rows, d.shape[1])
 
     def Jt(self, w: Tensor) -> Tensor:
         """Jᵀ w: (M, k) to (N, k)."""
         p = self.analysis.problem
         d = w.new_zeros(p.layout.size_in, w.shape[1])
-        d[int(p.layout.in_offsets[-2]) :] = (self.seeds @ w.reshape(self.samples, -1, w.shape[1])).flatten(0, 1)
+        d[int(p.layout.in_offsets[-2]) :] = (
+            self.seeds @ w.reshape(self.samples, self.seeds.shape[2], w.shape[1])
+        ).flatten(0, 1)
         return p.apply_Gt(p.transition.substitute_adjoint(p.layout.shift_adjoint(d)))
 
     @cached_property

@@ -129,6 +129,10 @@ def estimate(analysis: Analysis) -> Cost:
         return Cost.impossible(
             f"stage {problem.name(curved)} has curvature: only for Gauss-Newton, and costs of the last state alone"
         )
+    if layout.p[-1]:
+        return Cost.impossible(
+            f"stage {problem.name(problem.length - 1)}, the last, has controls: only for costs of the last state alone"
+        )
     rows = float(layout.n_in[-1])
     if not rows:
         return Cost.impossible("the last state is empty, so there is no function space")

@@ -46,7 +46,7 @@ class SymmetricFactor:
 
     @classmethod
     def from_packed(cls, packed: Tensor, pivots: Tensor) -> SymmetricFactor:
-        """Unpack what `torch.linalg.ldl_factor` gives."""
+        """Unpack what `torch.linalg.ldl_factor` gives; `packed` is overwritten."""
         S = packed
         if not S.shape[0]:
             empty = torch.zeros(0, dtype=torch.int64, device=S.device)
@@ -118,7 +118,7 @@ class SymmetricFactor:
 
 
 def packed_pivots(packed: Tensor, pivots: Tensor) -> Tensor:
-    """θ of K factorizations by `torch.linalg.ldl_factor`, packed (K, n, n) and pivots (K, n), as (K, n)."""
+    """θ of K factorizations by `torch.linalg.ldl_factor`, packed (K, n, n) and pivots (K, n), as (K, n), in the order of `SymmetricFactor`."""
     theta = packed.diagonal(dim1=1, dim2=2).clone()
     second = pivots < 0
     if not bool(second.any()):
@@ -128,8 +128,9 @@ def packed_pivots(packed: Tensor, pivots: Tensor) -> Tensor:
     a, b, off = theta[:, :-1][begins], theta[:, 1:][begins], packed.diagonal(-1, 1, 2)[begins]
     middle, radius = (a + b) / 2, torch.hypot((a - b) / 2, off)
     larger = torch.where(middle < 0, middle - radius, middle + radius)
-    theta[:, :-1][begins] = larger
-    theta[:, 1:][begins] = a * (b / larger) - off * (off / larger)
+    smaller = a * (b / larger) - off * (off / larger)
+    theta[:, :-1][begins] = torch.minimum(larger, smaller)  # ascending, as `SymmetricFactor` has them
+    theta[:, 1:][begins] = torch.maximum(larger, smaller)
     return theta
 
 

@@ -186,7 +186,7 @@ class PackedElimination(Elimination):
         return theta[0] if single else theta
 
     def whitened(self) -> WhitenedElimination:
-        pivots = SymmetricFactor.from_packed(self.packed, self.interchanges)
+        pivots = SymmetricFactor.from_packed(self.packed.clone(), self.interchanges)
         return WhitenedElimination(pivots, pivots.whiten(self.E), self.W, self.mu, self.coupling)
 
     def response(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,17 @@ from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods import dense
 from linop_hess.lq.methods.dense import DenseFactorization, assembled
+from tests.lq.methods.conformance import CongruenceConformance, setting
 from tests.lq.problems import backward_error, random_blocks
+
+
+class TestDense(CongruenceConformance):
+    def factor(self, analysis, damping):
+        return dense.factor(analysis, damping)
+
+
+def test_no_rounding_is_made_by_elimination_along_the_chain() -> None:
+    assert dense.factor(setting("equal").analysis, 0.5).growth == 0.0
 
 
 @pytest.fixture
@@ -70,9 +80,7 @@ before = status("VmRSS"); f = dense.factor(a, 1.0); print((status("VmHWM") - bef
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(
-    "widths", [[30, 30, 30, 10], [500, 6], [50, 50, 20]], ids=["kept", "just not kept", "not kept"]
-)
+@pytest.mark.parametrize("widths", [[30, 30, 30, 10], [500, 6]], ids=["kept", "not kept"])
 def test_peak_memory_is_foretold(widths: list[int]) -> None:
     # Small arrays from the heap leave holes, which the count cannot see; above this size torch's allocations are mapped and given back.
     command = [sys.executable, "-c", MEASURE, str(widths)]

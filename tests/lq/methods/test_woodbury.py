@@ -8,10 +8,15 @@ from torch.nn import functional as f
 
 import linop_hess as lh
 from linop_hess.errors import FactorizationError
+from linop_hess.lq import Analysis, Inverse
 from linop_hess.lq.inverse import entries
-from linop_hess.lq.methods.function_space import FunctionSpace
+from linop_hess.lq.methods import woodbury
+from linop_hess.lq.methods.base import EVERYTHING
+from linop_hess.lq.pivots.inertia import Inertia
 from tests.helpers import make_batch, make_mlp, oracle_jacobian
-from tests.lq.problems import backward_error
+from tests.lq.methods.conformance import DAMPINGS as DAMPINGS_OF_FACTORS
+from tests.lq.methods.conformance import Setting, SolveConformance, eye, largest
+from tests.lq.problems import backward_error, gauss_newton_blocks, random_blocks
 from tests.test_linearization import NETWORKS, network
 
 DAMPINGS = (1.0, 1e-2, 1e-4, 1e-7, -3e-2)
@@ -119,15 +124,6 @@ def test_against_the_dense_matrix(name, loss_fn):
         doubt = 2 * len(H) * np.finfo(float).eps * norm * (1 / np.abs(shifted)).sum()
         assert sign == (-1) ** int((shifted < 0).sum())
         assert abs(logdet - np.log(np.abs(shifted)).sum()) <= 1e-10 * abs(logdet) + doubt
-
-
-def test_the_losses_are_what_they_say():
-    """Each of them reaches the part of the code that it is there for."""
-    model, (x, y) = make_mlp([3, 5, 4, 3], gain=1.3), make_batch(3, 3, 6)
-    spaces = {loss_fn: FunctionSpace(lh.linearize(model, loss_fn, x, y).analysis) for loss_fn in LOSSES}
-    assert [spaces[loss_fn].samples for loss_fn in LOSSES] == [6, 6, 6, 1, 1]
-    assert [spaces[loss_fn].is_convex for loss_fn in LOSSES] == [True, True, False, True, False]
-    assert spaces[cross_entropy].rows == 6 * 2  # softmax has one flat direction
 
 
 @pytest.mark.parametrize("loss_fn", [cross_entropy, squared, coupled])
@@ -250,3 +246,87 @@ def test_a_cost_without_curvature():
     np.testing.assert_allclose(inverse @ g, 4 * g, rtol=1e-15)
     np.testing.assert_allclose(inverse.diagonal(), 4.0)
     assert inverse.slogdet() == (1.0, pytest.approx(ggn.shape[0] * np.log(0.25)))
+
+
+GAUSS_NEWTON = {
+    "one stage": ([3, 2], [4]),
+    "equal": ([3, 3, 3, 4], [3, 3, 3]),
+    "more controls than outputs": ([2, 2, 3, 4], [8, 9, 7]),
+    "fewer controls than outputs": ([4, 5, 6, 4], [2, 2, 3]),
+    "stages without controls": ([2, 4, 3, 5, 2], [0, 6, 0, 0]),
+    "an empty state": ([2, 3, 0, 4], [3, 4, 9]),
+    "narrow, wide, narrow": ([3, 5, 60, 62, 4], [4, 6, 70, 9]),
+}
+
+
+class TestFactors(SolveConformance):
+    """Bare factors for LQ problems, against LAPACK."""
+
+    shapes = tuple(GAUSS_NEWTON)
+    convex = True
+
+    def factor(self, analysis, damping):
+        return woodbury.factor(analysis, damping)
+
+    def setting(self, shape, dtype):
+        blocks = gauss_newton_blocks(*GAUSS_NEWTON[shape], seed=3, convex=self.convex).rounded(dtype)
+        H = blocks.hessian()
+        return Setting(blocks.problem(dtype), H, np.linalg.eigvalsh(H))
+
+    def amplified(self, damping):
+        return 1 / abs(damping)
+
+    def test_inertia_and_determinant(self, shape, damping):
+        truth = self.setting(shape, torch.float64)
+        found = self.factor(truth.analysis, damping)
+        values = truth.eigenvalues + damping
+        expected = Inertia(int((values < 0).sum()), 0, int((values > 0).sum()))
+        assert found.inertia(0.0) == expected
+        assert abs(found.logabsdet() - np.log(np.abs(values)).sum()) <= truth.doubt(damping, 1e-14) + 1e-13
+
+    def test_what_it_answers(self, shape, damping):
+        truth = self.setting(shape, torch.float64)
+        found, N = self.factor(truth.analysis, damping), len(truth.H)
+        if truth.eigenvalues[0] < -1e-9 or damping < 0:
+            assert found.answers == {"solve", "inertia", "determinant"} and not found.is_convex
+            return
+        if found.answers != EVERYTHING:
+            assert not self.convex  # a C of both signs of which only one is seen
+            return
+        K = truth.shifted(damping)
+        expected = np.linalg.inv(K)
+        atol = 1e-13 * np.linalg.cond(K) * largest(expected)
+        root = found.color(eye(found.noise, torch.float64)).numpy()
+        np.testing.assert_allclose(root @ root.T, expected, rtol=0, atol=10 * atol)
+        np.testing.assert_allclose(found.positive(eye(N, torch.float64)).numpy(), expected, rtol=0, atol=atol)
+        np.testing.assert_allclose(found.diagonal().numpy(), np.diag(expected), rtol=0, atol=atol)
+        edges = truth.problem.layout.x_offsets
+        blocks = iter(found.blocks())
+        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+            if stop > start:
+                np.testing.assert_allclose(next(blocks), expected[start:stop, start:stop], rtol=0, atol=atol)
+        assert next(blocks, None) is None
+
+
+class TestFactorsOfNonconvexCosts(TestFactors):
+    convex = False
+
+
+def test_dampings_of_both_signs_are_looked_at():
+    assert min(DAMPINGS_OF_FACTORS) < 0 < max(DAMPINGS_OF_FACTORS)
+
+
+@pytest.mark.parametrize("curved", ["A", "B", "none"])
+def test_controls_of_the_last_stage_are_refused(curved):
+    """Their curvature, and they themselves, are no part of the function space."""
+    blocks = random_blocks([2, 3, 3, 2], [4, 4, 3], seed=1)
+    for name in "ABC":
+        for l, block in enumerate(getattr(blocks, name)):
+            if l < 2 or name not in ("C", curved):
+                block[:] = 0
+    with pytest.raises(ValueError, match="the last, has controls"):
+        Inverse(blocks.problem(), 0.3, "woodbury")
+    cost = woodbury.estimate(Analysis(blocks.problem()))
+    assert cost.seconds == np.inf
+    values = np.linalg.eigvalsh(blocks.hessian()) + 0.3
+    assert Inverse(blocks.problem(), 0.3).inertia.negative == (values < 0).sum()
