@@ -1,4 +1,7 @@
-"""Linear layers and embeddings."""
+"""Linear layers and embeddings: the layers whose parameters enter linearly, once for every row of a batch.
+
+Both become stages that never form a matrix of the size of their parameters squared.
+"""
 
 from __future__ import annotations
 

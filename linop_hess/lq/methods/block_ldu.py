@@ -160,7 +160,7 @@ def estimate(analysis: Analysis) -> Cost:
     size = np.array([float(group.control.p + 2 * group.n_out) for group in layers])
     tally, item = Tally(analysis.problem.dtype), analysis.problem.dtype.itemsize
     tally.calls(_CALLS_PER_LAYER * size.size)
-    for n, after in zip(size, [*size[1:], 0.0], strict=True):
+    for n, after in zip(size, np.append(size[1:], 0.0)[: size.size], strict=True):
         tally.kernel("lu", 2 / 3 * n**3, n)
         tally.kernel("substitution", 2 * n**2 * after, min(n, after))
         tally.moved(item * 6 * n**2)

@@ -281,8 +281,10 @@ def _condensed_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
     r, n, after = float(group.r), float(group.n_in), float(group.n_out)
     tally.calls(K * _CALLS_CONDENSED)
     tally.kernel("gemm", K * 2 * (after**2 * (r + n) + after * (r + n) ** 2), min(after, r + n))  # Wᵀ V W
-    tally.kernel("substitution", K * 4 * r**2 * n, r)  # LAPACK solves from packed factors at half the rate
-    tally.kernel("gemm", K * 2 * r * n**2, min(r, n))
+    tally.kernel(
+        "substitution", K * 3 * r**2 * n, (r * n) ** 0.5
+    )  # LAPACK solves from packed factors at two thirds of the rate
+    tally.kernel("gemm", K * 2 * r * n**2, (r * n) ** 0.5)
 
 
 def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
@@ -297,11 +299,13 @@ def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
         tally.moved(K * item * 4 * max(before, after) ** 2)
     control = group.control
     rows = control.samples if control.samples > 1 else control.n_out
-    tally.kernel("gemm", K * 2 * r * rows * (control.n_out + r), min(float(rows), r))  # V R and RᵀVR
+    tally.kernel("gemm", K * 2 * r * rows * (control.n_out + r), (r * control.n_out) ** 0.5)  # V R and RᵀVR
     tally.kernel("gemm", K * 2 * control.entries("F") * r, (r * max(1.0, n / max(control.samples, 1))) ** 0.5)  # RᵀVF
     tally.moved(K * item * 6 * r * (control.n_out + n + r))
-    tally.kernel("substitution", K * r**2 * n, min(r, n))
-    tally.kernel("gemm", K * 1.25 * r * n**2, min(r, n))  # a strip at a time, of which the upper triangle is left out
+    tally.kernel("substitution", K * r**2 * n, (r * n) ** 0.5)
+    tally.kernel(
+        "gemm", K * 1.25 * r * n**2, (r * n) ** 0.5
+    )  # a strip at a time, of which the upper triangle is left out
 
 
 METHOD = Method("riccati", factor, estimate, EVERYTHING)
