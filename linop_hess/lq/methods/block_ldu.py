@@ -160,10 +160,11 @@ def estimate(analysis: Analysis) -> Cost:
     size = np.array([float(group.control.p + 2 * group.n_out) for group in layers])
     tally, item = Tally(analysis.problem.dtype), analysis.problem.dtype.itemsize
     tally.calls(_CALLS_PER_LAYER * size.size)
-    for n, after in zip(size, np.append(size[1:], 0.0)[: size.size], strict=True):
-        tally.kernel("lu", 2 / 3 * n**3, n)
-        tally.kernel("substitution", 2 * n**2 * after, min(n, after))
-        tally.moved(item * 6 * n**2)
+    pairs = np.column_stack([size, np.append(size[1:], 0.0)[: size.size]])
+    for (n, after), count in zip(*np.unique(pairs, axis=0, return_counts=True), strict=True):
+        tally.kernel("lu", count * 2 / 3 * n**3, n)
+        tally.kernel("substitution", count * 2 * n**2 * after, min(n, after))
+        tally.moved(count * item * 6 * n**2)
     blocks = sum(float(group.control.p) * (group.control.p + group.n_in + group.n_out) for group in layers)
     nbytes = item * (float((size**2).sum()) + blocks + 4 * float(size.max(initial=0.0)) ** 2)
     return Cost(tally.flops, nbytes, tally.seconds)

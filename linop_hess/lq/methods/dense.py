@@ -16,6 +16,9 @@ from linop_hess.lq.problem import Problem
 _CALLS = 120
 _CALLS_PER_STAGE = 60
 
+# Assemblies of chains of up to so many stages are counted column by column.
+_COUNTED_UP_TO = 100
+
 # Up to so many bytes H is kept for other dampings.
 _KEPT_UP_TO = 64 << 20
 
@@ -34,7 +37,12 @@ def _assemble(analysis: Analysis) -> Tensor:
 
 
 def _assembly_cost(analysis: Analysis) -> tuple[float, float]:
-    return assembly_cost(analysis.problem)
+    problem = analysis.problem
+    if problem.length <= _COUNTED_UP_TO:
+        return assembly_cost(problem)
+    # Counting all columns of a long chain takes longer than inverting it: every pair of controls once a sample, H and work space beside it.
+    N2 = float(problem.size) ** 2
+    return 2.0 * analysis.samples * N2, 1.7 * N2 * problem.dtype.itemsize
 
 
 class DenseFactorization(Congruence):

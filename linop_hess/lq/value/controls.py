@@ -195,8 +195,10 @@ def _condensed(analysis: Analysis, g: int, damping: float, largest: float) -> li
         blocks, units = blocks.out_of_units(group.unit_in, group.unit_out), group.unit_in
     hidden = hidden_controls(group, blocks.gram, damping, largest)
     # Those delayed must never have been taken off: 1/ε is so large that adding them again would leave nothing but rounding.
-    grams = [mine.gram for mine in hidden if mine.gram is not None]
-    Ts = blocks.T(damping, torch.stack(grams) if grams else None)
+    left = None
+    if any(mine.is_split for mine in hidden):
+        left = torch.stack([mine.gram for mine in hidden if mine.gram is not None])
+    Ts = blocks.T(damping, left)
     return [
         Segment(CondensedControl(W, T, group.r), (), mine, int(stage), unit, group.is_first)
         for W, T, mine, stage, unit in zip(
