@@ -81,7 +81,7 @@ def eigsh(lin: HasSpectrum, k: int = 6, sigma: float = 0.0, *, tolerance: float 
 
     Parameters
     ----------
-    lin : Linearization or GaussNewtonLinearization
+    lin : Linearization or ChainCurvature
     k : int
         1 ≤ k < N.
     sigma : float
@@ -178,6 +178,7 @@ class _Finder:
         self.inverse, self.sigma = _shifted(self.analysis, self.sigma)
         missing: tuple[tuple[float, float, int], ...] = ()
         wanted = k
+        # Lanczos sees one vector of each eigenspace: the next round asks for as many as inertia says are missing, orthogonal to all found.
         for _ in range(_ROUNDS):
             before = self.values.size
             self._more(wanted)
@@ -190,7 +191,7 @@ class _Finder:
         return self._nearest(k, zeros, missing)
 
     def _more(self, count: int) -> None:
-        """Add up to `count` eigenpairs orthogonal to those at hand."""
+        """Add up to `count` eigenpairs orthogonal to those found."""
         V, N = self.vectors, self.analysis.problem.size
 
         def project(x: np.ndarray) -> np.ndarray:
@@ -229,6 +230,7 @@ class _Finder:
         wanted = min(zeros, k - nearer) - int((np.abs(self.values) <= null).sum())
         if wanted < 1:
             return
+        # Orthogonal to what was found before each step, or a pair that is known would grow back out of rounding.
         tau = 1e-2 * null
         new = self.rng.standard_normal((self.analysis.problem.size, wanted))
         try:
@@ -254,7 +256,7 @@ class _Finder:
         return np.linalg.norm(self.H @ vectors - vectors * values, axis=0)
 
     def _missing(self, k: int) -> tuple[tuple[float, float, int], ...]:
-        """Intervals nearer than the k-th nearest value at hand with more eigenvalues than found."""
+        """Intervals nearer than the k-th nearest value found that hold more eigenvalues than were found."""
         nearest = np.sort(np.abs(self.values - self.sigma))[:k]
         null = NULL * self.norm
         # Of those as far as the last one any will do.
