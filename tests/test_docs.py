@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import linop_hess
 from tests.test_architecture import FLOORS
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,12 @@ def test_every_page_has_blocks_except_the_tables():
 def test_every_floor_is_on_the_page_for_contributors():
     text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
     assert not [floor for floor in FLOORS if floor and f"`{floor}`" not in text]
+
+
+def test_readme_cites_this_version():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"version = {{{linop_hess.__version__}}}" in text
+    assert f'version = "{linop_hess.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_readme_has_the_two_commands():

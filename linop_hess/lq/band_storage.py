@@ -43,6 +43,8 @@ class BandMatrix:
         if K == 0 or a == 0 or c == 0:
             return
         height = self.storage.shape[1]
+        # One column to the right in a band is one row up, hence height − 1; evenly spaced blocks are written through a strided view, which
+        # needs no index array as large as the blocks.
         starts = columns * height + self._shift + rows - columns
         steps = np.diff(starts)
         flat = self.storage.reshape(-1)

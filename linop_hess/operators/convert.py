@@ -145,5 +145,5 @@ def _from_numpy(x: Any, dtype: torch.dtype, device: torch.device, who: str) -> T
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds no NaN or Inf, in one pass without a mask; a sum that overflows is looked at again."""
+    """Tell whether a tensor holds no NaN or Inf, in one pass without a mask; where the sum overflows, entry by entry."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -55,7 +55,7 @@ def density(lin: HasSpectrum, bins: int | ArrayLike = 60, *, scale: str = "symlo
 
     Parameters
     ----------
-    lin : Linearization or GaussNewtonLinearization
+    lin : Linearization or ChainCurvature
     bins : int or array_like of float
         Number of bins between the smallest and the largest eigenvalue, or their edges, ascending.
     scale : {"symlog", "linear"}

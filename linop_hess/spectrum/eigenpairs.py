@@ -80,7 +80,7 @@ def eigsh(lin: HasSpectrum, k: int = 6, sigma: float = 0.0, *, tolerance: float 
 
     Parameters
     ----------
-    lin : Linearization or GaussNewtonLinearization
+    lin : Linearization or ChainCurvature
     k : int
         1 ≤ k < N.
     sigma : float
@@ -177,6 +177,7 @@ class _Finder:
         self.inverse, self.sigma = _shifted(self.analysis, self.sigma)
         missing: tuple[tuple[float, float, int], ...] = ()
         wanted = k
+        # Lanczos sees one vector of each eigenspace: the next round asks for as many as inertia says are missing, orthogonal to all found.
         for _ in range(_ROUNDS):
             before = self.values.size
             self._more(wanted)
@@ -228,6 +229,7 @@ class _Finder:
         wanted = min(zeros, k - nearer) - int((np.abs(self.values) <= null).sum())
         if wanted < 1:
             return
+        # Orthogonal to what was found before each step, or a pair that is known would grow back out of rounding.
         tau = 1e-2 * null
         new = self.rng.standard_normal((self.analysis.problem.size, wanted))
         try:
@@ -253,7 +255,7 @@ class _Finder:
         return np.linalg.norm(self.H @ vectors - vectors * values, axis=0)
 
     def _missing(self, k: int) -> tuple[tuple[float, float, int], ...]:
-        """Intervals nearer than the k-th nearest value found with more eigenvalues than found."""
+        """Intervals nearer than the k-th nearest value found that hold more eigenvalues than were found."""
         nearest = np.sort(np.abs(self.values - self.sigma))[:k]
         null = NULL * self.norm
         # Of those as far as the last one any will do.

@@ -44,6 +44,7 @@ def smallest_convex_damping(analysis: Analysis, rtol: float) -> float:
     norm = analysis.norm
     if norm == 0.0:
         return 1.0
+    # Strides upwards before the bisection: ‖H‖ says nothing of the size of the smallest eigenvalue, which may be decades below it.
     low, high = 0.0, NUDGE * norm
     while not _is_convex(analysis, high):
         low, high = high, _STRIDE * high

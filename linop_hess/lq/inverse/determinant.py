@@ -21,7 +21,7 @@ def logabsdet(factors: Factors, plan: Plan) -> float:
     """Logarithm of |det(H + εI)|.
 
     The pivots of the block LDLᵀ lose about a digit more than those of a band LU, which is pivoted across stages.
-    Where rounding is amplified in both, problems with few controls are looked at as dense matrices.
+    Where rounding is amplified in both, problems with few controls are formed as dense matrices.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The factors that questions are put to: those of the solves where they will do, else the cheapest that answer; each made once.
+"""The factors that questions are put to: those of the solves where they answer, else the cheapest that do; each made once.
 
 Everything but solves is answered in float64, whatever the precision of the problem.
 """
@@ -121,7 +121,7 @@ class Factors:
         return largest / abs(self.damping) / self.scale if largest and self.damping else math.inf * (largest > 0.0)
 
     def answering(self, question: str) -> Answering:
-        """Return factors that answer "inertia", "determinant", "positive" or "sample": those at work, else the cheapest."""
+        """Return factors that answer "inertia", "determinant", "positive" or "sample": any that exist, else the cheapest."""
         for made in self._made.values():
             if question in made.answers:
                 return self._certain(made)
@@ -164,7 +164,7 @@ class Factors:
         return found if found.method != "riccati" else self.riccati(GROWTH_MODERATE, MULTIPLIER)
 
     def for_entries(self, attempt: int) -> RiccatiFactorization:
-        """Return factors for entries of the inverse: those at work where they grow little, else with a bound; at last the least growth."""
+        """Return factors for entries of the inverse: those of the solves if they grew little, else bounded; at attempt 1 tightly."""
         if attempt:
             return self.riccati(GROWTH_LITTLE)
         # What hidden controls add does little harm here, and entries are compared with certified solves.

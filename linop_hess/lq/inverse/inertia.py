@@ -13,7 +13,7 @@ from linop_hess.lq.methods.parallel import legs_of
 from linop_hess.lq.methods.plan import make_plan
 from linop_hess.lq.pivots.inertia import Inertia, inertia_of
 
-# Up to so many controls factors that rounding may have spoilt are looked at again as dense matrices.
+# Up to so many controls, inertia that rounding in the factors may have changed is that of the dense matrix.
 DENSE_UP_TO = 1000
 
 
@@ -31,7 +31,7 @@ def inertia_of_factors(factors: Factors, zero_below: float = ZERO_PIVOT) -> Iner
 
 
 def _certain(factors: Factors, found: Answering, zero_below: float) -> Inertia:
-    """Inertia from factors, looked at again where rounding in them might change it."""
+    """Inertia from factors; where rounding might change it, that of the dense matrix, or confirmed at dampings on either side."""
     if found.method == "riccati":
         factors.refuse_tiny_damping()
     inertia, scale = found.inertia(zero_below * factors.scale), factors.scale

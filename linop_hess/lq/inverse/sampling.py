@@ -51,7 +51,7 @@ def sample(factors: Answering, k: int, generator: torch.Generator | None) -> Ten
     Raises
     ------
     FactorizationError
-        If a pivot is not positive, be it by rounding.
+        If a pivot is not positive, even if only by rounding.
     """
     device = factors.analysis.problem.device
     noise_on = device if generator is None else generator.device

@@ -257,6 +257,7 @@ def damping_that_works(analysis: Analysis, damping: float, factor: Factor, toler
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(problem.size, 1, generator=generator, dtype=torch.float64, device="cpu")
     g = g.to(problem.dtype).to(problem.device)
+    # What is advised must have worked: two steps of refinement and the backward error, as in a solve, but for its own norm.
     for power in range(2, 17, 2):
         trial = float(f"{max(abs(damping), unit) * 10.0**power:.0e}")
         try:

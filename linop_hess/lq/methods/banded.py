@@ -111,6 +111,7 @@ class BandedFactorization:
         layout, damping, groups = self._layout, self.damping, self.analysis.groups
         rhs = g.new_zeros(layout.order, g.shape[1])
         load = [loads(group, g, damping) for group in groups]
+        # The elimination of x⊥ leaves (1/ε) g⊥ᵀB δ in the objective, which on the right-hand side has the other sign.
         for group, part in zip(groups, load, strict=True):
             Slots(layout.start[group.segments], group.r).put(rhs, part.visible)
             if part.state is not None:

@@ -39,6 +39,7 @@ def _layer(group: SegmentGroup, k: int) -> _Layer:
     control = group.control.at(k)
     A, B, C = control.dense_A()[0], control.dense_B()[0], control.dense_C()[0]
     F, G = control.dense_F()[0], control.dense_G()[0]
+    # The paper's layer is its map with the activation: the curvature of the latter, seen through the former, makes A dense.
     for stage in group.free:
         after = stage.at(k)
         if "C" in after.nonzero:
@@ -97,6 +98,7 @@ class BlockLdu:
                 q, n = self._layers[l - 1].G.shape[1], self._layers[l - 1].G.shape[0]
                 rhs -= _from_previous(layer, halves[-1][q : q + n])
             halves.append(torch.linalg.lu_solve(*self._factors[l], rhs))
+        # Backwards, the block U of LDU: D⁻¹T_l,l+1 is applied by another solve rather than kept as a matrix.
         x = torch.zeros_like(g)
         value: Tensor | None = None
         for l in range(len(self._layers) - 1, -1, -1):

@@ -142,6 +142,7 @@ class Parallel:
         self, blocks: Sequence[Condensed], Ts: Sequence[Tensor], rho: float, limit: float
     ) -> tuple[_Legs | None, Tensor]:
         """Eliminate all legs, those whose cost-to-go grows too much with another ρ."""
+        # Nothing can be delayed in a batch, so only the legs that grew too much are done again, each round with another ρ for all of them.
         todo = np.arange(self._legs)
         rhos = Ts[0].new_zeros(self._legs)
         whole: _Legs | None = None

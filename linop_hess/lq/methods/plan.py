@@ -90,7 +90,7 @@ def ladder(plan: Plan, method: str, dtype: torch.dtype) -> list[tuple[str, Facto
     """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64."""
     asked: tuple[str, Factor] = (method, METHODS[method].factor)
     if not METHODS[method].is_automatic:
-        return [asked]  # there to be looked at by itself
+        return [asked]  # kept to be compared with, so that no other method may stand in
     robust: list[tuple[str, Factor]] = [
         ("banded", banded.factor),
         ("riccati", riccati.factor_careful),

@@ -165,6 +165,7 @@ class RiccatiFactorization(Congruence):
     def _loads(self, g: Tensor) -> tuple[list[SegmentLoad], Tensor]:
         """Return the load on each segment, and g⊥ less the directions that are delayed, (N, k)."""
         hidden = torch.zeros_like(g)
+        # All segments of a group at once, but for those whose hidden directions are split: there B sees only the parts that are named.
         of_group: list[list[SegmentLoad]] = []
         for group in self.analysis.groups:
             visible, rest = split_load(group, g)

@@ -1,6 +1,6 @@
 """Symmetric indefinite matrices as a congruence with a diagonal: S = T diag(θ) Tᵀ, T well conditioned in practice.
 
-Bunch-Kaufman (LAPACK sytrf, through torch), its 1×1 and 2×2 pivots rotated to diagonal form. With T known every later
+Bunch-Kaufman (LAPACK sytrf, through torch), its 1×1 and 2×2 pivots rotated to diagonal form. With T as arrays every later
 step is a triangular solve or a matrix product, three times faster than LAPACK's own solves from the packed factor, and the signs of
 θ are the inertia of S.
 """
@@ -51,6 +51,7 @@ class SymmetricFactor:
         if not S.shape[0]:
             empty = torch.zeros(0, dtype=torch.int64, device=S.device)
             return cls(S, empty, S.new_zeros(0), empty, S.new_zeros(0, 2, 2))
+        # syconv takes the off-diagonals of 2×2 pivots out of L and applies the interchanges to it, so that L is a plain triangle.
         ipiv = pivots.cpu().numpy()
         lower = np.asfortranarray(packed.cpu().numpy())
         syconv = lapack.dsyconv if S.dtype == torch.float64 else lapack.ssyconv

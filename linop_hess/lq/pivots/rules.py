@@ -35,7 +35,7 @@ class PivotRule(Protocol):
 
 @dataclass(frozen=True)
 class SmallPivots:
-    """For solves: pivots far below |ε| are delayed. What a pivot near |ε| costs, refinement gives back."""
+    """For solves: pivots far below |ε| are delayed. What digits a pivot near |ε| costs, refinement restores."""
 
     damping: float
     is_orthogonal: bool = False

@@ -86,6 +86,7 @@ class AffineStage(Stage):
         return x[:, : o * i].reshape(K, o, i, x.shape[-1])
 
     def G(self, x: Tensor) -> Tensor:
+        # The o·k columns of all right-hand sides make one product with Z; a single one needs no copy to be transposed.
         (K, o, i), k = self.W.shape, x.shape[-1]
         y = x.new_zeros(K, self.rows, o, k)
         if self.weight:

@@ -170,6 +170,7 @@ class RowSpace(Stacked, ABC):
 
     def _from(self, stage: Controlled, joint: Joint, damping: float) -> tuple[Tensor, Tensor]:
         """[Q, −(I − QQᵀ − UUᵀ)B/ε, U] of one stage and the covariance of (s, δ, c), δ left out where it does not act on x⊥."""
+        # The state acts on x⊥ by all of (I − QQᵀ)B, but directions of c are unknowns of their own, so theirs is projected out.
         U, n = joint.directions, joint.state_size
         parts = [self.Q(torch.eye(self.r, dtype=joint.sd.dtype, device=joint.sd.device)[None])[0]]
         sd, dd = joint.sd[:, n:], joint.dd[n:, n:]
