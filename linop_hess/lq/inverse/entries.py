@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from linop_hess.lq.inverse import selected
 from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.methods.riccati import RiccatiFactorization
-from linop_hess.lq.methods.woodbury import WoodburyFactorization
 
 _Entries = TypeVar("_Entries")
 
@@ -28,6 +27,16 @@ _FEW = 5000
 
 # Up to this many parameters all columns are solved for, which nothing is as sure as.
 SOLVED_UP_TO = 1000
+
+
+class Entrywise(Protocol):
+    """Factors that give entries of the inverse by themselves."""
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of (H + εI)⁻¹, shape (N,)."""
+
+    def blocks(self) -> list[Tensor]:
+        """Diagonal blocks, one per stage with controls."""
 
 
 class DiagonalEntries:
@@ -86,10 +95,10 @@ class DiagonalEntries:
     def _ways(self) -> list[tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]]:
         """How to get the diagonal and the blocks, each way more accurate than the one before, and slower."""
         factors = self._factors
-        found = factors.answering("entries") if self._solver.method == "woodbury" else None
-        if found is not None and found.method == "woodbury":
-            woodbury = cast(WoodburyFactorization, found)
-            return [(woodbury.diagonal, woodbury.blocks)]
+        found = factors.answering("entries") if "entries" in self._solver.factorization.answers else None
+        if found is not None and found.method != "riccati":
+            own = cast(Entrywise, found)
+            return [(own.diagonal, own.blocks)]
         return [
             (
                 partial(_selected, selected.diagonal, factors, attempt),

@@ -19,6 +19,8 @@ _CALLS_PER_STAGE = 60
 # Assemblies of chains of up to so many stages are counted column by column.
 _COUNTED_UP_TO = 100
 
+_COLUMNS_AT_ONCE = 512
+
 # Up to so many bytes H is kept for other dampings.
 _KEPT_UP_TO = 64 << 20
 
@@ -75,9 +77,33 @@ class DenseFactorization(Congruence):
     def unwhiten(self, w: Tensor) -> Tensor:
         return self._factor.unwhiten(w)
 
+    def diagonal(self) -> Tensor:
+        """Diagonal of (H + εI)⁻¹, shape (N,): D⁻¹ seen through L⁻¹, some columns at a time."""
+        N, theta = self.analysis.problem.size, self.theta
+        parts = [theta.new_zeros(0)]
+        for start in range(0, N, _COLUMNS_AT_ONCE):
+            half = self.whiten(_unit_columns(theta, N, start, min(start + _COLUMNS_AT_ONCE, N)))
+            parts.append((half.square() / theta[:, None]).sum(0))
+        return torch.cat(parts)
+
+    def blocks(self) -> list[Tensor]:
+        """Diagonal blocks of (H + εI)⁻¹, one of shape (p, p) per stage with controls."""
+        edges, N = self.analysis.problem.layout.x_offsets.tolist(), self.analysis.problem.size
+        halves = (
+            self.whiten(_unit_columns(self.theta, N, a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a
+        )
+        return [half.mT @ (half / self.theta[:, None]) for half in halves]
+
     @property
     def nbytes(self) -> int:
         return self._factor.nbytes
+
+
+def _unit_columns(like: Tensor, N: int, start: int, stop: int) -> Tensor:
+    """Columns start..stop of the identity of order N."""
+    unit = like.new_zeros(N, stop - start)
+    unit[start:stop].fill_diagonal_(1.0)
+    return unit
 
 
 def factor(analysis: Analysis, damping: float) -> DenseFactorization:

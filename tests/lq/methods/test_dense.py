@@ -88,3 +88,16 @@ def test_peak_memory_is_foretold(widths: list[int]) -> None:
         command, capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"}
     )
     assert 1 / 1.3 <= float(run.stdout) <= 1.3
+
+
+@pytest.mark.parametrize("damping", [0.4, -0.3])
+def test_entries_of_the_inverse(blocks, damping, monkeypatch) -> None:
+    monkeypatch.setattr(dense, "_COLUMNS_AT_ONCE", 4)
+    problem = blocks.problem()
+    expected = np.linalg.inv(blocks.hessian() + damping * np.eye(problem.size))
+    factors = dense.factor(Analysis(problem), damping)
+    atol = 1e-14 * np.linalg.cond(expected) * np.abs(expected).max()
+    np.testing.assert_allclose(factors.diagonal().numpy(), np.diag(expected), rtol=0, atol=atol)
+    edges = problem.layout.x_offsets
+    for block, a, b in zip(factors.blocks(), edges[:-1], edges[1:], strict=True):
+        np.testing.assert_allclose(block.numpy(), expected[a:b, a:b], rtol=0, atol=atol)
