@@ -83,6 +83,8 @@ class ChainCurvature(pieces.ChainHessian):
         ------
         ValueError, TypeError
             If an end is no finite real number, or a > b.
+        FactorizationError
+            If rounding leaves it open how many lie below an end.
         """
         a, b = finite_real(a, "a"), finite_real(b, "b")
         if a > b:
@@ -109,6 +111,8 @@ class ChainCurvature(pieces.ChainHessian):
         ------
         ValueError, TypeError
             If `margin` is negative, or `rtol` not between 0 and 1.
+        FactorizationError
+            If no damping up to 1e8‖H‖ makes H + εI positive definite.
         """
         margin, rtol = finite_real(margin, "margin"), finite_real(rtol, "rtol")
         if not (margin >= 0.0 and 0.0 < rtol < 1.0):
@@ -134,6 +138,8 @@ class ChainCurvature(pieces.ChainHessian):
         ------
         ValueError, TypeError
             If `rtol` is not between 0 and 1.
+        FactorizationError
+            If rounding leaves it open whether an eigenvalue lies beyond an end.
         """
         if not 0.0 < finite_real(rtol, "rtol") < 1.0:
             raise ValueError(f"rtol must be between 0 and 1, got {rtol!r}")
@@ -144,6 +150,8 @@ class ChainCurvature(pieces.ChainHessian):
 
         Raises
         ------
+        ValueError, TypeError
+            If damping is not a finite real number.
         FactorizationError
             If H + εI is singular to working precision.
         """

@@ -245,6 +245,8 @@ class Linearization:
             If they disagree; the message names the layers suspected.
         RuntimeError
             If the model changed since, or there is no model to compare with.
+        ValueError
+            If `probes` is less than 1.
         """
         if probes < 1:
             raise ValueError(f"probes must be at least 1, got {probes}")

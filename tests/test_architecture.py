@@ -21,13 +21,15 @@ FLOORS = [
     "errors",
     "_memory",
     "_validate",
+    "_machine",
     "lq.accuracy",
-    "lq.machine",
     "lq.stages",
     "lq.layout",
     "lq.band_storage",
     "lq.transition",
     "lq.problem",
+    "lq.assembly_plan",
+    "lq.assembly",
     "lq.scaling",
     "lq.segments",
     "lq.condensed",
@@ -47,8 +49,8 @@ FLOORS = [
     "linearization",
     "krylov",
     "plot",
-    "cli",
     "",
+    "cli",
 ]
 OPTIONAL = {"matplotlib", "sklearn", "tqdm"}
 ROOMS = ("lq.stages", "lq.pivots", "lq.value", "lq.methods")

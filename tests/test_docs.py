@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.test_architecture import FLOORS
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = (
@@ -64,8 +66,13 @@ def test_links_lead_somewhere(page):
 
 def test_every_page_has_blocks_except_the_tables():
     blocks = {page.name: len(python_blocks(page.read_text(encoding="utf-8"))) for page in PAGES}
-    for name in ("README.md", "method.md", "operators.md", "scipy.md"):
+    for name in ("README.md", "contributing.md", "method.md", "operators.md", "scipy.md"):
         assert blocks[name] > 0, f"{name} has no Python block: is the fence pattern right?"
+
+
+def test_every_floor_is_on_the_page_for_contributors():
+    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    assert not [floor for floor in FLOORS if floor and f"`{floor}`" not in text]
 
 
 def test_readme_has_the_two_commands():

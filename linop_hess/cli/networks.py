@@ -60,6 +60,11 @@ def digits_problem(
     -------
     Problem
         Cross-entropy; pixels scaled to [-1, 1].
+
+    Raises
+    ------
+    ImportError
+        Without scikit-learn, of the extra ``demo``.
     """
     from sklearn.datasets import load_digits
 

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.rules.affine import Embedding, Linear
-from linop_hess.graph.rules.base import Kind, Layer, is_plain
+from linop_hess.graph.rules.base import RESHAPES, Kind, Layer, Reshape, is_plain
 from linop_hess.graph.rules.convolution import AVERAGE_POOLS, CONVOLUTIONS, AveragePool, Convolution
 from linop_hess.graph.rules.generic import Generic
 from linop_hess.graph.rules.normalization import NORMALIZATIONS
 from linop_hess.graph.rules.pointwise import ELEMENTWISE, Pointwise
-from linop_hess.graph.rules.reshape import RESHAPES, Reshape
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm

@@ -11,7 +11,19 @@ from linop_hess.autograd.hessian import Hessian
 
 
 class Reference:
-    """A model with its data, and whether they have changed."""
+    """A model with its data, and whether they have changed.
+
+    Nothing is copied: versions of the tensors, and the mode of every module, tell whether the model still is what was linearized.
+
+    Parameters
+    ----------
+    model : nn.Module
+    loss_fn : callable
+    inputs : Tensor
+    targets : object
+    names : sequence of str
+        The parameters that are differentiated.
+    """
 
     def __init__(
         self, model: nn.Module, loss_fn: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any, names: Any

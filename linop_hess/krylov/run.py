@@ -197,6 +197,13 @@ def direct(
     -------
     Record
         With ``solver="direct"``, no iterations, and ``residuals`` of one entry.
+
+    Raises
+    ------
+    TypeError
+        If A or b is complex.
+    ValueError
+        For wrong shapes, that of what `solve` returns included, NaN or Inf.
     """
     A, b, _, _ = _check_system(A, b, None, None)
     begin = time.perf_counter()

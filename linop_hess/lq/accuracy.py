@@ -86,6 +86,9 @@ ENTRIES_TOLD = 1e-12
 # ... and beyond this part of the largest entry it is an error.
 ENTRIES_WRONG = 1e-5
 
+# The certified solves that entries are compared with need not be better than this where there are many parameters.
+ENTRIES_SOLVED = 1e-12
+
 # Curvature added to the end of what is eliminated from the first stage on, in terms of the largest entry of the cost-to-go after it: the
 # first of them with which ρΣ stays below the limit. 1 % leaves the covariance its digits.
 ADDED_CURVATURE = (1e-2, -1e-2, 3e-3, -3e-2)

@@ -41,6 +41,7 @@ class Analysis:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._made: dict[Callable[..., Any], Any] = {}
+        self._condensed: dict[int, Condensed] = {}
 
     def once(self, make: Callable[[Analysis], _Made]) -> _Made:
         """Return what `make` makes of this analysis, made at the first call; `make` is a function or class of a module."""
@@ -68,10 +69,16 @@ class Analysis:
         """The same as pairs of int."""
         return [(g, k) for g, k in self.order.tolist()]
 
-    @cached_property
+    def condensed_group(self, g: int) -> Condensed:
+        """Dense blocks of group g, made once: of a wide one they are large."""
+        if g not in self._condensed:
+            self._condensed[g] = condense(self.groups[g])
+        return self._condensed[g]
+
+    @property
     def condensed(self) -> list[Condensed]:
-        """Dense blocks of each group."""
-        return [condense(group) for group in self.groups]
+        """Dense blocks of every group."""
+        return [self.condensed_group(g) for g in range(len(self.groups))]
 
     @cached_property
     def is_narrow(self) -> bool:
@@ -86,7 +93,7 @@ class Analysis:
     @cached_property
     def samples(self) -> int:
         """Into how many independent samples the states of all stages split; 1: they interact."""
-        return common_samples(self.problem.stages)
+        return common_samples(self.problem.blocks)
 
     @cached_property
     def probe(self) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,18 @@ class BandMatrix:
     shift : int
         LAPACK's row of the diagonal.
     dtype : dtype
+
+    Examples
+    --------
+    A tridiagonal matrix of order 3, its subdiagonal and diagonal written as 1 × 1 blocks:
+
+    >>> band = BandMatrix(3, 3, 1, np.dtype(float))
+    >>> band.put(np.array([0, 1, 2]), np.array([0, 1, 2]), np.full((3, 1, 1), 2.0))
+    >>> band.put(np.array([1, 2]), np.array([0, 1]), np.full((2, 1, 1), -1.0))
+    >>> band.storage.T
+    array([[ 0.,  0.,  0.],
+           [ 2.,  2.,  2.],
+           [-1., -1.,  0.]])
     """
 
     def __init__(self, n: int, height: int, shift: int, dtype: np.dtype) -> None:

@@ -7,6 +7,7 @@ pivot that is too small: carried to the segment before, with the value ε and th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,8 @@ def hidden_controls(group: SegmentGroup, gram: Tensor | None, damping: float, la
     """
     if gram is None:
         return [Hidden(damping=damping)] * group.count
+    if largest == math.inf:
+        return [Hidden(mine, damping=damping) for mine in gram.unbind()]
     # A unit per entry turns what is added to the cost-to-go into what is added to H; see `lq.scaling`.
     unit = group.unit_in / group.state_unit if group.state_unit is not None else group.unit_in
     size = (gram.diagonal(dim1=1, dim2=2).sqrt() * unit[..., 0]).amax(1)

@@ -10,6 +10,7 @@ is free.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -143,10 +144,11 @@ class Problem:
         """Bytes held by the blocks."""
         return sum(block.nbytes for block in self.blocks)
 
-    @property
+    @cached_property
     def stages(self) -> list[Stage]:
         """Every stage by itself, views into the stacks."""
-        return self.transition.stages
+        # Not those of M, which may be shared with a problem of other curvature.
+        return [self.blocks[b].at(k) for b, k in self.order.tolist()]
 
     def _blockwise(
         self,

@@ -19,9 +19,9 @@ from linop_hess.lq.band_storage import BandMatrix
 from linop_hess.lq.layout import Layout
 from linop_hess.lq.stages.base import Stage
 
-# Seconds that a stage costs in the stage-by-stage recursion, and a band entry in LAPACK's triangular solve (2 cores): which is faster.
-_SECONDS_PER_STAGE = 1.2e-5
-_SECONDS_PER_BAND_ENTRY = 6e-10
+# Calls of torch that a stage takes in the stage-by-stage recursion, and entries of a band that LAPACK substitutes in the time of one call.
+_CALLS_PER_STAGE = 5
+_ENTRIES_PER_CALL = 4000
 _BAND_BYTES_LIMIT = 1 << 31
 
 
@@ -56,7 +56,7 @@ class Transition:
         return (
             self._stacks[0].device.type == "cpu"
             and entries * 8 <= _BAND_BYTES_LIMIT
-            and entries * _SECONDS_PER_BAND_ENTRY <= self._layout.length * _SECONDS_PER_STAGE
+            and entries <= _ENTRIES_PER_CALL * _CALLS_PER_STAGE * self._layout.length
         )
 
     @cached_property

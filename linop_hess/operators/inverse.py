@@ -143,7 +143,7 @@ class HessianInverse(Operator):
 
     @property
     def is_positive_definite(self) -> bool:
-        """Whether all eigenvalues of H + εI are positive."""
+        """Whether all eigenvalues of H + εI are positive; errors as of `inertia`."""
         return self.inertia().positive == self.shape[0]
 
     def slogdet(self) -> tuple[float, float]:
@@ -271,6 +271,13 @@ class HessianInverse(Operator):
         Returns
         -------
         HessianInverse
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        FactorizationError
+            If H + damping·I is singular to working precision.
         """
         solver = self._inverse.solver
         return HessianInverse(solver.analysis, damping, solver.requested, tolerance=solver.tolerance)

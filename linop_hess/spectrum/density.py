@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike
 
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.counting import count_up_to
-from linop_hess.spectrum.extremes import extreme_eigenvalues
-from linop_hess.spectrum.null import NULL, HasSpectrum, analysis_of, nullity
+from linop_hess.spectrum.extremes import NULL, HasSpectrum, analysis_of, extreme_eigenvalues, nullity
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from linop_hess.lq.inverse.counting import count_up_to
 from linop_hess.operators.dense import to_dense
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.pieces import ChainHessian
-from linop_hess.spectrum.extremes import negatives
-from linop_hess.spectrum.null import NULL, HasSpectrum, analysis_of, nullity
+from linop_hess.spectrum.extremes import NULL, HasSpectrum, analysis_of, negatives, nullity
 
 # Up to this order LAPACK's dense solver is as fast, and finds all.
 _SMALL = 300
@@ -190,7 +189,7 @@ class _Finder:
         return self._nearest(k, zeros, missing)
 
     def _more(self, count: int) -> None:
-        """Add up to `count` eigenpairs orthogonal to those at hand."""
+        """Add up to `count` eigenpairs orthogonal to those found."""
         V, N = self.vectors, self.analysis.problem.size
 
         def project(x: np.ndarray) -> np.ndarray:
@@ -254,7 +253,7 @@ class _Finder:
         return np.linalg.norm(self.H @ vectors - vectors * values, axis=0)
 
     def _missing(self, k: int) -> tuple[tuple[float, float, int], ...]:
-        """Intervals nearer than the k-th nearest value at hand with more eigenvalues than found."""
+        """Intervals nearer than the k-th nearest value found with more eigenvalues than found."""
         nearest = np.sort(np.abs(self.values - self.sigma))[:k]
         null = NULL * self.norm
         # Of those as far as the last one any will do.

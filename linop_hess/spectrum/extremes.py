@@ -1,6 +1,8 @@
-"""The ends of the spectrum, and the condition number."""
+"""The ends of the spectrum, its null space, and the condition number."""
 
 from __future__ import annotations
+
+from typing import Any, Protocol
 
 import numpy as np
 from scipy.sparse.linalg import ArpackError, LinearOperator
@@ -8,10 +10,14 @@ from scipy.sparse.linalg import eigsh as arpack
 
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.counting import count_up_to
 from linop_hess.lq.inverse.inertia import inertia
 from linop_hess.operators.dense import to_dense
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.pieces import ChainHessian
+
+# Eigenvalues up to this times ‖H‖ in size count as zero.
+NULL = 1e-7
 
 # Up to this order LAPACK's dense solver is as fast.
 _SMALL = 100
@@ -19,6 +25,37 @@ _SMALL = 100
 # ARPACK's restarts before Lanczos on H is given up, and how close to the end the shift then is, in terms of ‖H‖.
 _RESTARTS = 15
 _CLOSE = 1e-3
+
+
+class HasSpectrum(Protocol):
+    """A `Linearization`, its `H` or its `gauss_newton()`."""
+
+    @property
+    def analysis(self) -> Analysis:
+        """Of the LQ problem whose H is meant."""
+        ...
+
+
+def nullity(analysis: Analysis) -> int:
+    """Count the eigenvalues up to `NULL`·‖H‖ in size."""
+    if analysis.norm == 0.0:
+        return analysis.problem.size
+    edge = NULL * analysis.norm
+    return count_up_to(analysis, edge) - count_up_to(analysis, -edge)
+
+
+def analysis_of(lin: Any) -> Analysis:
+    """Return the analysis behind a linearization, in float64.
+
+    Raises
+    ------
+    TypeError
+        If there is none.
+    """
+    analysis = getattr(lin, "analysis", None)
+    if not isinstance(analysis, Analysis):
+        raise TypeError(f"a spectrum is that of a linearization or of its gauss_newton(), got {type(lin).__name__}")
+    return analysis.in_float64
 
 
 def extreme_eigenvalues(analysis: Analysis, rtol: float = 1e-8) -> tuple[float, float]:

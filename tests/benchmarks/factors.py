@@ -118,7 +118,7 @@ def singular_blocks() -> None:
         model, (x, y) = network(depth, width, seed=2), batch(4)
         lin = lh.linearize(model, LOSS, x, y)
         H = lh.to_dense(lin.H)
-        spectrum, offsets = np.linalg.eigvalsh((H + H.T) / 2), lin.problem.x_offsets
+        spectrum, offsets = np.linalg.eigvalsh((H + H.T) / 2), lin.problem.layout.x_offsets
         norm = np.abs(spectrum).max()
         for delta in (1e-6, 1e-10, 1e-13, 0.0):
             worst = {"η": 0.0, "κ": 0.0, "delayed": 0, "wrong": 0}
@@ -150,7 +150,7 @@ def preconditioned_minres() -> None:
         lin = lh.linearize(model, LOSS, x, y)
         for damping in (0.1, -1e-2, 1e-3, 1e-5):
             inverse = lin.inverse(damping)
-            norm = abs(lin.problem.norm) + abs(damping)
+            norm = abs(lin.analysis.norm) + abs(damping)
             error, residual = minres_backward_error(lin.damped(damping), norm, inverse.positive())
             condition = lin.condition_number(damping)
             rows.append(
@@ -167,7 +167,7 @@ def eigenvalues() -> None:
     rows = []
     for share in (0.1, -0.1):
         start = time.perf_counter()
-        pairs = lh.spectrum.eigsh(lin, 10, share * lin.problem.norm)
+        pairs = lh.spectrum.eigsh(lin, 10, share * lin.analysis.norm)
         taken = time.perf_counter() - start
         missing = sum(count for *_, count in pairs.missing)
         rows.append(
@@ -189,7 +189,7 @@ def scaling() -> None:
     for depth in depths:
         model, (x, y) = network(depth, 4), batch(1)
         lin = lh.linearize(model, LOSS, x, y)
-        band = seconds(lambda: lh.lq.METHODS["banded"].factor(lin.problem, 1e-3), 3)
+        band = seconds(lambda: lh.lq.METHODS["banded"].factor(lin.analysis, 1e-3), 3)
         inertia = seconds(lambda: lin.inertia(1e-3), 3)
         slogdet = asked(lambda: lin.inverse(1e-3), lh.HessianInverse.slogdet, 4)
         times["inertia"].append(inertia)

@@ -8,17 +8,13 @@ in 16 products of one whose results are put side by side.
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import autograd_hvp, batch, machine, network, print_table, ratio, retained_hvp, seconds
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import linop_hess as lh
-from tests.benchmarks.common import autograd_hvp, batch, machine, network, print_table, ratio, retained_hvp, seconds
 
 SHAPES = ((1000, 4, 1), (200, 8, 1), (10, 32, 1), (20, 8, 64), (20, 256, 1), (20, 64, 16))
 PRODUCTS, COLUMNS = 20, 16

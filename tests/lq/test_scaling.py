@@ -293,5 +293,5 @@ def test_segments_without_visible_controls():
     nothing = lq.Problem.from_blocks(
         A=[np.zeros((3, 3))], B=[np.zeros((3, 0))], C=[np.zeros((0, 0))], F=[np.zeros((0, 0))], G=[np.zeros((0, 3))]
     )
-    with pytest.raises(ValueError, match="no function space"):
+    with pytest.raises(ValueError, match="has controls: only for costs of the last state"):
         HessianInverse(nothing, 0.5, "woodbury")

@@ -1,4 +1,7 @@
-"""Linear layers and embeddings."""
+"""Linear layers and embeddings: the layers whose parameters enter linearly, once for every row of a batch.
+
+Both become stages that never form a matrix of the size of their parameters squared.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from linop_hess.lq.stages.embedding import EmbeddingStage
 
 
 class Linear(Kind):
-    """`nn.Linear`, acting on the last axis of an input of any shape."""
+    """`nn.Linear`, acting on the last axis of an input of any shape: y_b = W z_b + w₀ for every row b of it.
+
+    The parameters come in torch's own order, the weight (outputs × inputs, row-major) before the bias; either may be frozen.
+    """
 
     def signature(self, layer: Layer, z: Tensor) -> Hashable:
         module = layer.module
@@ -27,7 +33,11 @@ class Linear(Kind):
 
 
 class Embedding(Kind):
-    """`nn.Embedding` as the first layer: its input are indices, which have no derivative."""
+    """`nn.Embedding` as the first layer: its input are indices, which have no derivative.
+
+    Only the rows of the table that occur in the batch are seen by the output; the row of `padding_idx` has no gradient in torch, and
+    none here.
+    """
 
     def signature(self, layer: Layer, z: Tensor) -> Hashable:
         return id(layer.module)

@@ -62,3 +62,19 @@ class Kind(ABC):
         For kinds of stage that do not know their own curvature against an adjoint.
         """
         return stages.with_adjoint(beta)
+
+
+RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)
+"""Modules that change at most the shape (dropout in eval mode does the same)."""
+
+
+class Reshape(Kind):
+    """No stage: the flattened state before and after are the same."""
+
+    reshapes_only = True
+
+    def signature(self, layer: Layer, z: Tensor) -> Hashable:
+        return None
+
+    def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
+        raise AssertionError("a reshaping layer is no stage")

@@ -22,6 +22,17 @@ def logabsdet(factors: Factors, plan: Plan) -> float:
 
     The pivots of the block LDLᵀ lose about a digit more than those of a band LU, which is pivoted across stages.
     Where rounding is amplified in both, problems with few controls are looked at as dense matrices.
+
+    Parameters
+    ----------
+    factors : Factors
+    plan : Plan
+        Tells whether a band LU fits in memory, and is worth its time.
+
+    Raises
+    ------
+    FactorizationError
+        If |ε| is so small that pivots which are ε by themselves are lost in rounding.
     """
     analysis, damping = factors.analysis, factors.damping
     found = factors.answering("inertia")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.accuracy import ENTRIES_ROUNDING, ENTRIES_TOLD, ENTRIES_WRONG
+from linop_hess.lq.accuracy import ENTRIES_ROUNDING, ENTRIES_SOLVED, ENTRIES_TOLD, ENTRIES_WRONG
 from linop_hess.lq.inverse import selected
 from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.inverse.solve import Solver
@@ -28,9 +28,6 @@ _FEW = 5000
 
 # Up to this many parameters all columns are solved for, which nothing is as sure as.
 SOLVED_UP_TO = 1000
-
-# A certified solve that entries are compared with need not be better than this where there are many parameters.
-_COMPARED = 1e-12
 
 
 class DiagonalEntries:
@@ -130,7 +127,7 @@ class DiagonalEntries:
         unit = torch.zeros(problem.size, entries.numel(), dtype=torch.float64, device=problem.device)
         unit[entries, torch.arange(entries.numel(), device=problem.device)] = 1.0
         tolerance = self._solver.tolerance
-        return self._solver.solve(unit, tolerance if problem.size <= _FEW else max(tolerance, _COMPARED)).x
+        return self._solver.solve(unit, tolerance if problem.size <= _FEW else max(tolerance, ENTRIES_SOLVED)).x
 
 
 def _selected(entries: Callable[[RiccatiFactorization], _Entries], factors: Factors, attempt: int) -> _Entries:

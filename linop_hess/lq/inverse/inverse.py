@@ -9,10 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from linop_hess.errors import FactorizationError, NotPositiveDefiniteError, SingularPivotError
+from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse import determinant, sampling
-from linop_hess.lq.inverse.counting import smallest_convex_damping
 from linop_hess.lq.inverse.entries import DiagonalEntries
 from linop_hess.lq.inverse.factors import Factors, SegmentReport
 from linop_hess.lq.inverse.inertia import inertia, inertia_of_factors
@@ -142,13 +141,7 @@ class Inverse:
         NotPositiveDefiniteError
             If H + εI is not positive definite; it names the inertia and a damping that works.
         """
-        found, size = self.inertia, self.analysis.problem.size
-        if found.positive < size:
-            damping = smallest_convex_damping(self.analysis, 0.01)
-            raise NotPositiveDefiniteError(
-                f"samples need a positive definite H + damping·I; with damping={self.damping:g} it has {found.negative} negative "
-                f"and {found.zero} zero eigenvalues; damping={1.01 * damping:.2e} works"
-            )
+        sampling.require_definite(self.inertia, self.analysis, self.damping)
         return self._asked(lambda factors: sampling.sample(factors.answering("sample"), k, generator))
 
 

@@ -5,13 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linop_hess.errors import FactorizationError
+from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
+from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.factors import Answering
+from linop_hess.lq.pivots.inertia import Inertia
+
+_ABOVE_NORM = 1.5
 
 
 def positive(factors: Answering, g: Tensor) -> Tensor:
-    """L⁻ᵀ|D|⁻¹L⁻¹ g for g of shape (N, k) and any dtype: symmetric positive definite, (H + εI)⁻¹ where that is."""
+    """L⁻ᵀ|D|⁻¹L⁻¹ g: symmetric positive definite, (H + εI)⁻¹ where that is positive definite.
+
+    With K = H + εI its square is (L⁻ᵀ|D|⁻¹L⁻¹ K)² = I, so that MINRES with it as `M` stops after two iterations.
+
+    Parameters
+    ----------
+    factors : Answering
+        In float64.
+    g : Tensor, shape (N, k)
+        In any precision, which the result has too.
+    """
     return factors.positive(g.to(torch.float64)).to(g.dtype)
+
+
+def require_definite(found: Inertia, analysis: Analysis, damping: float) -> None:
+    """Refuse an H + εI that is not positive definite.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        It names the inertia and a damping that works: one above ‖H‖, which costs nothing to know.
+    """
+    if found.negative or found.zero:
+        # ‖H‖ is known from below, to within some per cent.
+        raise NotPositiveDefiniteError(
+            f"samples need a positive definite H + damping·I; with damping={damping:g} it has {found.negative} negative "
+            f"and {found.zero} zero eigenvalues; damping={_ABOVE_NORM * analysis.norm or 1.0:.2e} works, and "
+            "smallest_convex_damping() finds the least"
+        )
 
 
 def sample(factors: Answering, k: int, generator: torch.Generator | None) -> Tensor:

@@ -19,7 +19,7 @@ from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.band_storage import BandMatrix
 from linop_hess.lq.layout import Slots
-from linop_hess.lq.methods.base import Cost, Method
+from linop_hess.lq.methods.base import Cost, Method, Tally
 from linop_hess.lq.segments import SegmentGroup, loads, put_controls
 
 # Exponents of two within which the constraints are weighed, by dtype: entries must neither under- nor overflow.
@@ -158,19 +158,24 @@ def factor(analysis: Analysis, damping: float) -> BandedFactorization:
     return BandedFactorization(analysis, damping)
 
 
+# Calls of a group of segments: its blocks at a damping, and their places in the band.
+_CALLS_PER_GROUP = 60
+
+
 def estimate(analysis: Analysis) -> Cost:
-    """Flops, bytes and seconds of a factorization (gbtrf runs at 2 GFLOP/s on thin bands, 60 on wide ones)."""
+    """Flops, bytes and seconds of a factorization."""
     problem = analysis.problem
     if problem.device.type != "cpu":
         return Cost.impossible("LAPACK band solves run on the CPU only")
-    layout = analysis.once(BandLayout)
+    layout, tally, item = analysis.once(BandLayout), Tally(problem.dtype), problem.dtype.itemsize
     kl = layout.bandwidth
-    flops = 4.0 * layout.order * kl**2
-    rate = 1e9 * min(60.0, 1.0 + 0.1 * kl)
-    item = problem.numpy_dtype.itemsize
-    wide = max((int(problem.layout.n_out.max() ** 2) + 1) * item * len(analysis.groups), 1)
-    nbytes = layout.order * (3 * kl + 1) * item * 1.6 + wide
-    return Cost(flops, nbytes, 4e-4 + flops / rate + layout.order * kl * 2e-9 + 5e-4 * len(analysis.groups))
+    blocks = sum(
+        group.count * ((group.r + group.n_in) ** 2 + group.n_out * (group.r + group.n_in)) for group in analysis.groups
+    )
+    tally.calls(_CALLS_PER_GROUP * len(analysis.groups))
+    tally.moved(item * (3 * kl + 1) * layout.order + 6.0 * item * blocks)
+    tally.kernel("band", 4.0 * layout.order * max(kl, 1) ** 2, kl)
+    return Cost(tally.flops, item * (layout.order * (3 * kl + 1) + 4.0 * blocks), tally.seconds)
 
 
 METHOD = Method("banded", factor, estimate, BandedFactorization.answers)

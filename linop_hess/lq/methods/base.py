@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from linop_hess._machine import machine
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.pivots.inertia import Inertia, hidden_inertia, inertia_of
 
@@ -48,6 +49,40 @@ class Cost:
     def impossible(cls, why_not: str) -> Cost:
         """Of a method that cannot be used."""
         return cls(math.inf, math.inf, math.inf, why_not)
+
+
+class Tally:
+    """What an algorithm does, added up: flops of kernels at their sizes, calls, bytes moved; and the time that takes on this machine.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Of the arithmetic.
+
+    Attributes
+    ----------
+    flops : float
+    seconds : float
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._machine = machine(dtype)
+        self.flops = 0.0
+        self.seconds = 0.0
+
+    def kernel(self, name: str, flops: float, size: float) -> None:
+        """Add flops of a kernel of `Machine.rates`, on matrices about `size` wide."""
+        if flops > 0.0:
+            self.flops += flops
+            self.seconds += self._machine.seconds(name, flops, size)
+
+    def calls(self, count: float) -> None:
+        """Add small calls of torch, the Python around them included."""
+        self.seconds += count * self._machine.call
+
+    def moved(self, nbytes: float) -> None:
+        """Add bytes read or written by elementwise work."""
+        self.seconds += nbytes * self._machine.byte
 
 
 class Factorization(Protocol):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.methods.base import Cost, Method
+from linop_hess.lq.methods.base import Cost, Method, Tally
 from linop_hess.lq.segments import SegmentGroup
 
 
@@ -150,14 +150,24 @@ def factor(analysis: Analysis, damping: float) -> BlockLdu:
     return BlockLdu(analysis, damping)
 
 
+# Calls of a layer: its dense blocks, and its elimination.
+_CALLS_PER_LAYER = 150
+
+
 def estimate(analysis: Analysis) -> Cost:
     """LU of every diagonal block and its solves with the couplings."""
-    sizes = [float(analysis.groups[g].control.p + 2 * analysis.groups[g].n_out) for g, _ in analysis.pairs]
-    size = np.array(sizes)
-    item = analysis.problem.numpy_dtype.itemsize
-    flops = float((2 / 3 * size**3).sum() + (2 * size[:-1] ** 2 * size[1:]).sum())
-    nbytes = item * float((2 * size**2).sum())
-    return Cost(flops, nbytes + 4 * item * float(size.max(initial=0.0)) ** 2, flops / 4e10 + 4e-4 * size.size)
+    layers = [analysis.groups[g] for g, _ in analysis.pairs]
+    size = np.array([float(group.control.p + 2 * group.n_out) for group in layers])
+    tally, item = Tally(analysis.problem.dtype), analysis.problem.dtype.itemsize
+    tally.calls(_CALLS_PER_LAYER * size.size)
+    pairs = np.column_stack([size, np.append(size[1:], 0.0)[: size.size]])
+    for (n, after), count in zip(*np.unique(pairs, axis=0, return_counts=True), strict=True):
+        tally.kernel("lu", count * 2 / 3 * n**3, n)
+        tally.kernel("substitution", count * 2 * n**2 * after, min(n, after))
+        tally.moved(count * item * 6 * n**2)
+    blocks = sum(float(group.control.p) * (group.control.p + group.n_in + group.n_out) for group in layers)
+    nbytes = item * (float((size**2).sum()) + blocks + 4 * float(size.max(initial=0.0)) ** 2)
+    return Cost(tally.flops, nbytes, tally.seconds)
 
 
 METHOD = Method("ldu", factor, estimate, BlockLdu.answers, is_automatic=False)

@@ -1,4 +1,4 @@
-"""Method "dense": H + εI formed as a matrix and factored; for few controls, and the last resort."""
+"""Method "dense": H + εI formed from the structure of its stages and factored; for few controls at any batch, and the last resort."""
 
 from __future__ import annotations
 
@@ -7,24 +7,17 @@ from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method
+from linop_hess.lq.assembly import assemble, assembly_cost
+from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method, Tally
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.problem import Problem
 
-_COLUMNS_AT_ONCE = 512
+# Calls of torch in an assembly: at all, and a stage.
+_CALLS = 120
+_CALLS_PER_STAGE = 60
 
-
-def assemble(problem: Problem) -> Tensor:
-    """Form H, shape (N, N), by products with unit vectors."""
-    N = problem.size
-    H = torch.empty(N, N, dtype=problem.dtype, device=problem.device)
-    for start in range(0, N, _COLUMNS_AT_ONCE):
-        stop = min(start + _COLUMNS_AT_ONCE, N)
-        unit = torch.zeros(N, stop - start, dtype=H.dtype, device=H.device)
-        unit[torch.arange(start, stop), torch.arange(stop - start)] = 1.0
-        H[:, start:stop] = problem.hessian_product(unit)
-    return H
-
+# Assemblies of chains of up to so many stages are counted column by column.
+_COUNTED_UP_TO = 100
 
 # Up to so many bytes H is kept for other dampings.
 _KEPT_UP_TO = 64 << 20
@@ -32,13 +25,24 @@ _KEPT_UP_TO = 64 << 20
 
 def assembled(analysis: Analysis) -> Tensor:
     """H as a dense matrix, shape (N, N), read only: kept for all dampings where it is small."""
-    problem = analysis.problem
-    small = problem.size**2 * problem.dtype.itemsize <= _KEPT_UP_TO
-    return analysis.once(_assemble) if small else _assemble(analysis)
+    return analysis.once(_assemble) if _is_kept(analysis.problem) else _assemble(analysis)
+
+
+def _is_kept(problem: Problem) -> bool:
+    return problem.size**2 * problem.dtype.itemsize <= _KEPT_UP_TO
 
 
 def _assemble(analysis: Analysis) -> Tensor:
     return assemble(analysis.problem)
+
+
+def _assembly_cost(analysis: Analysis) -> tuple[float, float]:
+    problem = analysis.problem
+    if problem.length <= _COUNTED_UP_TO:
+        return assembly_cost(problem)
+    # Counting all columns of a long chain takes longer than inverting it: every pair of controls once a sample, H and work space beside it.
+    N2 = float(problem.size) ** 2
+    return 2.0 * analysis.samples * N2, 1.7 * N2 * problem.dtype.itemsize
 
 
 class DenseFactorization(Congruence):
@@ -82,13 +86,17 @@ def factor(analysis: Analysis, damping: float) -> DenseFactorization:
 
 
 def estimate(analysis: Analysis) -> Cost:
-    """N products and N³/3 flops."""
-    layout = analysis.problem.layout
-    N = float(layout.size)
-    item = analysis.problem.numpy_dtype.itemsize
-    flops = N**3 / 3
-    products = N * (4.0 * N + 8.0 * float((layout.n_in * layout.n_out).sum()))
-    return Cost(flops + products, 4.0 * N**2 * item, 1e-3 + flops / 1e10 + products / 1e9)
+    """The assembly, and N³/3 flops; in memory that of the assembly or, where more, two copies of H beside H where that is kept."""
+    problem, tally = analysis.problem, Tally(analysis.problem.dtype)
+    N, item = float(problem.size), problem.dtype.itemsize
+    flops, nbytes = analysis.once(_assembly_cost)
+    tally.calls(_CALLS + _CALLS_PER_STAGE * problem.length)
+    # Samples are what the products of an assembly sum over.
+    tally.kernel("gemm", flops, (analysis.samples * max(N, 1.0)) ** 0.5)
+    tally.kernel("ldl", N**3 / 3, N)
+    tally.moved(item * 16 * N**2)
+    factoring = (3.0 if _is_kept(problem) else 2.0) * N**2 * item
+    return Cost(tally.flops, max(nbytes, factoring), tally.seconds)
 
 
 METHOD = Method("dense", factor, estimate, EVERYTHING)

@@ -74,7 +74,9 @@ class FunctionSpace:
         """Jᵀ w: (M, k) to (N, k)."""
         p = self.analysis.problem
         d = w.new_zeros(p.layout.size_in, w.shape[1])
-        d[int(p.layout.in_offsets[-2]) :] = (self.seeds @ w.reshape(self.samples, self.seeds.shape[2], w.shape[1])).flatten(0, 1)
+        d[int(p.layout.in_offsets[-2]) :] = (
+            self.seeds @ w.reshape(self.samples, self.seeds.shape[2], w.shape[1])
+        ).flatten(0, 1)
         return p.apply_Gt(p.transition.substitute_adjoint(p.layout.shift_adjoint(d)))
 
     @cached_property

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from linop_hess._memory import available_bytes, format_bytes
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods import banded, block_ldu, dense, riccati, woodbury
-from linop_hess.lq.methods.base import Cost, Factor, Factorization, Method
-from linop_hess.lq.methods.promoted import PromotedFactorization
+from linop_hess.lq.methods.base import Cost, Factor, Method
+from linop_hess.lq.methods.promoted import promoted
 
 METHODS: dict[str, Method] = {
     module.METHOD.name: module.METHOD for module in (banded, riccati, dense, woodbury, block_ldu)
@@ -102,8 +100,3 @@ def ladder(plan: Plan, method: str, dtype: torch.dtype) -> list[tuple[str, Facto
     if dtype == torch.float64:
         return rungs
     return [asked] + [(name, promoted(factor)) for name, factor in rungs if plan.fits(name, 2)]
-
-
-def promoted(factor: Factor) -> Callable[[Analysis, float], Factorization]:
-    """The same factorization in float64."""
-    return partial(PromotedFactorization, factor)

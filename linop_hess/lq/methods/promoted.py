@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,21 @@ from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.base import Factor
 
 
+def promoted(factor: Factor) -> Factor:
+    """Return the method that factors in float64, whatever the precision of the problem."""
+    return partial(PromotedFactorization, factor)
+
+
 class PromotedFactorization:
     """Factors of a float32 problem's H + εI, computed and applied in float64.
+
+    Parameters
+    ----------
+    factor : Factor
+        The method.
+    analysis : Analysis
+        Of the problem in float32; its twin in float64 is made once for all dampings.
+    damping : float
 
     Raises
     ------

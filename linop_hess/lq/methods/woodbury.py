@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.methods.base import EVERYTHING, Cost, Method
+from linop_hess.lq.methods.base import EVERYTHING, Cost, Method, Tally
 from linop_hess.lq.methods.function_space import FunctionSpace, curved_stage, samples_apart
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.pivots.inertia import Inertia, inertia_of
@@ -116,6 +116,11 @@ def factor(analysis: Analysis, damping: float) -> WoodburyFactorization:
     return WoodburyFactorization(analysis, damping)
 
 
+# Calls of a factorization, and of a stage that the rows are walked back through.
+_CALLS = 100
+_CALLS_PER_STAGE = 15
+
+
 def estimate(analysis: Analysis) -> Cost:
     """Flops, bytes and seconds: walking M rows back, their Gram matrix, and M³/3."""
     problem, layout = analysis.problem, analysis.problem.layout
@@ -136,14 +141,17 @@ def estimate(analysis: Analysis) -> Cost:
             f"{rows:.0f} batch × outputs are more than the {problem.size} parameters: the Gram matrix is the larger one, and singular"
         )
     samples = samples_apart(problem)
-    columns = rows / samples
-    walked = 2.0 * columns / samples * float((layout.n_in[:-1] * layout.n_out[:-1]).sum())
-    of_gram = 2.0 * rows**2 / samples * float(layout.n_out[layout.p > 0].sum())
-    flops = walked + of_gram + rows**3 / 3
-    item = problem.numpy_dtype.itemsize
-    nbytes = item * (4.0 * rows**2 + columns * 2.0 * float(layout.n_out.max()))
-    seconds = 1e-3 + 1e-4 * problem.length + walked / 1e10 + of_gram / 3e10 + rows**3 / 3e10
-    return Cost(flops, nbytes, seconds)
+    columns, tally, item = rows / samples, Tally(problem.dtype), problem.dtype.itemsize
+    tally.calls(_CALLS + _CALLS_PER_STAGE * problem.length)
+    for stage, after in zip(problem.stages[:-1], layout.n_out, strict=False):
+        tally.kernel("gemm", 2 * columns * stage.entries("F"), (columns * max(1.0, stage.n_in / samples)) ** 0.5)
+        if stage.p:
+            tally.kernel("gemm", 2.0 * rows**2 / samples * float(after), (rows * float(after) / samples) ** 0.5)
+            tally.moved(item * 6 * rows**2)
+    tally.kernel("ldl", rows**3 / 3, rows)
+    tally.moved(item * 10 * rows**2)
+    nbytes = item * (5.0 * rows**2 + columns * 2.0 * float(layout.n_out.max()))
+    return Cost(tally.flops, nbytes, tally.seconds)
 
 
 METHOD = Method("woodbury", factor, estimate, EVERYTHING)

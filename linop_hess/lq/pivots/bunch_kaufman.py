@@ -118,7 +118,7 @@ class SymmetricFactor:
 
 
 def packed_pivots(packed: Tensor, pivots: Tensor) -> Tensor:
-    """θ of K factorizations by `torch.linalg.ldl_factor`, packed (K, n, n) and pivots (K, n), as (K, n), in the order of `SymmetricFactor`."""
+    """θ of K blocks factored by `torch.linalg.ldl_factor`, packed (K, n, n) and pivots (K, n), as (K, n), as `SymmetricFactor` has it."""
     theta = packed.diagonal(dim1=1, dim2=2).clone()
     second = pivots < 0
     if not bool(second.any()):

@@ -233,7 +233,7 @@ def eliminate(
         white = factor.whiten(E)
         if last and not extremes(factor.theta)[0] > 0.0:
             raise ZeroDivisionError("a pivot is zero")
-        if last or rule.accepts(factor.theta, white * units.mT):
+        if last or rule.accepts(factor.theta, white, units):
             return WhitenedElimination(factor, white, *none)
     try:
         values, vectors = torch.linalg.eigh(S)
@@ -245,10 +245,9 @@ def eliminate(
     if last and smallest == 0.0:
         raise ZeroDivisionError("a pivot is zero")
     white = vectors.mT @ E
-    in_units = white * units.mT
-    if last or (not careful and rule.accepts(values, in_units)):
+    if last or (not careful and rule.accepts(values, white, units)):
         return WhitenedElimination(Eigenpivots(vectors, values), white, *none)
-    keep = rule.keeps(values, in_units)
+    keep = rule.keeps(values, white * units.mT)
     late = vectors[:, ~keep]
     return WhitenedElimination(
         Eigenpivots(vectors[:, keep], values[keep]), white[keep], late, values[~keep], white[~keep].mT.contiguous()
@@ -274,7 +273,7 @@ def obey(rule: PivotRule, eliminations: Sequence[Elimination], units: Sequence[T
     """Whether by `rule` none of them need delay anything, or anything more; `units` are those of the states before."""
     packed = [e for e in eliminations if isinstance(e, PackedElimination)]
     if len(packed) < len(eliminations):
-        return all(rule.accepts(e.theta, e.whitened().white * u.mT) for e, u in zip(eliminations, units, strict=True))
+        return all(rule.accepts(e.theta, e.whitened().white, u) for e, u in zip(eliminations, units, strict=True))
     # Narrow blocks come in the units of the states already.
     return all(rule.accepts_packed(e.packed, e.interchanges, e.E, e.gain) for _, e in stacked_by_size(packed))
 
@@ -290,8 +289,8 @@ def pivots_of(eliminations: Sequence[Elimination]) -> list[Tensor]:
     return [theta[k] for k in range(len(eliminations))]
 
 
-# Below this many rows one product costs less than the calls of several; above it the upper triangle need not be computed.
-_BLOCKED_FROM = 256
+# Below so many products of numbers one matrix product takes no longer than several; above, the upper triangle need not be computed.
+_BLOCKED_FROM = 1 << 26
 _BLOCKS = 4
 
 
@@ -299,7 +298,7 @@ def subtract_gram(V: Tensor, X: Tensor, theta: Tensor) -> None:
     """V − Xᵀ diag(θ)⁻¹ X in place, V (n, n) symmetric, X (e, n)."""
     scaled = X / theta[:, None]
     n = V.shape[0]
-    if n < _BLOCKED_FROM:
+    if X.numel() * n < _BLOCKED_FROM:
         V.addmm_(X.mT, scaled, alpha=-1.0)
         return
     # Lower triangle by strips, 5/8 of the flops for four of them, then mirrored.

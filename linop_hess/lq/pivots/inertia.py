@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A pivot below this times max(‖H‖, |ε|) counts as zero.
-ZERO = 1e-15
-
-# Below this times max(‖H‖, |ε|) the sign of a pivot may be rounding: it is delayed to where no stage is left to delay to.
-UNSURE = 1e-11
-
 
 @dataclass(frozen=True)
 class Inertia:
-    """Numbers of negative, zero and positive eigenvalues."""
+    """Numbers of negative, zero and positive eigenvalues.
+
+    By Sylvester's law of inertia these are the numbers of negative, zero and positive pivots of any congruence L D Lᵀ with L regular.
+
+    Attributes
+    ----------
+    negative, zero, positive : int
+    """
 
     negative: int
     zero: int
@@ -33,7 +34,15 @@ class Inertia:
 
 
 def inertia_of(pivots: Iterable[Tensor], zero_below: float) -> Inertia:
-    """Count the pivots by sign, those of size up to `zero_below` as zero."""
+    """Count pivots by sign.
+
+    Parameters
+    ----------
+    pivots : iterable of Tensor
+        Of any shapes.
+    zero_below : float
+        Pivots of size up to this count as zero.
+    """
     parts = [theta.reshape(-1) for theta in pivots]
     theta = torch.cat(parts) if parts else torch.zeros(0)
     negative, zero = int((theta < -zero_below).sum()), int((theta.abs() <= zero_below).sum())

@@ -23,8 +23,8 @@ class PivotRule(Protocol):
     def is_orthogonal(self) -> bool:
         """Whether T must be orthogonal at the last block too, where everything is eliminated."""
 
-    def accepts(self, theta: Tensor, white: Tensor) -> bool:
-        """Whether all of T θ Tᵀ may be eliminated, `white` being T⁻¹E."""
+    def accepts(self, theta: Tensor, white: Tensor, units: Tensor) -> bool:
+        """Whether all of T θ Tᵀ may be eliminated, `white` being T⁻¹E and `units` those of the state, (n, 1)."""
 
     def accepts_packed(self, packed: Tensor, interchanges: Tensor, E: Tensor, gain: Tensor) -> bool:
         """The same for each of K blocks: LAPACK's factors (K, r, r), (K, r), and E, S⁻¹E, (K, r, n)."""
@@ -43,7 +43,7 @@ class SmallPivots:
     def coupling_up_to(self, damping: float) -> float:
         return math.inf
 
-    def accepts(self, theta: Tensor, white: Tensor) -> bool:
+    def accepts(self, theta: Tensor, white: Tensor, units: Tensor) -> bool:
         smallest, largest = extremes(theta)
         return smallest > self._small(PIVOT_SUSPECT, largest)
 
@@ -78,14 +78,15 @@ class BoundedGrowth:
     def coupling_up_to(self, damping: float) -> float:
         return min(math.sqrt(self.limit * abs(damping)), self.multiplier * abs(damping))
 
-    def accepts(self, theta: Tensor, white: Tensor) -> bool:
+    def accepts(self, theta: Tensor, white: Tensor, units: Tensor) -> bool:
         if not extremes(theta)[0] > self.smallest:
             return False
         if not white.numel():
             return True
-        size = theta.abs()[:, None]
-        grown = white.square() / size
-        return float(grown.sum(0).max()) <= self.limit and float((white.abs() / size).max()) <= self.multiplier
+        size, coupling = theta.abs()[:, None], white.abs() * units.mT
+        multipliers = coupling / size
+        grown = float(coupling.mul_(multipliers).sum(0).max())
+        return grown <= self.limit and float(multipliers.max()) <= self.multiplier
 
     def accepts_packed(self, packed: Tensor, interchanges: Tensor, E: Tensor, gain: Tensor) -> bool:
         if not E.numel():

@@ -1,7 +1,7 @@
 """Kinds of stage of a linear-quadratic problem, a kind a file: its products and its row space."""
 
 from linop_hess.lq.stages.affine import AffineStage
-from linop_hess.lq.stages.base import Stage, common_samples
+from linop_hess.lq.stages.base import SampleRows, Stage, common_samples
 from linop_hess.lq.stages.convolution import Arrangement, ConvolutionStage
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.stages.diagonal import DiagonalStage
@@ -24,6 +24,7 @@ __all__ = [
     "Joint",
     "ObjectiveStage",
     "RowSpace",
+    "SampleRows",
     "ScaleShiftStage",
     "Stacked",
     "Stage",

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.base import SampleRows, Stage
 from linop_hess.lq.stages.row_space import (
     Controlled,
     IdentityRowSpace,
@@ -143,6 +143,46 @@ class AffineStage(Stage):
         blocks = self.W.new_zeros(K, b, o, b, i)
         blocks.diagonal(dim1=1, dim2=3).copy_(self.W[..., None].expand(K, o, i, b))
         return blocks.view(K, b * o, b * i)
+
+    def of_samples(self, start: int, stop: int, samples: int) -> Self:
+        each = self.rows // samples
+        part = slice(start * each, stop * each)
+        return replace(self, Z=self.Z[:, part], beta=None if self.beta is None else self.beta[:, part])
+
+    def sample_rows(self, samples: int) -> SampleRows | None:
+        if self.rows != samples or not self.p:
+            return None
+        parts = [self.Z[0]] * self.weight + [self.Z.new_ones(self.rows, 1)] * self.bias
+        beta = self.beta[0] if self.beta is not None and self.weight else None
+        return SampleRows(torch.cat(parts, 1), beta, self.weight, self.bias)
+
+    def G_columns(self, start: int, stop: int) -> Tensor:
+        o, i = self.W.shape[1:]
+        out = self.Z.new_zeros(self.rows, o, stop - start)
+        control = torch.arange(start, stop, device=out.device)
+        weights = control[: max(0, min(stop, self.weight * o * i) - start)]
+        out[:, weights // max(i, 1), weights - start] = self.Z[0][:, weights % max(i, 1)]
+        biases = control[weights.numel() :]
+        out[:, biases - self.weight * o * i, biases - start] = 1.0
+        return out.view(1, self.rows * o, stop - start)
+
+    def Gt_each(self, y: Tensor, samples: int) -> Tensor:
+        (o, i), k, each = self.W.shape[1:], y.shape[-1], self.rows // samples
+        Y = y.reshape(samples, each, o, k)
+        out = y.new_empty(samples, self.p, k)
+        if self.weight:
+            Z, X = self.Z[0].reshape(samples, each, i), out[:, : o * i].view(samples, o, i, k)
+            if each == 1:
+                torch.mul(Y[:, 0, :, None], Z[:, 0, None, :, None], out=X)
+            else:
+                X.copy_((Z.mT @ Y.reshape(samples, each, o * k)).view(samples, i, o, k).transpose(1, 2))
+        if self.bias:
+            out[:, self.p - o :] = Y.sum(1)
+        return out
+
+    def entries(self, block: str) -> int:
+        o, i = self.W.shape[1:]
+        return self.rows * {"F": o * i, "G": self.p, "B": o * i * self.weight, "C": 0}[block]
 
     def pull_back(self, V: Tensor) -> Tensor:
         # Of one row two plain products need no transposed copy between them.

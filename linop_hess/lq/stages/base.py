@@ -24,6 +24,26 @@ from linop_hess.lq.stages.stacked import Stacked
 
 
 @dataclass(frozen=True)
+class SampleRows:
+    """One stage whose controls act on one row a sample: G_b = z̃_bᵀ ⊗ I and, in the rows of the weight, B_b δ = β_b δᵀ.
+
+    Attributes
+    ----------
+    Z : Tensor, shape (samples, k)
+        z̃: the row where the weight is a control, then a one where the bias is.
+    beta : Tensor or None, shape (samples, o)
+        Adjoint of the output; None: B = 0.
+    weight, bias : bool
+        Whether the controls hold a weight (o × i, row-major), and then a bias (o).
+    """
+
+    Z: Tensor
+    beta: Tensor | None
+    weight: bool
+    bias: bool
+
+
+@dataclass(frozen=True)
 class Stage(Stacked, ABC):
     """A stack of K same-shaped stages.
 
@@ -136,6 +156,30 @@ class Stage(Stacked, ABC):
         """C of each of that many parts of the state, a divisor of `self.samples`: (K, samples, i, i), samples · i = n_in."""
         i = self.n_in // samples
         return self.C(self.eye(i).repeat(1, samples, 1)).reshape(self.count, samples, i, i)
+
+    @abstractmethod
+    def of_samples(self, start: int, stop: int, samples: int) -> Self:
+        """Return the stages on parts start..stop of the state out of `samples`, a divisor of `self.samples`.
+
+        Controls stay as they are. A is left out, since it is of no part by itself.
+        """
+
+    def sample_rows(self, samples: int) -> SampleRows | None:
+        """The Kronecker factors of G and B of one stage where its controls act on one row a sample, else None."""
+        return None
+
+    def G_columns(self, start: int, stop: int) -> Tensor:
+        """Columns start..stop of G of one stage, (1, n_out, stop − start)."""
+        return self.G(self.eye(self.p)[:, :, start:stop])
+
+    def Gt_each(self, y: Tensor, samples: int) -> Tensor:
+        """G_bᵀ y_b for each part of one stage, not added up: (samples, n_out / samples, k) to (samples, p, k)."""
+        return self.dense_G()[0].reshape(samples, self.n_out // samples, self.p).mT @ y
+
+    def entries(self, block: str) -> int:
+        """By how many numbers a product with "F", "G", "B" or "C" of one stage multiplies, where that is not zero."""
+        rows = {"F": self.n_out, "G": self.n_out, "B": self.p, "C": self.n_in}[block]
+        return rows * (self.p if block == "G" else self.n_in)
 
     def pull_back(self, V: Tensor) -> Tensor:
         """FᵀVF + C for symmetric V of one stage, (n_out, n_out) to (n_in, n_in), in memory of its own."""

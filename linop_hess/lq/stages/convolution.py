@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from linop_hess.lq.stages.affine import AffineRowSpace, AffineStage
-from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.base import SampleRows, Stage
 from linop_hess.lq.stages.row_space import Controlled, IdentityRowSpace, Joint, RowSpace
 
 
@@ -100,6 +100,21 @@ class ConvolutionStage(AffineStage):
 
     def dense_F(self) -> Tensor:
         return Stage.dense_F(self)
+
+    def of_samples(self, start: int, stop: int, samples: int) -> Self:
+        size = self.arrangement.samples * (stop - start) // samples
+        arrangement = replace(self.arrangement, samples=size)
+        return replace(super().of_samples(start, stop, samples), arrangement=arrangement)
+
+    def sample_rows(self, samples: int) -> SampleRows | None:
+        return None
+
+    def G_columns(self, start: int, stop: int) -> Tensor:
+        return self.arrangement.to_state(super().G_columns(start, stop))
+
+    def Gt_each(self, y: Tensor, samples: int) -> Tensor:
+        rows = self.arrangement.from_state(y.reshape(1, self.n_out, y.shape[-1]))
+        return super().Gt_each(rows.reshape(y.shape), samples)
 
     def pull_back(self, V: Tensor) -> Tensor:
         return Stage.pull_back(self, V)

@@ -167,3 +167,19 @@ class DenseStage(Stage):
 
     def dense_C(self) -> Tensor:
         return super().dense_C() if self.c is None or self.samples > 1 else self.c[:, 0]
+
+    def of_samples(self, start: int, stop: int, samples: int) -> Self:
+        each = self.samples // samples
+        part = slice(start * each, stop * each)
+        return replace(
+            self,
+            f=self.f if self.f.shape[1] < self.samples else self.f[:, part],
+            g=None if self.g is None else self.g[:, part],
+            a=None,
+            b=None if self.b is None else self.b[:, :, part],
+            c=None if self.c is None else self.c[:, part],
+            samples=part.stop - part.start,
+        )
+
+    def entries(self, block: str) -> int:
+        return super().entries(block) // (self.samples if block in "FC" else 1)

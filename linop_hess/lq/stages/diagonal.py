@@ -71,6 +71,19 @@ class DiagonalStage(Stage):
     def dense_C(self) -> Tensor:
         return super().dense_C() if self.c is None else torch.diag_embed(self.c)
 
+    def of_samples(self, start: int, stop: int, samples: int) -> Self:
+        each = self.f.shape[1] // samples
+        part = slice(start * each, stop * each)
+        return replace(
+            self,
+            f=self.f[:, part],
+            c=None if self.c is None else self.c[:, part],
+            second=None if self.second is None else self.second[:, part],
+        )
+
+    def entries(self, block: str) -> int:
+        return self.f.shape[1] if block in "FC" else 0
+
     def pull_back(self, V: Tensor) -> Tensor:
         out = (V * self.f[0, :, None]).mul_(self.f[0])
         if self.c is not None:

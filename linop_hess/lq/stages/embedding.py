@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -84,6 +84,23 @@ class EmbeddingStage(Stage):
 
     def gauss_newton(self) -> Self:
         return self
+
+    def of_samples(self, start: int, stop: int, samples: int) -> Self:
+        each = self.index.shape[1] // samples
+        part = slice(start * each, stop * each)
+        return replace(self, index=self.index[:, part], mask=self.mask[:, part], place=self.place[:, part])
+
+    def Gt_each(self, y: Tensor, samples: int) -> Tensor:
+        k, outputs = y.shape[-1], self.index.shape[1]
+        out = y.new_zeros(samples * self.vocabulary, self.width, k)
+        if self.p:
+            sample = torch.arange(samples, device=y.device).repeat_interleave(outputs // samples)
+            rows = y.reshape(outputs, self.width, k) * self.mask[0, :, None, None]
+            out.index_add_(0, sample * self.vocabulary + self.index[0], rows)
+        return out.view(samples, self.p, k)
+
+    def entries(self, block: str) -> int:
+        return self.n_out if block == "G" else 0
 
     def row_space(self) -> RowSpace:
         if not self.p:

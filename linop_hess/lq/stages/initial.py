@@ -7,7 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
-from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.base import SampleRows, Stage
 from linop_hess.lq.stages.row_space import RowSpace
 
 
@@ -63,3 +63,19 @@ class InitialStage(Stage):
 
     def row_space(self) -> RowSpace:
         return self.inner.row_space()
+
+    def of_samples(self, start: int, stop: int, samples: int) -> Self:
+        return replace(self, inner=self.inner.of_samples(start, stop, samples))
+
+    def sample_rows(self, samples: int) -> SampleRows | None:
+        rows = self.inner.sample_rows(samples)
+        return None if rows is None else replace(rows, beta=None)
+
+    def G_columns(self, start: int, stop: int) -> Tensor:
+        return self.inner.G_columns(start, stop)
+
+    def Gt_each(self, y: Tensor, samples: int) -> Tensor:
+        return self.inner.Gt_each(y, samples)
+
+    def entries(self, block: str) -> int:
+        return self.inner.entries(block) if block == "G" else 0

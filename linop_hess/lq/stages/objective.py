@@ -61,6 +61,14 @@ class ObjectiveStage(Stage):
     def gauss_newton(self) -> Self:
         return self
 
+    def of_samples(self, start: int, stop: int, samples: int) -> Self:
+        states, each = self.n_in // samples, self.c.shape[1] // samples
+        row = self.row[:, start * states : stop * states]
+        return replace(self, row=row, c=self.c[:, start * each : stop * each])
+
+    def entries(self, block: str) -> int:
+        return self.n_in * {"F": 1, "G": 0, "B": 0, "C": self.c.shape[-1]}[block]
+
     def to(self, dtype: torch.dtype) -> Self:
         """As of any stage; what rounding in a lower precision left of eigenvalues of C that are zero is taken off."""
         stage = super().to(dtype)

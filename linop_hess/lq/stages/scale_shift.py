@@ -116,6 +116,30 @@ class ScaleShiftStage(Stage):
     def dense_F(self) -> Tensor:
         return torch.diag_embed(self.scale * self.slope)
 
+    def of_samples(self, start: int, stop: int, samples: int) -> Self:
+        each = self.scale.shape[1] // samples
+        part = slice(start * each, stop * each)
+        return replace(
+            self,
+            normalized=self.normalized[:, part],
+            slope=self.slope[:, part],
+            scale=self.scale[:, part],
+            beta=None if self.beta is None else self.beta[:, part],
+            features=replace(self.features, index=self.features.index[part]),
+        )
+
+    def Gt_each(self, y: Tensor, samples: int) -> Tensor:
+        features, k = self.features.count, y.shape[-1]
+        sample = torch.arange(samples, device=y.device).repeat_interleave(self.n_out // samples)
+        place = sample * features + self.features.index
+        flat = y.reshape(self.n_out, k)
+        parts = [self.normalized[0, :, None] * flat] * self.weight + [flat] * self.bias
+        sums = [y.new_zeros(samples * features, k).index_add_(0, place, part) for part in parts]
+        return torch.cat([y.new_zeros(samples, 0, k), *(part.view(samples, features, k) for part in sums)], 1)
+
+    def entries(self, block: str) -> int:
+        return self.n_in * {"F": 1, "G": self.weight + self.bias, "B": self.weight, "C": 0}[block]
+
     def pull_back(self, V: Tensor) -> Tensor:
         slope = (self.scale * self.slope)[0]
         return (V * slope[:, None]).mul_(slope)

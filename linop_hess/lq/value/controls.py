@@ -189,14 +189,16 @@ def segments_at(analysis: Analysis, damping: float, largest: float) -> list[Segm
 
 
 def _condensed(analysis: Analysis, g: int, damping: float, largest: float) -> list[Segment]:
-    group, blocks = analysis.groups[g], analysis.condensed[g]
+    group, blocks = analysis.groups[g], analysis.condensed_group(g)
     units = torch.ones_like(group.unit_in)
     if not group.in_units:
         blocks, units = blocks.out_of_units(group.unit_in, group.unit_out), group.unit_in
     hidden = hidden_controls(group, blocks.gram, damping, largest)
     # Those delayed must never have been taken off: 1/ε is so large that adding them again would leave nothing but rounding.
-    grams = [mine.gram for mine in hidden if mine.gram is not None]
-    Ts = blocks.T(damping, torch.stack(grams) if grams else None)
+    left = None
+    if any(mine.is_split for mine in hidden):
+        left = torch.stack([mine.gram for mine in hidden if mine.gram is not None])
+    Ts = blocks.T(damping, left)
     return [
         Segment(CondensedControl(W, T, group.r), (), mine, int(stage), unit, group.is_first)
         for W, T, mine, stage, unit in zip(

@@ -62,11 +62,13 @@ class DenseValue:
 
     def downdate(self, elimination: Elimination, hidden: Hidden) -> Self:
         elimination.take_off(self.V)
+        if not elimination.delayed and hidden.coupling is None:
+            return self
         Y, mu = elimination.coupling, elimination.mu
         if hidden.coupling is not None:
             Y = torch.cat([Y, hidden.coupling], 1)
             mu = torch.cat([mu, mu.new_full((hidden.delayed,), hidden.damping)])
-        return type(self)(self.V, Y, torch.diag(mu)) if mu.numel() else self
+        return type(self)(self.V, Y, torch.diag(mu))
 
     def compress(self) -> Self:
         return self

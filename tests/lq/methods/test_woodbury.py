@@ -216,14 +216,14 @@ def test_repeated_and_zero_samples():
 
 
 def test_the_plan_takes_it_where_it_is_cheaper():
-    """Wide layers and few samples; with more samples × outputs than width the recursion is cheaper."""
+    """Wide layers and few samples; with more samples × outputs than parameters there is nothing to gain."""
     loss_fn = cross_entropy
     wide = lh.linearize(make_mlp([8, 200, 200, 3]), loss_fn, *make_batch(8, 3, 5))
     inverse = wide.gauss_newton().inverse(1e-2)
     assert inverse.method == wide.gauss_newton().plan(1e-2).choice == "woodbury"
     assert wide.plan(1e-2).choice != "woodbury"
     assert "curvature" in str(wide.plan(1e-2))
-    deep = lh.linearize(make_mlp([3] * 40), loss_fn, *make_batch(3, 3, 20))
+    deep = lh.linearize(make_mlp([3] * 40), loss_fn, *make_batch(3, 3, 160))
     assert deep.gauss_newton().plan(1e-2).choice != "woodbury"
 
 

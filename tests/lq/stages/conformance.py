@@ -130,7 +130,7 @@ class StageConformance:
 
     def test_samples_are_apart(self, case: Case):
         stage, blocks = case.stage, case.blocks
-        for samples in {m for m in range(1, stage.samples + 1) if stage.samples % m == 0}:
+        for samples in _divisors(stage):
             assert stage.n_in % samples == 0
             _assert_block_diagonal(blocks.C, samples)
             if stage.n_out % samples == 0:
@@ -138,6 +138,52 @@ class StageConformance:
             i = stage.n_in // samples
             parts = blocks.C.view(stage.count, samples, i, samples, i).diagonal(dim1=1, dim2=3).movedim(-1, 1)
             close(stage.C_of_samples(samples), parts, torch.float64)
+
+    def test_parts_of_the_state(self, case: Case, dtype: torch.dtype):
+        stage, blocks = case.stage.to(dtype), case.blocks
+        for samples, start, stop in _parts(stage):
+            part = stage.of_samples(start, stop, samples)
+            ins = slice(start * (stage.n_in // samples), stop * (stage.n_in // samples))
+            # An objective, the one kind whose output is not cut, adds parts up.
+            each = stage.n_out // samples
+            outs = slice(start * each, stop * each) if stage.n_out % samples == 0 else slice(None)
+            assert (part.count, part.p, part.n_in) == (stage.count, stage.p, ins.stop - ins.start)
+            assert part.samples % (stop - start) == 0 and part.nonzero <= stage.nonzero - {"A"}
+            close(part.dense_F(), blocks.F[:, outs, ins], dtype)
+            close(part.dense_G(), blocks.G[:, outs], dtype)
+            close(part.dense_B(), blocks.B[:, :, ins], dtype)
+            close(part.dense_C(), blocks.C[:, ins, ins], dtype)
+
+    def test_rows_of_samples(self, case: Case, dtype: torch.dtype):
+        stage, blocks = case.stage.to(dtype).at(0), case.blocks
+        for samples in _divisors(stage):
+            rows = stage.sample_rows(samples)
+            if rows is None:
+                continue
+            o, i = stage.n_out // samples, stage.n_in // samples
+            assert rows.Z.shape[0] == samples and o * rows.Z.shape[1] == stage.p
+            for b, (row, G) in enumerate(zip(rows.Z, blocks.G[0].split(o), strict=True)):
+                weight, bias = row[: row.numel() - rows.bias], row[row.numel() - rows.bias :]
+                own = torch.eye(o, dtype=dtype)
+                close(torch.cat([torch.kron(own, weight[None]), torch.kron(own, bias[None])], 1), G, dtype)
+                B = torch.zeros(stage.p, i, dtype=dtype)
+                if rows.beta is not None:
+                    B[: o * i] = torch.kron(rows.beta[b, :, None], torch.eye(i, dtype=dtype))
+                close(B, blocks.B[0, :, b * i : (b + 1) * i], dtype)
+
+    def test_columns_and_parts_of_G(self, case: Case, dtype: torch.dtype):
+        stage, G = case.stage.to(dtype).at(0), case.blocks.G[:1]
+        cuts = sorted({0, stage.p // 3, stage.p // 2, stage.p - 1, stage.p} & set(range(stage.p + 1)))
+        for start, stop in ((a, b) for a in cuts for b in cuts if a <= b):
+            close(stage.G_columns(start, stop), G[:, :, start:stop], dtype)
+        for samples in (m for m in _divisors(stage) if stage.n_out % m == 0):
+            y = draw(torch.Generator().manual_seed(8), samples, stage.n_out // samples, 2)
+            parts = G.view(samples, -1, stage.p) if G.numel() else G.new_zeros(*y.shape[:2], stage.p)
+            close(stage.Gt_each(y.to(dtype), samples), parts.mT @ y, dtype, _size(G) * _size(y))
+
+    def test_entries_are_at_least_what_is_not_zero(self, case: Case):
+        for name in "FGBC":
+            assert case.stage.entries(name) >= int(getattr(case.blocks, name)[0].count_nonzero())
 
     def test_pull_back(self, case: Case, dtype: torch.dtype):
         blocks, stage = case.blocks, case.stage.to(dtype).at(0)
@@ -255,6 +301,19 @@ class StageConformance:
         keep = sigma > 1e-3 * sigma.max() if sigma.numel() else sigma > 0
         W, sigma = Wt[keep].mT, sigma[keep]
         return space.hidden_directions((W / sigma)[None])[0], sigma, W
+
+
+def _divisors(stage: Stage) -> list[int]:
+    return [m for m in range(1, stage.samples + 1) if stage.samples % m == 0]
+
+
+def _parts(stage: Stage) -> list[tuple[int, int, int]]:
+    """(samples, start, stop): every way to cut the state, and of each the whole, the first and the last two parts."""
+    return [
+        (samples, start, stop)
+        for samples in _divisors(stage)
+        for start, stop in sorted({(0, samples), (0, 1), (max(0, samples - 2), samples)})
+    ]
 
 
 def _size(matrix: Tensor) -> float:
