@@ -118,7 +118,9 @@ class Factors:
     def hidden_growth(self) -> float:
         """What the elimination of all hidden controls adds to the cost-to-go, in terms of max(‖H‖, |ε|)."""
         largest = self.analysis.once(strongest_coupling)
-        return largest / abs(self.damping) / self.scale if largest and self.damping else math.inf * (largest > 0.0)
+        if not largest:
+            return 0.0
+        return largest / abs(self.damping) / self.scale if self.damping else math.inf
 
     def answering(self, question: str) -> Answering:
         """Return factors that answer "inertia", "determinant", "positive" or "sample": any that exist, else the cheapest."""

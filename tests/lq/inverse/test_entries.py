@@ -1,0 +1,73 @@
+"""Entries of the inverse are certified, or compared with certified solves."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from linop_hess.lq import Solver
+from linop_hess.lq.inverse import entries, selected
+from linop_hess.lq.inverse.entries import DiagonalEntries
+from linop_hess.lq.inverse.factors import Factors
+from tests.lq.methods.conformance import DTYPES, MIXED, SHAPES, setting
+
+
+def entries_of(truth, damping, method="riccati"):
+    solver = Solver(truth.analysis, damping, method)
+    return DiagonalEntries(Factors(solver.analysis, damping, solver.plan, solver.factorization), solver)
+
+
+@pytest.fixture
+def no_columns(monkeypatch):
+    """As if N were too large to solve for all columns of the inverse."""
+    monkeypatch.setattr(entries, "SOLVED_UP_TO", -1)
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+def test_against_the_dense_inverse(shape, dtype, few, monkeypatch):
+    if not few:
+        monkeypatch.setattr(entries, "SOLVED_UP_TO", 0)
+    truth = setting(shape, dtype)
+    for damping in (0.5, -0.3, 1e-3):
+        expected, condition = np.linalg.inv(truth.shifted(damping)), np.linalg.cond(truth.shifted(damping))
+        found = entries_of(truth, damping)
+        atol = 2e-13 * (10 + condition) * np.abs(expected).max(initial=0.0)
+        np.testing.assert_allclose(found.diagonal.numpy(), np.diag(expected), rtol=0, atol=atol)
+        assert found.diagonal.dtype == torch.float64 and (found.gap == 0.0) == few or found.gap <= atol
+        assert sum(len(block) for block in found.blocks()) == len(truth.H)
+
+
+def test_a_wrong_way_is_found_out_and_the_careful_one_taken(no_columns, monkeypatch):
+    truth = setting("wildly varying")
+    expected = np.diag(np.linalg.inv(truth.shifted(0.5)))
+    genuine, tried = selected.diagonal, []
+
+    def first_wrong(factors):
+        tried.append(factors)
+        return genuine(factors) * (1.0 + 1e-7 * (len(tried) == 1))
+
+    monkeypatch.setattr(selected, "diagonal", first_wrong)
+    found = entries_of(truth, 0.5)
+    np.testing.assert_allclose(found.diagonal.numpy(), expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+    assert len(tried) == 2 and tried[0] is not tried[1]
+
+
+def test_what_no_way_gets_right_is_told(no_columns, monkeypatch):
+    truth = setting("wildly varying")
+    genuine = selected.diagonal
+    monkeypatch.setattr(selected, "diagonal", lambda factors: 1.001 * genuine(factors))
+    with pytest.raises(ArithmeticError, match="differs by .* from certified solves"):
+        entries_of(truth, 0.5)
+    monkeypatch.setattr(selected, "diagonal", lambda factors: genuine(factors) * np.nan)
+    with pytest.raises(ArithmeticError):
+        entries_of(truth, 0.5)
+    monkeypatch.setattr(selected, "diagonal", lambda factors: (1.0 + 1e-6) * genuine(factors))
+    with pytest.warns(RuntimeWarning, match="more than rounding explains"):
+        assert entries_of(truth, 0.5).gap > 0
+    monkeypatch.setattr(selected, "diagonal", genuine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entries_of(truth, 0.5)
