@@ -74,7 +74,7 @@ class Slots:
         if view is not None:
             view.copy_(values)
         elif self.count:
-            flat[self.index(flat.device)] = values.reshape(-1, flat.shape[1])
+            flat[self.index(flat.device)] = values.reshape(self.count * self.size, flat.shape[1])
 
     def add(self, flat: Tensor, values: Tensor) -> None:
         """Add `values`, shape (K, size, k), to the pieces of `flat`."""
@@ -82,7 +82,7 @@ class Slots:
         if view is not None:
             view.add_(values)
         elif self.count:
-            flat.index_add_(0, self.index(flat.device), values.reshape(-1, flat.shape[1]))
+            flat.index_add_(0, self.index(flat.device), values.reshape(self.count * self.size, flat.shape[1]))
 
 
 class Sized(Protocol):

@@ -166,3 +166,11 @@ def test_other_precision_names_and_sizes():
     )
     with pytest.raises(ValueError, match=r"stage 1 \(first\) leaves a state of size 3, but stage 2 \(again\)"):
         Problem.stacked([stages[0], stages[0]], ["first", "again"])
+
+
+def test_no_columns_where_stages_of_a_stack_are_not_evenly_spaced():
+    F = torch.eye(2).double().repeat(3, 1, 1)
+    alike = DenseStage.plain(F, F, None, None, F)
+    other = DenseStage.plain(F[:1], F[:1], None, None, None)
+    problem = Problem([alike, other], np.array([(0, 0), (0, 1), (1, 0), (0, 2)]))
+    assert problem.hessian_product(torch.zeros(8, 0).double()).shape == (8, 0)

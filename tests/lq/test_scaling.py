@@ -9,7 +9,10 @@ from torch.nn import functional as f
 
 import linop_hess as lh
 from linop_hess import lq
+from linop_hess.lq.scaling import state_scales
 from linop_hess.operators.inverse import HessianInverse
+from tests.lq.methods.conformance import DTYPES, SIZES, setting
+from tests.lq.problems import random_blocks
 
 
 def chain(depth, activation, gain, width, outputs, batch, loss_fn):
@@ -295,3 +298,42 @@ def test_segments_without_visible_controls():
     )
     with pytest.raises(ValueError, match="has controls: only for costs of the last state"):
         HessianInverse(nothing, 0.5, "woodbury")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SIZES)
+def test_units_are_norms_of_rows(shape, dtype):
+    """How far each entry of each state moves for white controls: row norms of P M⁻¹ D_x, to what eight probes tell."""
+    problem = setting(shape, dtype).problem
+    scales = state_scales(problem, lq.Analysis(problem).row_spaces)
+    assert scales.dtype == dtype and torch.equal(scales, torch.exp2(scales.log2().round()))
+    D = problem.layout.shift(problem.transition.substitute(problem.apply_G(torch.eye(problem.size, dtype=dtype))))
+    norms = D.norm(dim=1)
+    moves = norms > 1e-3
+    ratio = scales[moves] / norms[moves]
+    assert ratio.numel() == 0 or 0.2 <= float(ratio.min()) <= float(ratio.max()) <= 5.0
+
+
+def test_units_of_rescaled_states():
+    """In another unit of a state its scale changes by that power of two and nothing else."""
+    blocks = random_blocks([2, 3, 3, 2], [4, 4, 3], seed=1)
+    before = lq.Analysis(blocks.problem())
+    old = state_scales(before.problem, before.row_spaces)
+    blocks.F[0][:] *= 2.0**20
+    blocks.G[0][:] *= 2.0**20
+    blocks.F[1][:] /= 2.0**20
+    blocks.B[1][:] /= 2.0**20
+    blocks.C[1][:] /= 2.0**40
+    after = lq.Analysis(blocks.problem())
+    new = state_scales(after.problem, after.row_spaces)
+    factor = torch.ones(8).double()
+    factor[2:5] = 2.0**20
+    assert torch.equal(new[2:], (old * factor)[2:])
+
+
+def test_nothing_moves():
+    blocks = random_blocks([2, 3, 2], [2, 2], seed=1)
+    for G in blocks.G:
+        G[:] = 0
+    problem = blocks.problem()
+    assert torch.equal(state_scales(problem, lq.Analysis(problem).row_spaces), torch.ones(5).double())
