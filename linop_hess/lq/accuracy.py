@@ -35,6 +35,9 @@ ROUNDED = 1.0
 # of 1e-6 between two of sixty entries is still seen.
 SAMPLES_APART = 1e3
 
+# A dense Hessian is compared with a product on a random unit vector: it is right where they differ by so many eps of its norm.
+ASSEMBLED = 1e4
+
 # --- Which pivots a solve may divide by ----------------------------------------------------------------------------------------
 
 # Every stage has pivots of size ε (controls that its output hardly sees), so a pivot is small only where it is far below |ε|, and far

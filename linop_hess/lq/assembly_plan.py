@@ -144,12 +144,16 @@ class _Facts:
     B: int
     C: int
     by_rows: bool
+    form: tuple[
+        bool, bool
+    ]  # whether these controls hold a weight, and a bias: two stages may have as many of both kinds
 
     @classmethod
     def of(cls, stage: Stage, samples: int) -> _Facts:
         B, C = (stage.entries(name) if name in stage.nonzero else 0 for name in "BC")
-        by_rows = stage.p > 0 and stage.sample_rows(samples) is not None
-        return cls(stage.p, stage.entries("F"), stage.entries("G"), B, C, by_rows)
+        rows = stage.sample_rows(samples) if stage.p else None
+        form = (False, False) if rows is None else (rows.weight, rows.bias)
+        return cls(stage.p, stage.entries("F"), stage.entries("G"), B, C, rows is not None, form)
 
 
 class _Count:
@@ -195,12 +199,13 @@ class _Count:
             offset += sum(piece.width for piece in members)
         return runs
 
-    def _key(self, place: tuple[int, Piece]) -> tuple[str, int, int]:
+    def _key(self, place: tuple[int, Piece]) -> tuple[str, int, int, tuple[bool, bool]]:
         """What neighbours that can be computed together have in common."""
         position, piece = place
         if not piece.by_outputs:
-            return "controls", 0, 0
-        return ("pairs", piece.width, piece.stop) if self.facts[piece.stage].by_rows else ("alone", position, 0)
+            return "controls", 0, 0, (False, False)
+        fact = self.facts[piece.stage]
+        return ("pairs", piece.width, piece.stop, fact.form) if fact.by_rows else ("alone", position, 0, fact.form)
 
     def cut(self, whole: Columns, by_value: bool, work: int) -> tuple[Columns, ...]:
         """Blocks of columns of which one sample fits into the work space, as far as pieces are small enough."""

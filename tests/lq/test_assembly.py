@@ -286,3 +286,21 @@ def test_peak_memory_is_foretold(widths: list[int], samples: int) -> None:
     of_cost, of_H = map(float, run.stdout.split())
     assert 1 / 1.3 <= of_cost <= 1.3
     assert of_H <= 2.0
+
+
+@pytest.mark.parametrize("biases", [(False, True), (True, False)])
+@pytest.mark.parametrize(("widths", "samples"), [([4, 3, 3, 2], 21), ([4, 6, 5, 5, 3], 9), ([1, 3, 1, 3], 5)])
+def test_neighbours_with_as_many_controls_of_other_forms(widths, samples, biases) -> None:
+    """A weight of one input more has as many entries as a weight and a bias."""
+    layers: list[nn.Module] = []
+    for k, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        torch.manual_seed(k)
+        linear = nn.Linear(a, b, bias=biases[k % 2], dtype=torch.float64)
+        nn.init.orthogonal_(linear.weight, 1.3)
+        layers += [linear, nn.Tanh()]
+    model, (x, y) = nn.Sequential(*layers[:-1]), make_batch(widths[0], widths[-1], samples)
+    lin, H = (
+        lh.linearize(model, nn.functional.cross_entropy, x, y),
+        oracle_hessian(model, nn.functional.cross_entropy, x, y),
+    )
+    assert np.abs(assemble(lin.problem).numpy() - H).max() <= 1e-13 * np.abs(H).max()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
+from linop_hess.lq.accuracy import ASSEMBLED
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.assembly import assemble, assembly_cost
 from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method, Tally
@@ -35,7 +36,16 @@ def _is_kept(problem: Problem) -> bool:
 
 
 def _assemble(analysis: Analysis) -> Tensor:
-    return assemble(analysis.problem)
+    """Form H and compare it with a product, so that what is asked of its factors without a certificate is not asked of another matrix."""
+    H = assemble(analysis.problem)
+    v, product = analysis.probe
+    gap, bound = float((H @ v - product).norm()), ASSEMBLED * torch.finfo(H.dtype).eps * float(H.norm())
+    if not gap <= max(bound, ASSEMBLED * torch.finfo(H.dtype).eps * float(product.norm())):
+        raise ArithmeticError(
+            f"the dense Hessian differs by {gap:.1e} from a product on a random vector, of {float(product.norm()):.1e}: this is a defect "
+            "of its assembly; use another method, and report it"
+        )
+    return H
 
 
 def _assembly_cost(analysis: Analysis) -> tuple[float, float]:
