@@ -27,7 +27,7 @@ _SIZES = {
 _BANDS = (4, 12, 40, 120, 260)
 _BAND_FLOPS = 1e6
 # Numbers copied to time the memory.
-_COPIED = 1 << 22
+_COPIED = 1 << 20
 # Runs of one timing: these at least, and more, up to so many, where they take less than a millisecond together.
 _REPEATS, _MOST, _LEAST = 2, 20, 1e-3
 

@@ -35,17 +35,21 @@ def logabsdet(factors: Factors, plan: Plan) -> float:
         If |ε| is so small that pivots which are ε by themselves are lost in rounding.
     """
     analysis, damping = factors.analysis, factors.damping
+    tame, costs = factors.hidden_growth <= GROWTH_DETERMINANT, plan.costs
+    affordable = plan.fits("banded", 2) and costs["banded"].seconds <= _WORTH * costs["riccati"].seconds
+    small = analysis.problem.size <= DENSE_UP_TO
+    if not (small or factors.has_determinant) and tame and affordable:
+        # Long chains: a band LU needs no block LDLᵀ beside it.
+        factors.refuse_tiny_damping()
+        return cast(BandedFactorization, factors.made("banded")).logabsdet()
     found = factors.answering("inertia")
     if found.method != "riccati":
         return found.logabsdet()
     factors.refuse_tiny_damping()
-    tame = factors.hidden_growth <= GROWTH_DETERMINANT
-    if analysis.problem.size <= DENSE_UP_TO and not (tame and found.growth <= CERTAIN):
+    if small and not (tame and found.growth <= CERTAIN):
         H = assembled(analysis).clone()
         H.diagonal().add_(damping)
         return float(torch.linalg.slogdet(H)[1])
-    costs = plan.costs
-    affordable = plan.fits("banded", 2) and costs["banded"].seconds <= _WORTH * costs["riccati"].seconds
     if tame and affordable:
         return cast(BandedFactorization, factors.made("banded")).logabsdet()
     # Logarithms of pivots as small as ε see every rounding: with hidden controls delayed, with as little growth as can be.

@@ -95,9 +95,8 @@ class DiagonalEntries:
     def _ways(self) -> list[tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]]:
         """How to get the diagonal and the blocks, each way more accurate than the one before, and slower."""
         factors = self._factors
-        found = factors.answering("entries") if "entries" in self._solver.factorization.answers else None
-        if found is not None and found.method != "riccati":
-            own = cast(Entrywise, found)
+        if self._solver.method != "riccati" and "entries" in self._solver.factorization.answers:
+            own = cast(Entrywise, factors.answering("entries"))
             return [(own.diagonal, own.blocks)]
         return [
             (

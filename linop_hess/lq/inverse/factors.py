@@ -122,6 +122,13 @@ class Factors:
             return 0.0
         return largest / abs(self.damping) / self.scale if self.damping else math.inf
 
+    @property
+    def has_determinant(self) -> bool:
+        """Whether the factors at work answer a determinant, and need no pivots looked at for it."""
+        return any(
+            "determinant" in made.answers and name not in ("riccati", "banded") for name, made in self._made.items()
+        )
+
     def answering(self, question: str) -> Answering:
         """Return factors that answer "inertia", "determinant", "positive" or "sample": any that exist, else the cheapest."""
         for made in self._made.values():
