@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.rules.affine import Embedding
-from linop_hess.graph.rules.base import Layer
-from linop_hess.graph.rules.generic import Generic
+from linop_hess.graph.capture import Capture, capture
+from linop_hess.graph.layers import known_layers, linearize_layers
+from linop_hess.graph.recorded import build_graph
 from linop_hess.graph.rules.loss import linearize_loss
-from linop_hess.graph.rules.pointwise import Pointwise, is_elementwise
-from linop_hess.graph.sequential import flatten, is_float
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.stages.base import Stage
 
 
 @dataclass(frozen=True)
@@ -28,13 +24,13 @@ class Chain:
     Attributes
     ----------
     problem : Problem
-        One stage per layer, the loss last.
+        Its stages, the loss last.
     loss : float
     gradient : Tensor, shape (N,)
     names : tuple of str
         The parameters differentiated, in order.
     unverified : tuple of str
-        Layers whose derivatives come from torch's own second derivatives of whole modules.
+        Operations whose derivatives are torch's own second derivatives of whole operations.
     """
 
     problem: Problem
@@ -45,18 +41,29 @@ class Chain:
 
 
 def build_chain(
-    model: nn.Module, loss_fn: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any, names: Sequence[str]
+    model: nn.Module,
+    run: Callable[[nn.Module, Any], Any],
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    names: Sequence[str],
+    *,
+    takes_parameters: bool = False,
 ) -> Chain:
-    """Linearize every layer of a model at its current parameters.
+    """Linearize a model at its current parameters.
 
     Parameters
     ----------
     model : nn.Module
+    run : callable
+        ``run(model, inputs)`` calls the model.
     loss_fn : callable
-    inputs : Tensor
+    inputs : object
     targets : object
     names : sequence of str
         The parameters to differentiate, in the model's order.
+    takes_parameters : bool
+        Whether the loss also takes the dict of parameters.
 
     Returns
     -------
@@ -65,80 +72,36 @@ def build_chain(
     Raises
     ------
     UnsupportedModelError
-        If the model is no chain of supported layers.
+        If the model is random, changes its buffers, or has operations without a second derivative.
     ValueError
-        If a value or derivative is NaN or Inf (the message names the layer), or the loss does not depend on a parameter.
+        If a value or derivative is NaN or Inf (the message names the layer), or the loss depends on no parameter.
     """
-    layers = flatten(model, names)
-    with torch.no_grad():
-        layers, states, output = _forward(layers, inputs)
-        if [f"{la.name}.{p}" if la.name else p for la in layers for p in la.params] != list(names):
-            raise UnsupportedModelError(
-                "the parameters do not lie in the order of the layers, or some belong to no layer; pass params= without "
-                "those that the forward pass does not use"
-            )
-        loss, cost = linearize_loss(loss_fn, output, targets)
-        stacks = _stack(layers, states)
-        order = np.zeros((len(layers) + 1, 2), dtype=np.int64)
-        blocks: list[Stage] = []
-        for b, (members, Z) in enumerate(stacks):
-            order[members] = np.column_stack([np.full(len(members), b), np.arange(len(members))])
-            chosen = [layers[l] for l in members]
-            blocks.append(chosen[0].kind.linearize(chosen, Z))
-        order[-1] = len(blocks), 0
-        stage_names = [f"{layer.name or '<model>'}: {type(layer.module).__name__}" for layer in layers] + ["loss"]
-        slopes = Problem([*blocks, cost], order, stage_names)
-        _check_finite(slopes, slopes.blocks)
-        seed = torch.zeros(slopes.layout.size_out, 1, dtype=slopes.dtype, device=slopes.device)
-        seed[-1] = 1.0
-        adjoint = slopes.transition.substitute_adjoint(seed)
-        gradient = slopes.apply_Gt(adjoint)[:, 0]
-        curved = [
-            layers[members[0]].kind.curve(block, [layers[l] for l in members], Z, slots.gather(adjoint)[..., 0])
-            for block, slots, (members, Z) in zip(blocks, slopes.layout.out_slots[:-1], stacks, strict=True)
-        ]
-        problem = slopes.with_curvature([*curved, cost])
-        _check_finite(problem, problem.blocks)
-    unverified = tuple(layer.name for layer in layers if isinstance(layer.kind, Generic))
-    return Chain(problem, loss, gradient, tuple(names), unverified)
+    layers = None if takes_parameters else known_layers(model, inputs, names)
+    if layers is not None:
+        chain = linearize_layers(layers, loss_fn, inputs, targets)
+        return Chain(chain.problem, chain.loss, chain.gradient, tuple(names), ())
+    run_once = capture(model, run, loss_fn, inputs, targets, names, takes_parameters=takes_parameters)
+    parameter = dict(model.named_parameters())[names[0]]
+    if run_once.reads_output_alone:
+        _, cost = linearize_loss(loss_fn, run_once.output, targets)
+        graph = build_graph(run_once.trace, run_once.output_ids, cost, parameter)
+    else:
+        graph = build_graph(run_once.trace, torch.tensor([run_once.loss_id]).numpy(), None, parameter)
+    _compare_gradients(run_once, graph.gradient, names)
+    return Chain(graph.problem, run_once.loss, graph.gradient, tuple(names), graph.generic)
 
 
-def _forward(layers: Sequence[Layer], inputs: Tensor) -> tuple[list[Layer], list[Tensor], Tensor]:
-    """Run the chain; give its layers that are stages, the input of each, and the output."""
-    z = inputs
-    stages: list[Layer] = []
-    states: list[Tensor] = []
-    for layer in layers:
-        if isinstance(layer.kind, Generic) and not layer.params and is_elementwise(layer.module, z):
-            layer = replace(layer, kind=Pointwise())
-        if isinstance(layer.kind, Embedding) and stages:
-            raise UnsupportedModelError(
-                f"layer {layer.name!r} (Embedding) must come first: its input has no derivative"
-            )
-        after = layer.kind.forward(layer, z)
-        if not layer.kind.reshapes_only:
-            stages.append(layer)
-            states.append(z)
-        z = after
-    if not is_float(z):
-        raise TypeError(f"the model's output has dtype {z.dtype}, expected float32 or float64")
-    return stages, states, z
+def _compare_gradients(run_once: Capture, ours: Tensor, names: Sequence[str]) -> None:
+    """Raise unless the gradient through the stages is autograd's of the same run."""
+    gaps = [(ours_ - theirs.reshape(-1)).abs() for ours_, theirs in zip(ours.split([g.numel() for g in run_once.gradient]), run_once.gradient, strict=True)]
+    size = max((float(g.abs().max()) for g in run_once.gradient if g.numel()), default=0.0)
+    wrong = [name for name, gap in zip(names, gaps, strict=True) if gap.numel() and not float(gap.max()) <= _AGREES * torch.finfo(ours.dtype).eps ** 0.5 * size]
+    if wrong:
+        raise UnsupportedModelError(
+            f"expected a gradient that follows from the model's operations, got another one of {', '.join(wrong[:5])}: remove hooks and "
+            "custom backward functions that change gradients"
+        )
 
 
-def _stack(layers: Sequence[Layer], states: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
-    """Group layers that can be computed together: (positions in the chain, stacked inputs)."""
-    groups: dict[Hashable, list[int]] = {}
-    for l, (layer, z) in enumerate(zip(layers, states, strict=True)):
-        # The first layer's B and F play no part in any solve, but it is stacked like the others.
-        groups.setdefault((type(layer.kind), layer.kind.signature(layer, z)), []).append(l)
-    return [(members, torch.stack([states[l] for l in members])) for members in groups.values()]
-
-
-def _check_finite(problem: Problem, blocks: Sequence[Stage]) -> None:
-    for b, block in enumerate(blocks):
-        bad = block.first_not_finite()
-        if bad is not None:
-            l = int(np.flatnonzero((problem.order[:, 0] == b) & (problem.order[:, 1] == bad))[0])
-            raise ValueError(
-                f"NaN or Inf in the derivatives of layer {problem.name(l)}: check inputs and parameters there"
-            )
+# Of what rounding may do to a gradient, which is √eps where large terms cancel.
+_AGREES = 1.0

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.rules.affine import Embedding, Linear
 from linop_hess.graph.rules.base import RESHAPES, Kind, Layer, Reshape, is_plain
 from linop_hess.graph.rules.convolution import AVERAGE_POOLS, CONVOLUTIONS, AveragePool, Convolution
-from linop_hess.graph.rules.generic import Generic
 from linop_hess.graph.rules.normalization import NORMALIZATIONS
 from linop_hess.graph.rules.pointwise import ELEMENTWISE, Pointwise
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
-_LINEAR, _POINTWISE, _GENERIC, _RESHAPE = Linear(), Pointwise(), Generic(), Reshape()
+_LINEAR, _POINTWISE, _RESHAPE = Linear(), Pointwise(), Reshape()
 _CONVOLUTION, _AVERAGE_POOL, _EMBEDDING = Convolution(), AveragePool(), Embedding()
 
 
-def flatten(model: nn.Module, params: Iterable[str]) -> list[Layer]:
+def flatten(model: nn.Module, params: Iterable[str]) -> list[Layer] | None:
     """Cut a model into layers: `nn.Sequential`, nested ones too, is flattened, every other module is one or two layers.
 
     Parameters
@@ -33,16 +32,12 @@ def flatten(model: nn.Module, params: Iterable[str]) -> list[Layer]:
 
     Returns
     -------
-    list of Layer
-
-    Raises
-    ------
-    UnsupportedModelError
-        If a module is random or depends on the batch, or a parameter is shared by two layers.
+    list of Layer or None
+        None where the model is no chain of modules that are known and plain, or where two of them share a parameter.
     """
     wanted = set(params)
     layers: list[Layer] = []
-    memory: list[tuple[int, int, str, str]] = []
+    memory: list[tuple[int, int, str]] = []
     pending = [("", model)]
     while pending:
         name, module = pending.pop()
@@ -53,26 +48,25 @@ def flatten(model: nn.Module, params: Iterable[str]) -> list[Layer]:
             continue
         mine = []
         for key, parameter in module.named_parameters():
-            memory.append((*_memory_of(parameter), name, key))
+            memory.append((*_memory_of(parameter), name))
             if (f"{name}.{key}" if name else key) in wanted:
                 mine.append(key)
-        _refuse_random(name, module)
-        layers += [Layer(name, module, kind, part) for kind, part in _parts(module, tuple(mine))]
-    _refuse_shared(memory)
-    return layers
+        parts = _parts(module, tuple(mine))
+        if parts is None:
+            return None
+        layers += [Layer(name, module, kind, part) for kind, part in parts]
+    return None if _overlap(memory) else layers
 
 
-def _refuse_shared(memory: list[tuple[int, int, str, str]]) -> None:
-    """Raise if parameters (first byte, last, layer, key) of two layers overlap."""
+def _overlap(memory: list[tuple[int, int, str]]) -> bool:
+    """Whether parameters (first byte, last, layer) of two layers overlap."""
     reach, owner = 0, ""
-    for begin, end, name, key in sorted(memory):
+    for begin, end, name in sorted(memory):
         if begin < reach and name != owner:
-            raise UnsupportedModelError(
-                f"parameter {key!r} of layer {name!r} shares its storage with layer {owner!r}; a chain needs "
-                "parameters of its own in every layer: untie them, or use linop_hess.Hessian"
-            )
+            return True
         if end > reach:
             reach, owner = end, name
+    return False
 
 
 def _memory_of(parameter: Tensor) -> tuple[int, int]:
@@ -83,11 +77,11 @@ def _memory_of(parameter: Tensor) -> tuple[int, int]:
     return parameter.data_ptr(), parameter.data_ptr() + (reach + 1) * parameter.element_size()
 
 
-def _parts(module: nn.Module, params: tuple[str, ...]) -> list[tuple[Kind, tuple[str, ...]]]:
-    """The kinds of layer a module falls into, and the parameters of each."""
+def _parts(module: nn.Module, params: tuple[str, ...]) -> list[tuple[Kind, tuple[str, ...]]] | None:
+    """The kinds of layer a module falls into, and the parameters of each; None where it is not known."""
     known = type(module)
-    if not is_plain(module):
-        return [(_GENERIC, params)]
+    if not is_plain(module) or _changes_or_draws(module):
+        return None
     if known is nn.Linear:
         return [(_LINEAR, params)]
     if known in ELEMENTWISE:
@@ -105,31 +99,18 @@ def _parts(module: nn.Module, params: tuple[str, ...]) -> list[tuple[Kind, tuple
         if len(kinds) == 2 and module.weight is None:
             kinds = kinds[:1]
         return [(kind, params if kind is kinds[-1] else ()) for kind in kinds]
-    return [(_GENERIC, params)]
+    return None
 
 
-def _refuse_random(name: str, module: nn.Module) -> None:
-    for path, part in module.named_modules():
-        full = ".".join(piece for piece in (name, path) if piece)
-        kind = type(part).__name__
-        if part.training and (
-            (isinstance(part, _DROPOUTS) and part.p > 0)
-            or isinstance(part, nn.RReLU)
-            or (isinstance(part, (nn.MultiheadAttention, nn.RNNBase)) and part.dropout > 0)
-        ):
-            raise UnsupportedModelError(
-                f"layer {full!r} ({kind}) is in training mode and random: call model.eval() or {kind}.eval() first"
-            )
-        if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
-            raise UnsupportedModelError(
-                f"layer {full!r} ({kind}) depends on the statistics of its batch: call model.eval() first"
-                + ("" if part.running_mean is not None else ", with track_running_stats=True")
-            )
-        if isinstance(part, nn.Embedding) and (part.max_norm is not None or part.scale_grad_by_freq):
-            raise UnsupportedModelError(
-                f"layer {full!r} (Embedding) uses max_norm or scale_grad_by_freq, which change the table or its gradient: "
-                "construct it without them"
-            )
+def _changes_or_draws(module: Any) -> bool:
+    """Whether a known module is random, reads or moves statistics of its batch, or changes its table."""
+    if isinstance(module, _DROPOUTS):
+        return module.training and module.p > 0
+    if isinstance(module, nn.RReLU):
+        return module.training
+    if isinstance(module, _BATCH_NORMS):
+        return module.training or module.running_mean is None
+    return isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq)
 
 
 def is_float(tensor: torch.Tensor) -> bool:

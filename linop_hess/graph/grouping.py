@@ -1,0 +1,209 @@
+"""Nodes of one signature as one operation, and the rule that each gets."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from linop_hess.graph.liveness import uses
+from linop_hess.graph.rules.elementwise import Elementwise, ScaleShift
+from linop_hess.graph.rules.operation import CONSTANT, CONTROL, STATE, Operation, Placement, Rule
+from linop_hess.graph.rules.primitive import Whole
+from linop_hess.graph.rules.products import Affine, BatchedProduct, Convolution
+from linop_hess.graph.rules.reductions import Along, Normalization, Reduction, Standardization, WeightNorm
+from linop_hess.graph.trace import Ids, Node, Strided, places
+
+RULES: tuple[Rule, ...] = (
+    Affine(),
+    Convolution(),
+    ScaleShift(),
+    BatchedProduct(),
+    Elementwise(),
+    Along(),
+    Reduction(),
+    Normalization(),
+    Standardization(),
+    WeightNorm(),
+    Whole(),
+)
+"""In the order in which they are asked; the last takes all."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """An operation, where its nodes are, and its rule.
+
+    Attributes
+    ----------
+    op : Operation
+    nodes : ndarray of int, shape (K,)
+        Positions of its nodes among all, ascending.
+    rule : Rule
+    outputs : ndarray of int, shape (K, o)
+        Element ids of the outputs, one after the other, each row-major.
+    in_loss : bool
+        Whether the loss function ran it.
+    paths : tuple of str
+        Module paths of the nodes.
+    name : str
+        Name of the operation.
+    """
+
+    op: Operation
+    nodes: np.ndarray
+    rule: Rule
+    outputs: np.ndarray
+    in_loss: bool
+    paths: tuple[str, ...]
+    name: str
+
+    @property
+    def placement(self) -> Placement:
+        """What its stages read, control and write."""
+        return self.rule.placement(self.op)
+
+
+def live_nodes(nodes: Sequence[Node], needed: np.ndarray, ids: int) -> list[Node]:
+    """The nodes that some needed element depends on, in order.
+
+    Parameters
+    ----------
+    nodes : sequence of Node
+    needed : ndarray of int
+        Elements.
+    ids : int
+        The largest element.
+    """
+    maker = np.full(ids + 1, -1, dtype=np.int64)
+    for k, node in enumerate(nodes):
+        for _, output in node.outputs:
+            maker[output.start : output.start + _extent(output)] = k
+    keep = np.zeros(len(nodes), dtype=bool)
+    keep[(first := np.unique(maker[needed]))[first >= 0]] = True
+    for k in range(len(nodes) - 1, -1, -1):
+        if keep[k]:
+            for argument in nodes[k].arguments:
+                if isinstance(argument, Strided):
+                    if (one := maker[argument.start + argument.offset]) >= 0:
+                        keep[one] = True
+                else:
+                    keep[(some := np.unique(maker[argument]))[some >= 0]] = True
+    return [node for node, kept in zip(nodes, keep, strict=True) if kept]
+
+
+def _extent(output: Strided) -> int:
+    return output.offset + 1 + sum((size - 1) * step for size, step in zip(output.shape, output.stride, strict=True))
+
+
+def grouped(nodes: Sequence[Node], parameters: int) -> list[Group]:
+    """Group nodes by signature and by the roles of what they read, and choose a rule for each group.
+
+    Parameters
+    ----------
+    nodes : sequence of Node
+    parameters : int
+        Number of parameter entries N.
+    """
+    by_signature: dict[Hashable, list[int]] = {}
+    for k, node in enumerate(nodes):
+        by_signature.setdefault(_signature(node), []).append(k)
+    batches = [(members, [nodes[k] for k in members]) for members in by_signature.values()]
+    slots = [_slots(chosen) for _, chosen in batches]
+    reads = [part for (_, chosen), ids in zip(batches, slots, strict=True) for part in _distinct_reads(chosen, ids)]
+    count = uses(parameters, reads)
+    groups: list[Group] = []
+    for (members, chosen), ids in zip(batches, slots, strict=True):
+        outputs = np.concatenate([_stacked_ids([n.outputs[j][1] for n in chosen]) for j in range(len(chosen[0].outputs))], 1)
+        is_parameter = (ids > 0) & (ids <= parameters)
+        once = is_parameter & (count[np.where(is_parameter, ids, 0)] == 1)
+        roles = np.where(ids == 0, CONSTANT, np.where(once, CONTROL, STATE))
+        kinds, kind_of = _distinct_rows(roles)
+        for kind, row in enumerate(kinds):
+            which = np.flatnonzero(kind_of == kind)
+            first = chosen[int(which[0])]
+            op = Operation(
+                first.func,
+                [chosen[int(k)].flat for k in which],
+                first.spec,
+                tuple(first.active),
+                tuple(j for j, _ in first.outputs),
+                ids[which],
+                row,
+                first.title,
+            )
+            groups.append(
+                Group(
+                    *_ruled(op, np.array(members)[which]),
+                    outputs[which],
+                    first.in_loss,
+                    tuple(chosen[int(k)].path for k in which),
+                    first.name,
+                )
+            )
+    return groups
+
+
+def _ruled(op: Operation, nodes: np.ndarray) -> tuple[Operation, np.ndarray, Rule]:
+    """The operation with the roles that its rule gives it."""
+    for rule in RULES:
+        taken = rule.controls(op) if rule.knows(op.func) else None
+        if taken is not None:
+            roles = op.roles.copy()
+            for i, bound in op.bounds.items():
+                if i not in taken:
+                    roles[bound] = np.where(roles[bound] == CONTROL, STATE, roles[bound])
+            return replace(op, roles=roles), nodes, rule
+    raise AssertionError("the last rule takes every operation")
+
+
+def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows of a matrix, and which of them each row is."""
+    if bool((rows == rows[:1]).all()):
+        return rows[:1], np.zeros(len(rows), dtype=np.int64)
+    kinds, kind_of = np.unique(rows, axis=0, return_inverse=True)
+    return kinds, kind_of.reshape(-1)
+
+
+def _signature(node: Node) -> Hashable:
+    ids = iter(node.arguments)
+    active = set(node.active)
+    parts: list[Hashable] = []
+    for i, a in enumerate(node.flat):
+        if isinstance(a, Tensor):
+            parts.append((a.shape, a.dtype, _pattern(next(ids)) if i in active else None))
+        else:
+            parts.append((type(a), a) if isinstance(a, (int, float, bool, str, type(None))) else repr(a))
+    outputs = tuple((j, o.start - node.outputs[0][1].start, o.shape, o.stride, o.offset) for j, o in node.outputs)
+    return node.func, node.in_loss, tuple(parts), outputs
+
+
+def _pattern(ids: Ids) -> Hashable:
+    return (ids.stride, ids.offset) if isinstance(ids, Strided) else "each"
+
+
+def _stacked_ids(ids: Sequence[Ids]) -> np.ndarray:
+    """Ids of one argument of K nodes, (K, entries)."""
+    first = ids[0]
+    if isinstance(first, Strided):
+        starts = np.array([one.start for one in ids if isinstance(one, Strided)])
+        return starts[:, None] + places(first.shape, first.stride, first.offset)
+    return np.stack([one for one in ids if isinstance(one, np.ndarray)])
+
+
+def _slots(nodes: Sequence[Node]) -> np.ndarray:
+    return np.concatenate([_stacked_ids([n.arguments[j] for n in nodes]) for j in range(len(nodes[0].active))], 1)
+
+
+def _distinct_reads(nodes: Sequence[Node], ids: np.ndarray) -> list[np.ndarray]:
+    """For each argument the elements that each node reads there, none twice; 0 stands for what is not counted."""
+    parts = []
+    edges = np.cumsum([0, *(nodes[0].flat[i].numel() for i in nodes[0].active)])
+    for j in range(len(nodes[0].active)):
+        mine = np.sort(ids[:, edges[j] : edges[j + 1]], axis=1)
+        mine[:, 1:][mine[:, 1:] == mine[:, :-1]] = 0
+        parts.append(mine)
+    return parts
+

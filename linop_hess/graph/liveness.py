@@ -1,0 +1,110 @@
+"""Live sets: what of the values computed so far is read again later.
+
+The state of a chain after an event is the set of elements that are live there. Everything here runs over whole arrays of elements, with
+no loop over the nodes of a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from linop_hess._memory import require
+
+
+@dataclass(frozen=True)
+class LiveSets:
+    """The live elements after each event, in order.
+
+    Attributes
+    ----------
+    starts : ndarray of int, shape (T + 1,)
+        Where the live set of each event begins in `ids`.
+    ids : ndarray of int
+        Elements, in ascending order of `rank` within each live set.
+    event : ndarray of int
+        The event of each entry of `ids`.
+    is_new : ndarray of bool
+        Whether the entry was computed (or injected) by that very event.
+    before : ndarray of int
+        Its position in the live set of the event before; −1 where it is new.
+    """
+
+    starts: np.ndarray
+    ids: np.ndarray
+    event: np.ndarray
+    is_new: np.ndarray
+    before: np.ndarray
+    _keys: np.ndarray
+    _rank: np.ndarray
+
+    @property
+    def widths(self) -> np.ndarray:
+        """Size of each live set, shape (T,)."""
+        return np.diff(self.starts)
+
+    def positions(self, event: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Positions of elements in the live sets of some events, both of shape (K, …); −1 for the element 0."""
+        return _positions(self._keys, self.starts, self._rank, event, ids)
+
+
+def live_sets(birth: np.ndarray, last: np.ndarray, events: int, rank: np.ndarray) -> LiveSets:
+    """Collect the live sets of events 0..events−1.
+
+    Parameters
+    ----------
+    birth, last : ndarray of int, shape (M + 1,)
+        For each element the event that makes it and the last that reads it; it is live from birth to just before last. −1 in `last`:
+        it never is.
+    events : int
+        T.
+    rank : ndarray of int, shape (M + 1,)
+        A permutation: in which order elements stand in a state.
+
+    Raises
+    ------
+    MemoryError
+        If the sets do not fit into memory.
+    """
+    chosen = np.flatnonzero(last > birth)
+    counts = last[chosen] - birth[chosen]
+    total = int(counts.sum())
+    require(64.0 * total, f"the live sets of {events} operations, {total} entries")
+    ids = np.repeat(chosen, counts)
+    begins = np.cumsum(counts) - counts
+    event = np.arange(total) - np.repeat(begins - birth[chosen], counts)
+    keys = event * rank.size + rank[ids]
+    order = np.argsort(keys, kind="stable")
+    ids, event, keys = ids[order], event[order], keys[order]
+    starts = np.searchsorted(event, np.arange(events + 1))
+    is_new = birth[ids] == event
+    before = np.full(total, -1, dtype=np.int64)
+    old = ~is_new
+    before[old] = _positions(keys, starts, rank, event[old] - 1, ids[old])
+    return LiveSets(starts, ids, event, is_new, before, keys, rank)
+
+
+def _positions(keys: np.ndarray, starts: np.ndarray, rank: np.ndarray, event: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    at = np.searchsorted(keys, event * rank.size + rank[ids]) - starts[event]
+    return np.where(ids > 0, at, -1)
+
+
+def uses(parameters: int, reads: Sequence[np.ndarray]) -> np.ndarray:
+    """How many arguments of operations read each parameter entry, shape (N + 1,).
+
+    Parameters
+    ----------
+    parameters : int
+        N.
+    reads : sequence of ndarray of int
+        For each argument (of each of K nodes, along the first axis) the elements it reads, none twice.
+    """
+    counts = np.zeros(parameters + 1, dtype=np.int64)
+    for ids in reads:
+        flat = ids.reshape(-1)
+        flat = flat[(flat > 0) & (flat <= parameters)]
+        if flat.size:
+            counts += np.bincount(flat, minlength=parameters + 1)
+    return counts

@@ -1,0 +1,153 @@
+"""Fused operations as the parts they are made of, so that their parameters enter as scale and shift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linop_hess.graph.rules.elementwise import scale_shift
+from linop_hess.graph.rules.operation import flattened
+from linop_hess.graph.rules.reductions import normalize, standardize, weight_norm
+from linop_hess.graph.trace import Ids, Node, Strided, Trace, contiguous_strides, named_arguments
+
+aten = torch.ops.aten
+
+
+def lower(trace: Trace) -> list[Node]:
+    """The nodes of a trace, with each fused operation replaced by its parts.
+
+    One is left as it is where something other than its first output is used.
+    """
+    read = np.zeros(trace.ids + 1, dtype=bool)
+    if any(node.func in _PARTS and len(node.outputs) > 1 for node in trace.nodes):
+        for node in trace.nodes:
+            for ids in node.arguments:
+                read[ids.ids() if isinstance(ids, Strided) else ids] = True
+    nodes: list[Node] = []
+    for node in trace.nodes:
+        parts = _PARTS.get(node.func)
+        side_outputs = [output for j, output in node.outputs if j > 0]
+        if parts is None or any(bool(read[output.ids()].any()) for output in side_outputs):
+            nodes.append(node)
+        else:
+            nodes += parts(trace, node) or [node]
+    return nodes
+
+
+def _derived(trace: Trace, node: Node, func: Any, args: tuple[Any, ...], ids: dict[int, Ids], output: Strided | None) -> Node:
+    """A node with the same place and name; without `output` one with new ids."""
+    flat, spec = flattened(args)
+    active = [i for i, a in enumerate(flat) if isinstance(a, Tensor) and id(a) in ids]
+    if output is None:
+        value = args[0]
+        output = Strided(trace.ids + 1, tuple(value.shape), contiguous_strides(tuple(value.shape)), 0)
+        trace.ids += value.numel()
+    return Node(func, flat, spec, active, [ids[id(flat[i])] for i in active], [(0, output)], node.path, node.in_loss, node.name)
+
+
+def _then_affine(
+    trace: Trace,
+    node: Node,
+    ids: dict[int, Ids],
+    first: Node,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> list[Node]:
+    """`first`, which computes `value`, and the scale and shift that follow it."""
+    if weight is None and bias is None:
+        first.outputs = [(0, node.outputs[0][1])]
+        return [first]
+    if first.active:
+        ids[id(value)] = first.outputs[0][1]
+    second = _derived(trace, node, scale_shift, (value, weight, bias), ids, node.outputs[0][1])
+    return [first, second] if first.active else [second]
+
+
+def _reader(node: Node) -> tuple[Callable[..., Any], dict[int, Ids]]:
+    ids = {id(node.flat[i]): a for i, a in zip(node.active, node.arguments, strict=True)}
+    arguments = named_arguments(node.func, node.flat, node.spec)
+    return lambda *names: [arguments.get(name) for name in names], ids
+
+
+def _layer_norm(trace: Trace, node: Node) -> list[Node]:
+    get, ids = _reader(node)
+    x, shape, weight, bias, eps = get("input", "normalized_shape", "weight", "bias", "eps")
+    run = torch.Size(shape).numel()
+    value = normalize(x, run, eps)
+    first = _derived(trace, node, normalize, (x, run, eps), ids, None)
+    return _then_affine(trace, node, ids, first, value, weight, bias)
+
+
+def _rms_norm(trace: Trace, node: Node) -> list[Node]:
+    get, ids = _reader(node)
+    x, shape, weight, eps = get("input", "normalized_shape", "weight", "eps")
+    run, eps = torch.Size(shape).numel(), torch.finfo(x.dtype).eps if eps is None else eps
+    value = normalize(x, run, eps, False)
+    first = _derived(trace, node, normalize, (x, run, eps, False), ids, None)
+    return _then_affine(trace, node, ids, first, value, weight, None)
+
+
+def _group_norm(trace: Trace, node: Node) -> list[Node]:
+    get, ids = _reader(node)
+    x, weight, bias, groups, eps = get("input", "weight", "bias", "group", "eps")
+    run = x[0].numel() // groups
+    value = normalize(x, run, eps)
+    first = _derived(trace, node, normalize, (x, run, eps), ids, None)
+    return _then_affine(trace, node, ids, first, value, *_by_channel(ids, x, weight, bias))
+
+
+def _by_channel(ids: dict[int, Ids], x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Parameters of channels in a shape that is broadcast over x."""
+    out: list[Tensor | None] = []
+    for parameter in parameters:
+        if parameter is None:
+            out.append(None)
+            continue
+        viewed = parameter.view([-1] + [1] * (x.ndim - 2))
+        if id(parameter) in ids:
+            mine = ids[id(parameter)]
+            flat = mine.ids() if isinstance(mine, Strided) else mine
+            consecutive = bool((np.diff(flat) == 1).all())
+            shape = tuple(viewed.shape)
+            ids[id(viewed)] = Strided(int(flat[0]), shape, contiguous_strides(shape), 0) if consecutive else flat
+        out.append(viewed)
+    return out
+
+
+def _batch_norm(trace: Trace, node: Node) -> list[Node]:
+    get, ids = _reader(node)
+    x, weight, bias, mean, var, training, eps = get(
+        "input", "weight", "bias", "running_mean", "running_var", "training", "eps"
+    )
+    if training or mean is None or any(id(t) in ids for t in (mean, var)):
+        return []
+    value = standardize(x, mean, var, eps)
+    first = _derived(trace, node, standardize, (x, mean, var, eps), ids, None)
+    return _then_affine(trace, node, ids, first, value, *_by_channel(ids, x, weight, bias))
+
+
+def _weight_norm(trace: Trace, node: Node) -> list[Node]:
+    get, ids = _reader(node)
+    v, g, dim = get("v", "g", "dim")
+    return [_derived(trace, node, weight_norm, (v, g, 0 if dim is None else dim), ids, node.outputs[0][1])]
+
+
+_PARTS: dict[Any, Callable[[Trace, Node], list[Node]]] = {
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_group_norm.default: _group_norm,
+    aten.native_batch_norm.default: _batch_norm,
+    aten._weight_norm_interface.default: _weight_norm,
+}
+for _name, _part in (
+    ("_fused_rms_norm", _rms_norm),
+    ("_native_batch_norm_legit", _batch_norm),
+    ("_native_batch_norm_legit_no_training", _batch_norm),
+    ("cudnn_batch_norm", _batch_norm),
+):
+    if hasattr(aten, _name):
+        _PARTS[getattr(aten, _name).default] = _part

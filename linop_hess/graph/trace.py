@@ -1,0 +1,393 @@
+"""One eager run of a model, recorded operation by operation.
+
+A dispatch mode sees every operation that torch carries out, below autograd, with all views and in-place writes resolved. Each entry of
+each storage has an element id: 0 where it depends on no parameter, 1..N for the parameters, a new one for each entry that an operation
+computes. A tensor's ids are its storage's, seen with its own shape, strides and offset; so views, slices, transposes, tied parameters
+and writes into views need no rules, and operations that only move entries are carried out once more on the ids.
+
+What is active is autograd's own judgement: a tensor is active where it requires a gradient.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from linop_hess.errors import UnsupportedModelError
+from linop_hess.graph.movement import is_creation, moved_ids, moves, only_relabels
+
+_FLOATS = (torch.float32, torch.float64)
+_DTYPES = (*_FLOATS, torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class Strided:
+    """Element ids of a tensor that lies in a storage whose ids are consecutive: `start` plus the place in the storage."""
+
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def ids(self) -> np.ndarray:
+        """The ids, flat, in row-major order."""
+        return self.start + places(self.shape, self.stride, self.offset)
+
+
+@cache
+def places(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> np.ndarray:
+    """Places in a storage of a tensor's entries, in row-major order."""
+    at = np.array(offset, dtype=np.int64)
+    for size, step in zip(shape, stride, strict=True):
+        at = at[..., None] + step * np.arange(size, dtype=np.int64)
+    return at.reshape(-1)
+
+
+Ids = Strided | np.ndarray
+
+_CONSTANT = 0  # in place of the first id of a storage: that of a tensor which requires a gradient but depends on no parameter
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+def as_tensor(ids: Ids, shape: torch.Size) -> Tensor:
+    """The ids of a tensor, in its shape."""
+    return torch.from_numpy(ids.ids() if isinstance(ids, Strided) else ids).view(shape)
+
+
+@dataclass(slots=True)
+class Node:
+    """An operation that computed something that depends on a parameter.
+
+    Attributes
+    ----------
+    func : torch._ops.OpOverload
+    flat : list
+        Its arguments, flattened; tensors as they were when it was called.
+    spec : object
+        How to unflatten them (see `torch.utils._pytree`).
+    active : list of int
+        Positions in `flat` of the tensors that depend on parameters.
+    arguments : list of Strided or ndarray
+        Their element ids.
+    outputs : list of (int, Strided)
+        The outputs that have a derivative: their place among all outputs, and their ids.
+    path : str
+        Path of the module that ran it.
+    in_loss : bool
+        Whether the loss function ran it, and not the model.
+    operation : str
+        What it is called where `func` is a function of ours.
+    """
+
+    func: Any
+    flat: list[Any]
+    spec: Any
+    active: list[int]
+    arguments: list[Ids]
+    outputs: list[tuple[int, Strided]]
+    path: str
+    in_loss: bool
+    operation: str = ""
+
+    @property
+    def name(self) -> str:
+        """The operation, as ``"aten.addmm"``."""
+        return self.operation or operation_name(self.func)
+
+    @property
+    def title(self) -> str:
+        """The operation and where it is, for messages."""
+        return f"{self.name} in module {self.path!r}" if self.path else f"{self.name}"
+
+
+def operation_name(func: Any) -> str:
+    """Name of an operation without its overload."""
+    return str(func).rsplit(".", 1)[0]
+
+
+@dataclass
+class Trace:
+    """All nodes of a run, in order.
+
+    Attributes
+    ----------
+    nodes : list of Node
+    parameters : int
+        Number N of parameter entries; they have the ids 1..N.
+    ids : int
+        The largest id.
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    parameters: int = 0
+    ids: int = 0
+
+
+class Recorder(TorchDispatchMode):
+    """Record what runs inside; see `Trace`.
+
+    Parameters
+    ----------
+    parameters : sequence of Tensor
+        Contiguous leaves, each in a storage of its own.
+
+    Raises
+    ------
+    UnsupportedModelError
+        From inside, naming module and operation: for random operations, complex numbers, changes of a parameter, and operations that
+        hide from the recorder.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.path: list[str] = [""]
+        self.in_loss = False
+        self._ids: dict[int, int | Tensor] = {}  # by storage: the first of consecutive ids, or the id of each entry
+        self._alive: list[Tensor] = []  # a storage's address stays its own only while it lives
+        self._leaves = {parameter.untyped_storage().data_ptr() for parameter in parameters if parameter.numel()}
+        self._read: dict[int, list[tuple[Node, int]]] = {}  # by storage: the nodes that hold a tensor of it
+        for parameter in parameters:
+            self._alive.append(parameter)
+            if parameter.numel():
+                self._ids[parameter.untyped_storage().data_ptr()] = self.trace.ids + 1
+            self.trace.ids += parameter.numel()
+        self.trace.parameters = self.trace.ids
+
+    def ids_of(self, tensor: Tensor) -> np.ndarray:
+        """Element ids of a tensor, flat, in row-major order; zeros where it depends on no parameter."""
+        ids = self._ids_of(tensor) if tensor.requires_grad else None
+        if ids is None:
+            return np.zeros(tensor.numel(), dtype=np.int64)
+        return ids.ids() if isinstance(ids, Strided) else ids
+
+    def _ids_of(self, tensor: Tensor) -> Ids | None:
+        base = self._ids.get(tensor.untyped_storage().data_ptr())
+        if base is None:
+            return None
+        if base is _CONSTANT:
+            return _NONE
+        if isinstance(base, int):
+            return Strided(base, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+        return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten().numpy().copy()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        how = _handling(func)
+        if how is _RELABELS:
+            return func(*args, **kwargs)
+        flat, spec = tree_flatten((args, kwargs)) if kwargs or _nested(args) else (list(args), None)
+        active: list[int] = []
+        arguments: list[Ids] = []
+        tensors: list[int] = []
+        recording = torch.is_grad_enabled()
+        for i, a in enumerate(flat):
+            if isinstance(a, Tensor):
+                tensors.append(i)
+                if a.requires_grad and a.numel():
+                    ids = self._ids_of(a)
+                    if ids is None:
+                        self._take_unknown(func, a)
+                    elif isinstance(ids, Strided) or ids.any():
+                        active.append(i)
+                        arguments.append(ids)
+        if how.random:
+            raise UnsupportedModelError(
+                f"expected a model and a loss that give the same value each time, got the random operation "
+                f"{self._where(func)}: call model.eval(), or remove it"
+            )
+        if not active:
+            return self._constant(func, how, flat, args, kwargs)
+        if any(flat[i].is_complex() for i in tensors):
+            raise UnsupportedModelError(
+                f"expected real numbers, got complex ones in {self._where(func)}: write it with real and imaginary parts"
+            )
+        held = self._before_writing(func, how, flat) if how.writes else None
+        if not recording:
+            return func(*args, **kwargs)
+        before = None
+        if how.moves:
+            before = {id(flat[i]): as_tensor(a, flat[i].shape) for i, a in zip(active, arguments, strict=True)}
+        out = func(*args, **kwargs)
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        if before is not None:
+            moved = moved_ids(func, args, kwargs, before, results)
+            if moved is not None:
+                for output, ids in zip(results, moved, strict=False):
+                    if isinstance(output, Tensor) and ids is not None and output.numel():
+                        self._write(output, ids)
+                return out
+        fresh = [(j, o) for j, o in enumerate(results) if isinstance(o, Tensor) and o.dtype in _DTYPES and o.numel()]
+        if not how.writes and all(o.untyped_storage().data_ptr() in self._ids for _, o in fresh):
+            return out  # views that do not say so
+        if held is None:
+            held = [a.detach() if isinstance(a, Tensor) else a for a in flat]
+        node = Node(func, held, spec, active, arguments, [], self.path[-1], self.in_loss)
+        for i in tensors:
+            a = held[i]
+            if a.numel():
+                self._read.setdefault(a.untyped_storage().data_ptr(), []).append((node, i))
+        node.outputs = [(j, self._new(o)) for j, o in fresh]
+        self.trace.nodes.append(node)
+        return out
+
+    def _where(self, func: Any) -> str:
+        return f"{operation_name(func)} in module {self.path[-1]!r}" if self.path[-1] else operation_name(func)
+
+    def _take_unknown(self, func: Any, tensor: Tensor) -> None:
+        """A tensor that requires a gradient and was not recorded: a constant if it is a leaf, else something hides."""
+        if tensor.is_leaf and not isinstance(tensor, nn.Parameter):
+            self._set_constant(tensor)
+            return
+        if tensor.is_leaf:
+            raise UnsupportedModelError(
+                f"expected the parameters of the model alone, got one of shape {tuple(tensor.shape)} in {self._where(func)} that is "
+                "no parameter of it: make it one, or .detach() it"
+            )
+        raise UnsupportedModelError(
+            f"expected operations that torch shows, got a tensor of shape {tuple(tensor.shape)} in {self._where(func)} that comes from "
+            "a custom autograd.Function, a reentrant checkpoint or another library's memory: write it in plain torch operations, "
+            "or use linop_hess.Hessian"
+        )
+
+    def _set_constant(self, tensor: Tensor) -> None:
+        self._ids.setdefault(tensor.untyped_storage().data_ptr(), _CONSTANT)
+        self._alive.append(tensor)
+
+    def _constant(self, func: Any, how: _Handling, flat: list[Any], args: Any, kwargs: Any) -> Any:
+        """Run what depends on no parameter; what it writes into depends on none any more."""
+        if how.writes:
+            self._save_readers(how, flat)
+        out = func(*args, **kwargs)
+        for i in how.writes:
+            target = flat[i] if i < len(flat) else None
+            if isinstance(target, Tensor) and isinstance(self._ids.get(target.untyped_storage().data_ptr()), (int, Tensor)):
+                self._write(target, torch.zeros(target.shape, dtype=torch.int64))
+        if any(isinstance(a, Tensor) and a.requires_grad for a in flat):  # by tensors that are no parameters of ours
+            for output in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+                    self._set_constant(output)
+        return out
+
+    def _save_readers(self, how: _Handling, flat: list[Any]) -> None:
+        """Give nodes that hold what is about to be overwritten a copy of it."""
+        for i in how.writes:
+            if i < len(flat) and isinstance(flat[i], Tensor) and flat[i].numel():
+                for node, k in self._read.pop(flat[i].untyped_storage().data_ptr(), ()):
+                    node.flat[k] = node.flat[k].clone()
+
+    def _before_writing(self, func: Any, how: _Handling, flat: list[Any]) -> list[Any]:
+        """Save for all nodes, this one included, what is about to be overwritten; give its arguments."""
+        self._save_readers(how, flat)
+        written = [flat[i] for i in how.writes if i < len(flat) and isinstance(flat[i], Tensor) and flat[i].numel()]
+        storages = {target.untyped_storage().data_ptr() for target in written}
+        if storages & self._leaves:
+            raise UnsupportedModelError(
+                f"expected parameters that the model leaves alone, got {self._where(func)}, which changes one: compute with a copy of it"
+            )
+        held = []
+        for a in flat:
+            if isinstance(a, Tensor):
+                a = a.detach()
+                if a.numel() and a.untyped_storage().data_ptr() in storages:
+                    a = a.clone()
+            held.append(a)
+        return held
+
+    def _new(self, output: Tensor) -> Strided:
+        """Give an output new ids."""
+        storage = output.untyped_storage()
+        key, entries = storage.data_ptr(), storage.nbytes() // output.element_size()
+        start = self.trace.ids + 1
+        self._alive.append(output)
+        shape, stride, offset = tuple(output.shape), output.stride(), int(output.storage_offset())
+        if output.numel() == entries or key not in self._ids and output.is_contiguous():
+            self._ids[key] = start
+            self.trace.ids += entries
+            return Strided(start, shape, stride, offset)
+        # Part of a storage of which the rest has ids of its own.
+        count = output.numel()
+        self.trace.ids += count
+        self._write(output, torch.arange(start, start + count).view(shape))
+        return Strided(start, shape, contiguous_strides(shape), 0)
+
+    def _write(self, tensor: Tensor, ids: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        buffer = self._ids.get(key)
+        if buffer is None or isinstance(buffer, int):
+            entries = storage.nbytes() // tensor.element_size()
+            first = 0 if buffer is None else buffer
+            buffer = torch.arange(first, first + entries) if first else torch.zeros(entries, dtype=torch.int64)
+            self._ids[key] = buffer
+            self._alive.append(tensor)
+        buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(int(np.prod(shape[k + 1 :], dtype=np.int64)) for k in range(len(shape)))
+
+
+def _nested(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(a, (list, tuple, dict)) for a in args)
+
+
+@dataclass(frozen=True)
+class _Handling:
+    """How an operation is dealt with."""
+
+    writes: tuple[int, ...] = ()  # positions of the arguments that it changes
+    moves: bool = False
+    random: bool = False
+
+
+_RELABELS = _Handling()
+
+
+@cache
+def _handling(func: Any) -> _Handling:
+    if only_relabels(func) or is_creation(func):
+        return _RELABELS
+    schema = func._schema
+    writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+    return _Handling(writes, moves(func), torch.Tag.nondeterministic_seeded in func.tags)
+
+
+def named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any]:
+    """The flattened arguments of an operation by their names in its schema, those that were given."""
+    args, kwargs = tree_unflatten(list(flat), spec) if spec is not None else (flat, {})
+    return {**{a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}, **kwargs}
+
+
+@contextmanager
+def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
+    """Keep the path of the module that runs in this thread on top of `path`."""
+    names = {id(module): name for name, module in model.named_modules()}
+    mine = threading.get_ident()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == mine:
+            path.append(names.get(id(module), path[-1]))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == mine:
+            path.pop()
+
+    before = register_module_forward_pre_hook(enter)
+    after = register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()

@@ -1,0 +1,213 @@
+"""From grouped operations to stages on live sets: events, wirings, stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from linop_hess.graph.grouping import Group
+from linop_hess.graph.liveness import LiveSets, live_sets
+from linop_hess.graph.rules.operation import CONTROL, STATE
+from linop_hess.lq.wiring import Wiring
+
+INJECTION, IDLE, OBJECTIVE = -1, -2, -3
+"""In place of a group's number: what brings shared parameters into the state, what nothing reads, and the loss."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Events of one group whose wiring is the same: they become a stack of stages.
+
+    Attributes
+    ----------
+    group : int
+        Number of the group, or one of `INJECTION`, `IDLE` and `OBJECTIVE`.
+    members : ndarray of int
+        Their positions in the group.
+    events : ndarray of int
+        When they happen, ascending.
+    wiring : Wiring or None
+        None: the whole state is read, and what is computed is the whole state after.
+    controls : ndarray of int, shape (K, p)
+        Element ids of their controls.
+    """
+
+    group: int
+    members: np.ndarray
+    events: np.ndarray
+    wiring: Wiring | None
+    controls: np.ndarray
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All events of a network in order, as stacks.
+
+    Attributes
+    ----------
+    stacks : list of Stack
+    live : LiveSets
+        The states; event e leaves the e-th.
+    events : int
+        T.
+    """
+
+    stacks: list[Stack]
+    live: LiveSets
+    events: int
+
+    @property
+    def order(self) -> np.ndarray:
+        """For each event its stack and its position there, shape (T, 2)."""
+        order = np.zeros((self.events, 2), dtype=np.int64)
+        for b, stack in enumerate(self.stacks):
+            order[stack.events, 0] = b
+            order[stack.events, 1] = np.arange(stack.events.size)
+        return order
+
+
+def schedule(groups: list[Group], parameters: int, ids: int, target: np.ndarray, has_objective: bool) -> Schedule:
+    """Lay out a network as a chain of events on live sets.
+
+    Parameters
+    ----------
+    groups : list of Group
+    parameters : int
+        N.
+    ids : int
+        The largest element id.
+    target : ndarray of int
+        The elements that the loss reads, in its order; without an objective the loss itself.
+    has_objective : bool
+        Whether the loss is one last stage that reads `target`.
+    """
+    nodes = sum(group.nodes.size for group in groups)
+    # Time 2k + 1 is node k; 2k, just before it, brings in the shared parameters that it is the first to read.
+    end = 2 * nodes + 1
+    last = np.full(ids + 2, -1, dtype=np.int64)
+    first = np.full(parameters + 1, end, dtype=np.int64)
+    birth = np.zeros(ids + 2, dtype=np.int64)
+    seen = np.zeros(parameters + 1, dtype=bool)
+    for group in groups:
+        time = np.broadcast_to(2 * group.nodes[:, None] + 1, group.op.ids.shape)
+        states = group.op.roles == STATE
+        _latest(last, group.op.ids[:, states], time[:, states])
+        read = group.op.ids[:, states]
+        shared = (read > 0) & (read <= parameters)
+        np.minimum.at(first, read[shared], time[:, states][shared] - 1)
+        seen[group.op.ids[:, group.op.roles == CONTROL].reshape(-1)] = True
+        birth[group.outputs] = (2 * group.nodes + 1)[:, None]
+    last[0] = -1
+    if has_objective:
+        read = target[target > 0]
+        last[read] = end
+        shared_targets = read[read <= parameters]
+        first[shared_targets] = np.minimum(first[shared_targets], end - 1)
+    else:
+        last[target] = end + 2  # the state after the last event
+    injected = np.flatnonzero(first < end)
+    injected = injected[injected > 0]
+    birth[injected] = first[injected]
+    seen[injected] = True
+    idle = np.flatnonzero(~seen[1:]) + 1
+    ends = np.array([end] * has_objective + [-1] * bool(idle.size), dtype=np.int64)
+    times = np.unique(np.concatenate([first[injected], np.arange(1, 2 * nodes, 2), ends]))
+
+    def event_of(time: np.ndarray) -> np.ndarray:
+        return np.searchsorted(times, time)
+
+    used = last >= 0
+    last[used] = event_of(last[used])
+    birth = event_of(birth)
+    if has_objective:
+        birth[ids + 1], last[ids + 1] = times.size - 1, times.size  # the loss
+    live = live_sets(birth, last, times.size, np.arange(ids + 2))
+    events = _Events(live, ids + 1)
+    if idle.size:
+        events.add(IDLE, _NONE, np.zeros(1, dtype=np.int64), _NONE, idle[None])
+    for of_size, when in _injections(injected, event_of(first[injected])):
+        events.add(INJECTION, np.zeros((when.size, 0), dtype=np.int64), when, of_size, of_size)
+    for g, group in enumerate(groups):
+        placement, read = group.placement, group.op.ids
+        outputs = group.outputs if placement.written is None else group.outputs[:, placement.written]
+        events.add(g, read[:, placement.read], event_of(2 * group.nodes + 1), outputs, read[:, placement.controls])
+    if has_objective:
+        events.add(OBJECTIVE, target[None], np.array([times.size - 1]), np.array([[ids + 1]]), _NONE)
+    return Schedule(events.stacks(), live, int(times.size))
+
+
+_NONE = np.zeros((1, 0), dtype=np.int64)
+
+
+def _latest(last: np.ndarray, ids: np.ndarray, time: np.ndarray) -> None:
+    np.maximum.at(last, ids.reshape(-1), time.reshape(-1))
+
+
+def _injections(ids: np.ndarray, events: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Parameters by when they are brought into the state: for each number p of them at once, (K, p) ids and K events."""
+    order = np.argsort(events, kind="stable")
+    distinct, begins, counts = np.unique(events[order], return_index=True, return_counts=True)
+    for size in np.unique(counts):
+        mine = np.flatnonzero(counts == size)
+        yield ids[order][begins[mine][:, None] + np.arange(size)], distinct[mine]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Events added together: where they read, what they compute and control."""
+
+    group: int
+    at: np.ndarray  # (K, r) positions in the state before
+    events: np.ndarray
+    outputs: int
+    controls: np.ndarray
+
+
+class _Events:
+    """All events, to be stacked by kind and wiring."""
+
+    def __init__(self, live: LiveSets, ids: int) -> None:
+        self._live = live
+        self._kinds: list[_Kind] = []
+        self._place = np.zeros(ids + 1, dtype=np.int64)  # of each element among the outputs of the stage that computes it
+
+    def add(self, group: int, read: np.ndarray, events: np.ndarray, outputs: np.ndarray, controls: np.ndarray) -> None:
+        """Add K events with elements that are read (K, r), computed (K, o), and controlled (K, p)."""
+        at = read
+        if read.size:
+            before = np.broadcast_to(np.maximum(events - 1, 0)[:, None], read.shape)
+            at = self._live.positions(before, read)
+        self._place[outputs] = np.arange(outputs.shape[1])
+        self._kinds.append(_Kind(group, np.ascontiguousarray(at), events, outputs.shape[1], controls))
+
+    def stacks(self) -> list[Stack]:
+        """Events of one kind and wiring together."""
+        live = self._live
+        source = np.where(live.is_new, -1 - self._place[live.ids], live.before)
+        widths = [0, *live.widths.tolist()]  # before the first event there is no state
+        starts = live.starts.tolist()
+        out = []
+        for kind in self._kinds:
+            found: dict[Hashable, list[int]] = {}
+            for k, event in enumerate(kind.events.tolist()):
+                after = source[starts[event] : starts[event + 1]]
+                found.setdefault((widths[event], kind.at[k].tobytes(), after.tobytes()), []).append(k)
+            for members in found.values():
+                which, event = np.array(members), int(kind.events[members[0]])
+                after = source[starts[event] : starts[event + 1]]
+                wiring = _wiring(widths[event], kind.at[members[0]], after, kind.outputs)
+                out.append(Stack(kind.group, which, kind.events[which], wiring, kind.controls[which]))
+        return out
+
+
+def _wiring(n_in: int, read: np.ndarray, source: np.ndarray, outputs: int) -> Wiring | None:
+    """The wiring, `source` giving for each entry of the state after its place before, or −1 − its place among the outputs."""
+    kept, put = np.flatnonzero(source >= 0), np.flatnonzero(source < 0)
+    from_outputs = -1 - source[put]
+    if not kept.size and np.array_equal(read, np.arange(n_in)) and np.array_equal(from_outputs, np.arange(outputs)):
+        return None
+    indices = (read, source[kept], kept, from_outputs, put)
+    return Wiring(n_in, source.size, outputs, *(torch.from_numpy(i.astype(np.int64)) for i in indices))
