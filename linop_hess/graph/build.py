@@ -93,15 +93,18 @@ def build_chain(
 
 def _compare_gradients(run_once: Capture, ours: Tensor, names: Sequence[str]) -> None:
     """Raise unless the gradient through the stages is autograd's of the same run."""
-    gaps = [(ours_ - theirs.reshape(-1)).abs() for ours_, theirs in zip(ours.split([g.numel() for g in run_once.gradient]), run_once.gradient, strict=True)]
-    size = max((float(g.abs().max()) for g in run_once.gradient if g.numel()), default=0.0)
-    wrong = [name for name, gap in zip(names, gaps, strict=True) if gap.numel() and not float(gap.max()) <= _AGREES * torch.finfo(ours.dtype).eps ** 0.5 * size]
-    if wrong:
-        raise UnsupportedModelError(
-            f"expected a gradient that follows from the model's operations, got another one of {', '.join(wrong[:5])}: remove hooks and "
-            "custom backward functions that change gradients"
-        )
+    theirs = torch.cat([g.reshape(-1) for g in run_once.gradient])
+    gap = (ours - theirs).abs()
+    bound = GRADIENTS_AGREE * torch.finfo(ours.dtype).eps ** 0.5 * float(theirs.abs().max())
+    if bool((gap <= bound).all()):
+        return
+    parts = zip(names, gap.split([g.numel() for g in run_once.gradient]), strict=True)
+    wrong = [name for name, part in parts if not bool((part <= bound).all())]
+    raise UnsupportedModelError(
+        f"expected a gradient that follows from the model's operations, got another one of {', '.join(wrong[:5])}: remove hooks and "
+        "custom backward functions that change gradients"
+    )
 
 
-# Of what rounding may do to a gradient, which is √eps where large terms cancel.
-_AGREES = 1.0
+# In √eps of the largest entry: by so much a gradient may differ from autograd's, where large terms cancel in it.
+GRADIENTS_AGREE = 1.0
