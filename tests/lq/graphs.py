@@ -9,7 +9,17 @@ import numpy as np
 import torch
 
 from linop_hess import lq
-from linop_hess.lq.stages import DenseStage, IdleStage, InjectionStage, ObjectiveStage, Stage, WiredStage, Wiring
+from linop_hess.lq.stages import (
+    AffineStage,
+    DenseStage,
+    DiagonalStage,
+    IdleStage,
+    InjectionStage,
+    ObjectiveStage,
+    Stage,
+    WiredStage,
+    Wiring,
+)
 from tests.lq.problems import Blocks
 
 
@@ -56,6 +66,7 @@ class Graph:
 
     seed: int
     live: dict[str, int]
+    gain: float = 1.0
     nodes: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -103,11 +114,17 @@ class Graph:
             return zero | {"G": np.eye(p)}
         if kind == "idle":
             return zero
-        f = rng.standard_normal((o, i)) / np.sqrt(max(i, 1))
+        f = self.gain * rng.standard_normal((o, i)) / np.sqrt(max(i, 1))
         if kind == "objective":
             return zero | {"F": f, "C": symmetric(i)}
         a = symmetric(p) if len(self.nodes) % 3 == 0 else zero["A"]
-        return {"A": a, "B": rng.standard_normal((p, i)), "C": symmetric(i), "F": f, "G": rng.standard_normal((o, p))}
+        return {
+            "A": a,
+            "B": rng.standard_normal((p, i)),
+            "C": self.gain * symmetric(i),
+            "F": f,
+            "G": rng.standard_normal((o, p)),
+        }
 
     def sum(self, out: str, left: str, right: str) -> Graph:
         """`out` = left + right, which both die."""
@@ -174,7 +191,7 @@ class Chain:
 
 def residual(width: int = 4, blocks: int = 3, p: int = 6, seed: int = 1) -> Graph:
     """h ← h + f(h), the same wirings again and again."""
-    graph = Graph(seed, {"input": 3}).add("dense", "h", ["input"], width, p, dies=["input"])
+    graph = Graph(seed, {"input": 3}, gain=0.3).add("dense", "h", ["input"], width, p, dies=["input"])
     for _ in range(blocks):
         graph.add("dense", "f", ["h"], width, p).sum("h", "h", "f")
     return graph
@@ -234,3 +251,79 @@ GRAPHS: dict[str, Callable[[], Chain]] = {
     "idle alone": lambda: chain(idle_alone),
     "unused beside shared": lambda: chain(unused_beside_shared, permuted=True),
 }
+
+
+SAMPLES, WIDTH = 3, 4
+
+
+def residual_of_samples(
+    permuted: bool = True, convex: bool = True
+) -> tuple[lq.Problem, Callable[[torch.Tensor], torch.Tensor]]:
+    """h = W₁z, y = h + W₂ tanh(h) of every sample, a cost of y, and an idle parameter: stages that keep samples apart.
+
+    Returns the problem and the cost as a function of the flat vector of W₁, b₁, W₂, b₂ and the idle parameter.
+    """
+    m, n, i = SAMPLES, WIDTH, 5
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    Z, W1, b1, W2, b2 = draw(m, i), draw(n, i), draw(n), 1.5 * draw(n, n), draw(n)
+    sizes = [n * i, n, n * n, n, 2]
+    N = sum(sizes)
+    places = np.random.default_rng(1).permutation(N) if permuted else np.arange(N)
+
+    def cost(flat):
+        w1, c1, w2, c2, _ = flat[places].split(sizes)
+        h = Z @ w1.view(n, i).T + c1
+        y = h + h.tanh() @ w2.view(n, n).T + c2
+        return torch.logsumexp(y, 1).sum() - (0.0 if convex else 2.0) * y.sin().prod(1).sum()
+
+    h = Z @ W1.T + b1
+    g = h.tanh()
+    y = (h + g @ W2.T + b2).requires_grad_()
+    value = torch.logsumexp(y, 1).sum() - (0.0 if convex else 2.0) * y.sin().prod(1).sum()
+    (slope,) = torch.autograd.grad(value, y)
+    own = torch.stack(
+        [
+            torch.autograd.functional.hessian(
+                lambda v: torch.logsumexp(v, 0) - (0.0 if convex else 2.0) * v.sin().prod(), row
+            )
+            for row in y.detach()
+        ]
+    )
+    each = np.arange(n)
+
+    def rows(width, start):
+        """Of every sample n entries from `start` on, in states of that width a sample."""
+        return (np.arange(m)[:, None] * width + start + each).ravel()
+
+    whole = np.arange(m * n)
+    beside = Wiring.of(m * n, 2 * m * n, m * n, read=whole, keep=(whole, rows(2 * n, 0)), put=(whole, rows(2 * n, n)))
+    second = Wiring.of(
+        2 * m * n,
+        2 * m * n,
+        m * n,
+        read=rows(2 * n, n),
+        keep=(rows(2 * n, 0), rows(2 * n, 0)),
+        put=(whole, rows(2 * n, n)),
+    )
+    nothing = Wiring.of(m * n, m * n, 0, read=[], keep=(whole, whole), put=([], []))
+    both = torch.cat([torch.eye(n), torch.eye(n)], 1).double()
+    stages = [
+        AffineStage(W1[None], Z[None], None, True, True),
+        WiredStage(DiagonalStage((1 - g**2).reshape(1, -1), second=(-2 * g * (1 - g**2)).reshape(1, -1)), beside),
+        WiredStage(AffineStage(W2[None], g[None], None, True, True), second),
+        DenseStage(both[None, None], samples=m),
+        WiredStage(IdleStage.of(2), nothing),
+        ObjectiveStage(slope.reshape(1, -1), own[None]),
+    ]
+    beta, curved = torch.ones(1, 1, dtype=torch.float64), []
+    for stage in reversed(stages):
+        curved.append(stage.with_adjoint(beta))
+        beta = stage.Ft(beta[..., None])[..., 0]
+    problem = lq.Problem.stacked(curved[::-1], places=places)
+    at = torch.empty(N, dtype=torch.float64)
+    at[torch.from_numpy(places)] = torch.cat([W1.ravel(), b1, W2.ravel(), b2, torch.zeros(2, dtype=torch.float64)])
+    return problem, lambda flat: cost(at + flat)

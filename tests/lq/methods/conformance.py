@@ -57,6 +57,11 @@ class Setting:
     def analysis(self) -> lq.Analysis:
         return lq.Analysis(self.problem)
 
+    def controls(self) -> list[np.ndarray]:
+        """Where the controls of each stage that has any lie."""
+        layout = self.problem.layout
+        return [layout.controls(l) for l in np.flatnonzero(layout.p)]
+
     @property
     def norm(self) -> float:
         return float(np.abs(self.eigenvalues).max(initial=0.0))
