@@ -269,9 +269,9 @@ class Linearization:
     def _suspects(self, gap: Tensor) -> str:
         if self._chain.unverified:
             return ", ".join(map(repr, self._chain.unverified))
-        by_stage = np.add.reduceat(
-            np.append(gap.max(1).values.cpu().numpy(), 0.0), self.problem.layout.x_offsets[:-1]
-        ) * (self.problem.layout.p > 0)
+        layout = self.problem.layout
+        by_control = np.append(layout.in_chain_order(gap).max(1).values.cpu().numpy(), 0.0)
+        by_stage = np.add.reduceat(by_control, layout.x_offsets[:-1]) * (layout.p > 0)
         return f"at or after stage {self.problem.name(int(by_stage.argmax()))}"
 
     def __getstate__(self) -> dict[str, Any]:

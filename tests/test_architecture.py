@@ -23,6 +23,7 @@ FLOORS = [
     "_validate",
     "_machine",
     "lq.accuracy",
+    "lq.wiring",
     "lq.stages",
     "lq.layout",
     "lq.band_storage",

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from math import ceil
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,19 @@ def assemble(problem: Problem) -> Tensor:
         if "A" in stage.nonzero:
             H[start : start + stage.p, start : start + stage.p] += stage.dense_A()[0]
     _mirror(H)
+    if problem.layout.places is not None:
+        _permute(H, torch.from_numpy(np.argsort(problem.layout.places)).to(H.device))
     return H
+
+
+def _permute(H: Tensor, order: Tensor) -> None:
+    """H ← H[order][:, order] in place, in strips: the sweeps are in the order of the chain."""
+    for start in range(0, H.shape[0], _COLUMNS_AT_ONCE):
+        strip = H[start : start + _COLUMNS_AT_ONCE]
+        strip.copy_(strip[:, order])
+    for start in range(0, H.shape[0], _COLUMNS_AT_ONCE):
+        strip = H[:, start : start + _COLUMNS_AT_ONCE]
+        strip.copy_(strip[order])
 
 
 def assembly_cost(problem: Problem) -> tuple[float, float]:

@@ -33,6 +33,9 @@ class Problem:
         For each stage of the chain, its stack and its position there; positions of a stack ascend along the chain.
     names : sequence of str, optional
         A name for each stage, used in error messages.
+    places : array_like of int, shape (N,), optional
+        Where each control lies in flat vectors, in the order of the chain: stage by stage, and of each in its own order. By default
+        flat vectors are in that order. Everything of size N is flat: gradients, H, its diagonal, samples.
 
     Attributes
     ----------
@@ -44,15 +47,21 @@ class Problem:
     Raises
     ------
     ValueError
-        If there is no stage, or neighbouring stages do not fit together.
+        If there is no stage, neighbouring stages do not fit together, or `places` is not a permutation.
     """
 
-    def __init__(self, blocks: Sequence[Stage], order: np.ndarray, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Stage],
+        order: np.ndarray,
+        names: Sequence[str] | None = None,
+        places: np.ndarray | None = None,
+    ) -> None:
         self.blocks = tuple(blocks)
         self.names = names
         if not len(order):
             raise ValueError("expected at least one stage, got none: an LQ problem is a chain of stages")
-        self.layout = layout = Layout(self.blocks, order)
+        self.layout = layout = Layout(self.blocks, order, places)
         wrong = np.flatnonzero(layout.n_in[1:] != layout.n_out[:-1])
         if wrong.size:
             l = int(wrong[0])
@@ -100,10 +109,12 @@ class Problem:
         return cls.stacked(stages)
 
     @classmethod
-    def stacked(cls, stages: Iterable[Stage], names: Sequence[str] | None = None) -> Problem:
+    def stacked(
+        cls, stages: Iterable[Stage], names: Sequence[str] | None = None, places: np.ndarray | None = None
+    ) -> Problem:
         """Build a problem from single stages, each a stack of one."""
         blocks = list(stages)
-        return cls(blocks, np.array([(b, 0) for b in range(len(blocks))]), names)
+        return cls(blocks, np.array([(b, 0) for b in range(len(blocks))]), names, places)
 
     def name(self, l: int) -> str:
         """What to call stage l (0-based) in a message."""
@@ -221,11 +232,11 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem in another floating-point dtype."""
-        return Problem([block.to(dtype) for block in self.blocks], self.order, self.names)
+        return Problem([block.to(dtype) for block in self.blocks], self.order, self.names, self.layout.places)
 
     def with_curvature(self, blocks: Sequence[Stage]) -> Problem:
         """Return the problem with other stages of the same F; M is kept as it is."""
-        problem = Problem(blocks, self.order, self.names)
+        problem = Problem(blocks, self.order, self.names, self.layout.places)
         problem.transition = self.transition
         return problem
 

@@ -183,12 +183,10 @@ def _rows(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 def layerwise_permutation(problem: Problem) -> Permutation:
     """Π: regroups (x, y, z) layer by layer, (x_1, y_1, z_1, x_2, …); ΠᵀΠ = I."""
-    N, n = problem.size, problem.layout.size_out
-    sizes = np.stack([problem.layout.p, problem.layout.n_out, problem.layout.n_out], 1)
-    starts = np.stack(
-        [problem.layout.x_offsets[:-1], N + problem.layout.out_offsets[:-1], N + n + problem.layout.out_offsets[:-1]], 1
-    )
-    sizes, starts = sizes.ravel(), starts.ravel()
-    ends = np.cumsum(sizes)
-    index = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes) + np.repeat(starts, sizes)
-    return Permutation(index, problem.dtype, problem.device)
+    layout = problem.layout
+    N, n, ends = problem.size, layout.size_out, layout.out_offsets
+    parts = []
+    for l in range(problem.length):
+        after = np.arange(ends[l], ends[l + 1])
+        parts += [layout.controls(l), N + after, N + n + after]
+    return Permutation(np.concatenate(parts), problem.dtype, problem.device)

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 import linop_hess as lh
 from linop_hess.lq import assembly_plan
 from linop_hess.lq.assembly import assemble
+from linop_hess.lq.assembly_plan import plan_assembly
 from tests.helpers import make_batch, make_mlp, oracle_hessian
+from tests.lq.graphs import SAMPLES, residual_of_samples
+from tests.lq.methods.conformance import WIRED, setting
 from tests.lq.problems import random_blocks
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
@@ -304,3 +307,22 @@ def test_neighbours_with_as_many_controls_of_other_forms(widths, samples, biases
         oracle_hessian(model, nn.functional.cross_entropy, x, y),
     )
     assert np.abs(assemble(lin.problem).numpy() - H).max() <= 1e-13 * np.abs(H).max()
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+def test_wired_stages_of_samples(permuted: bool) -> None:
+    """Samples stay apart through a residual branch, and the controls of every stage stand anywhere."""
+    problem, cost = residual_of_samples(permuted, convex=False)
+    assert plan_assembly(problem).samples == SAMPLES
+    H = torch.autograd.functional.hessian(cost, torch.zeros(problem.size, dtype=torch.float64))
+    assert float(torch.linalg.eigvalsh(H)[0]) < -1e-2
+    ours, scale = assemble(problem), float(H.abs().max())
+    assert float((ours - H).abs().max()) <= 1e-13 * scale
+    product = problem.hessian_product(torch.eye(problem.size, dtype=torch.float64))
+    assert float((product - H).abs().max()) <= 1e-13 * scale
+
+
+@pytest.mark.parametrize("shape", [shape for shape in WIRED if shape != "idle alone"])  # of which H = 0
+def test_wired_chains(shape: str, every_way: EveryWay) -> None:
+    truth = setting(shape)
+    assembles(truth.problem, truth.H, every_way)

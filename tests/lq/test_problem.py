@@ -6,7 +6,7 @@ import torch
 
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.dense import DenseStage
-from tests.lq.methods.conformance import SHAPES, right_hand_side, setting
+from tests.lq.methods.conformance import SHAPES, WIRED, right_hand_side, setting
 from tests.lq.problems import Blocks, diagonal_of_blocks, random_blocks
 
 
@@ -174,3 +174,31 @@ def test_no_columns_where_stages_of_a_stack_are_not_evenly_spaced():
     other = DenseStage.plain(F[:1], F[:1], None, None, None)
     problem = Problem([alike, other], np.array([(0, 0), (0, 1), (1, 0), (0, 2)]))
     assert problem.hessian_product(torch.zeros(8, 0).double()).shape == (8, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", WIRED)
+def test_wired_products_are_the_dense_hessian(shape, dtype):
+    truth = setting(shape, dtype)
+    N = len(truth.H)
+    ours = truth.problem.hessian_product(torch.eye(N, dtype=dtype), 0.25).double().numpy()
+    bound = 100 * torch.finfo(dtype).eps * max(1.0, np.abs(truth.H).max())
+    np.testing.assert_allclose(ours, truth.H + 0.25 * np.eye(N), rtol=0, atol=bound)
+
+
+def test_places_stay_with_the_problem():
+    problem = setting("shared, places").problem
+    places = problem.layout.places
+    assert places is not None and sorted(places) == list(range(problem.size))
+    for other in (problem.to(torch.float32), problem.gauss_newton(), problem.with_curvature(problem.blocks)):
+        assert np.array_equal(other.layout.places, places)
+    stage = DenseStage.plain(torch.ones(1, 1, 1), torch.ones(1, 1, 2), None, None, None)
+    assert Problem.stacked([stage], places=np.array([1, 0])).layout.controls(0).tolist() == [1, 0]
+    assert Problem.stacked([stage], places=np.array([0, 1])).layout.places is None
+
+
+@pytest.mark.parametrize("places", [[0, 0], [1, 2], [0], [[0, 1]], [0.0, 1.0]])
+def test_places_are_a_permutation(places):
+    stage = DenseStage.plain(torch.ones(1, 1, 1), torch.ones(1, 1, 2), None, None, None)
+    with pytest.raises(ValueError, match=r"expected places to be a permutation of 0\.\.1"):
+        Problem.stacked([stage], places=np.array(places))

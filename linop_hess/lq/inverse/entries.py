@@ -110,9 +110,9 @@ class DiagonalEntries:
         """Return the diagonal blocks, one of shape (p, p) per stage with controls."""
         if self._inverse is None:
             return self._blocks()
-        edges = self._factors.analysis.problem.layout.x_offsets
-        pairs = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-        return [self._inverse[start:stop, start:stop].clone() for start, stop in pairs if stop > start]
+        layout, inverse = self._factors.analysis.problem.layout, self._inverse
+        own = (torch.from_numpy(layout.controls(l)).to(inverse.device) for l in np.flatnonzero(layout.p).tolist())
+        return [inverse[at[:, None], at] for at in own]
 
     def _compared(self, diagonal: Tensor) -> tuple[float, float]:
         """How far entries are from certified solves, and the largest of them."""

@@ -72,7 +72,7 @@ def diagonal(factors: RiccatiFactorization) -> Tensor:
         return group.space.at(k).covariance_diagonal(group.control.at(k), joint, factors.damping)
 
     like = torch.zeros(0, dtype=factors.analysis.problem.dtype, device=factors.analysis.problem.device)
-    return torch.cat([like, *_per_stage(factors, of)])
+    return factors.analysis.problem.layout.in_flat_order(torch.cat([like, *_per_stage(factors, of)]))
 
 
 def blocks(factors: RiccatiFactorization) -> list[Tensor]:

@@ -88,7 +88,8 @@ class BlockLdu:
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k)."""
-        offsets = self.analysis.problem.layout.x_offsets
+        layout = self.analysis.problem.layout
+        offsets, g = layout.x_offsets, layout.in_chain_order(g)
         halves: list[Tensor] = []
         for l, layer in enumerate(self._layers):
             m, p = layer.G.shape
@@ -107,7 +108,7 @@ class BlockLdu:
                 half = half - torch.linalg.lu_solve(*self._factors[l], _to_next(layer, self._layers[l + 1], value))
             value = half
             x[offsets[layer.stage] : offsets[layer.stage + 1]] = value[: layer.G.shape[1]]
-        return x
+        return layout.in_flat_order(x)
 
     @property
     def nbytes(self) -> int:

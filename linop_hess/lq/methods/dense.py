@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,16 +93,14 @@ class DenseFactorization(Congruence):
         N, theta = self.analysis.problem.size, self.theta
         parts = [theta.new_zeros(0)]
         for start in range(0, N, _COLUMNS_AT_ONCE):
-            half = self.whiten(_unit_columns(theta, N, start, min(start + _COLUMNS_AT_ONCE, N)))
+            half = self.whiten(_unit_columns(theta, np.arange(start, min(start + _COLUMNS_AT_ONCE, N))))
             parts.append((half.square() / theta[:, None]).sum(0))
         return torch.cat(parts)
 
     def blocks(self) -> list[Tensor]:
         """Diagonal blocks of (H + εI)⁻¹, one of shape (p, p) per stage with controls."""
-        edges, N = self.analysis.problem.layout.x_offsets.tolist(), self.analysis.problem.size
-        halves = (
-            self.whiten(_unit_columns(self.theta, N, a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a
-        )
+        layout = self.analysis.problem.layout
+        halves = (self.whiten(_unit_columns(self.theta, layout.controls(l))) for l in np.flatnonzero(layout.p).tolist())
         return [half.mT @ (half / self.theta[:, None]) for half in halves]
 
     @property
@@ -109,10 +108,10 @@ class DenseFactorization(Congruence):
         return self._factor.nbytes
 
 
-def _unit_columns(like: Tensor, N: int, start: int, stop: int) -> Tensor:
-    """Columns start..stop of the identity of order N."""
-    unit = like.new_zeros(N, stop - start)
-    unit[start:stop].fill_diagonal_(1.0)
+def _unit_columns(like: Tensor, which: np.ndarray) -> Tensor:
+    """Columns of the identity, of the order of `like`."""
+    unit = like.new_zeros(like.numel(), which.size)
+    unit[torch.from_numpy(which).to(like.device), torch.arange(which.size, device=like.device)] = 1.0
     return unit
 
 

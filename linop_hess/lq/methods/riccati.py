@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -204,9 +205,9 @@ class RiccatiFactorization(Congruence):
             # Where hidden controls are split, B acts on their directions alone.
             states = [torch.zeros_like(d[k]) if mine.is_split else d[k] for k, mine in zip(at, hidden, strict=True)]
             put_controls(x, group, rest, torch.stack([s[k] for k in at]), torch.stack(states), self.damping)
-            for k, start, mine in zip(at, group.x_slots.starts.tolist(), hidden, strict=True):
+            for i, (k, mine) in enumerate(zip(at, hidden, strict=True)):
                 if mine.is_split:
-                    x[start : start + group.control.p] += mine.answer(c[k], d[k])
+                    group.x_slots.take(np.array([i])).add(x, mine.answer(c[k], d[k])[None])
         return x
 
     def project(self, w: Tensor) -> Tensor:

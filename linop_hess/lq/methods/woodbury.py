@@ -89,7 +89,8 @@ class WoodburyFactorization:
         parts = [
             group.space.at(k).form_diagonal(group.control.at(k), Y, space.samples, A) for group, k, Y in space.walk()
         ]
-        return (1.0 - torch.cat(parts[::-1])) / self.damping if parts else A.new_zeros(0)
+        seen = torch.cat([A.new_zeros(0), *parts[::-1]])
+        return self.analysis.problem.layout.in_flat_order((1.0 - seen) / self.damping)
 
     def blocks(self) -> list[Tensor]:
         """Diagonal blocks of (H + εI)⁻¹, one per stage with controls."""

@@ -70,7 +70,7 @@ class Stage(Stacked, ABC):
     @property
     @abstractmethod
     def samples(self) -> int:
-        """Number of equal parts of the state, in order, that a stage treats by themselves: 1 where they interact.
+        """Number of equal parts of the state, in order, that a stage treats by themselves: 1 where they interact, 0 (any) of no state.
 
         F and C are block diagonal over them, and so over any number that divides theirs; of an objective, whose F adds them up, C is, and
         without a state before the stage the parts are those of the state after it.

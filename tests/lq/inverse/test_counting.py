@@ -8,7 +8,7 @@ from linop_hess.errors import FactorizationError
 from linop_hess.lq.accuracy import NUDGE
 from linop_hess.lq.inverse import counting
 from linop_hess.lq.inverse.counting import count_up_to, smallest_convex_damping
-from tests.lq.methods.conformance import DTYPES, MIXED, SHAPES, setting
+from tests.lq.methods.conformance import DTYPES, MIXED, SHAPES, WIRED, setting
 
 
 def zero(size=2):
@@ -24,7 +24,7 @@ def zero(size=2):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED, *WIRED])
 def test_count(shape, dtype):
     truth = setting(shape, dtype)
     for b in (-2 * truth.norm, -0.3, -1e-3, 1e-3, 0.2, 2 * truth.norm):
@@ -44,7 +44,7 @@ def test_count_of_nothing():
 
 
 @pytest.mark.parametrize("rtol", [1e-3, 1e-8])
-@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED, *WIRED])
 def test_smallest_convex_damping(shape, rtol):
     truth = setting(shape)
     found, least = smallest_convex_damping(truth.analysis, rtol), -float(truth.eigenvalues.min(initial=0.0))

@@ -8,13 +8,13 @@ from linop_hess.lq.inverse import determinant
 from linop_hess.lq.inverse.determinant import logabsdet
 from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.methods.plan import METHODS
-from tests.lq.methods.conformance import MIXED, SHAPES, setting
+from tests.lq.methods.conformance import MIXED, SHAPES, WIRED, setting
 
 DAMPINGS = (0.5, 1e-2, 1e-5, 1e-7, -0.3)
 
 
 @pytest.mark.parametrize("way", ["as planned", "no dense matrix", "no band", "factors of a dense matrix"])
-@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED, *WIRED])
 def test_against_eigenvalues(shape, way, monkeypatch):
     if way in ("no dense matrix", "no band"):
         monkeypatch.setattr(determinant, "DENSE_UP_TO", -1)

@@ -10,7 +10,7 @@ from linop_hess.lq import Solver
 from linop_hess.lq.inverse import entries, selected
 from linop_hess.lq.inverse.entries import DiagonalEntries
 from linop_hess.lq.inverse.factors import Factors
-from tests.lq.methods.conformance import DTYPES, MIXED, SHAPES, setting
+from tests.lq.methods.conformance import DTYPES, MIXED, SHAPES, WIRED, setting
 
 
 def entries_of(truth, damping, method="riccati"):
@@ -26,7 +26,7 @@ def no_columns(monkeypatch):
 
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED, *WIRED])
 def test_against_the_dense_inverse(shape, dtype, few, monkeypatch):
     if not few:
         monkeypatch.setattr(entries, "SOLVED_UP_TO", 0)

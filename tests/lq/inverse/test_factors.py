@@ -13,7 +13,7 @@ from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.methods import plan as plan_module
 from linop_hess.lq.methods import riccati
 from linop_hess.lq.methods.plan import METHODS
-from tests.lq.methods.conformance import MIXED, SHAPES, setting
+from tests.lq.methods.conformance import MIXED, SHAPES, WIRED, setting
 from tests.lq.problems import gauss_newton_blocks
 
 QUESTIONS = ("inertia", "determinant", "positive", "sample")
@@ -70,7 +70,7 @@ def test_promoted_factors_are_made_anew():
     assert factors.for_entries(0).analysis is analysis.in_float64
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED, *WIRED])
 def test_growth_is_bounded_as_asked_and_factors_are_made_once(shape):
     factors = factors_of(shape, 1e-5, "riccati")
     found = {growth: factors.riccati(growth) for growth in (GROWTH, GROWTH_MODERATE, GROWTH_LITTLE)}
@@ -87,7 +87,7 @@ def test_factors_of_solves_serve_where_they_grow_little():
     assert factors.bounded() is solving is factors.for_entries(0)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED, *WIRED])
 def test_hidden_growth(shape):
     """What Bᵀ(I − QQᵀ)B/ε adds at most, in units of the states."""
     factors = factors_of(shape, 1e-5)
@@ -110,7 +110,7 @@ def test_tiny_dampings_are_refused_where_controls_are_hidden(sign):
     Factors(visible, damping, make_plan(visible, damping)).refuse_tiny_damping()
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED, *WIRED])
 def test_report(shape):
     truth, factors = setting(shape), factors_of(shape, 1e-5)
     rows = factors.report()

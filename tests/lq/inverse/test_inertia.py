@@ -12,7 +12,7 @@ from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.inverse.inertia import inertia, inertia_at, inertia_of_factors
 from linop_hess.lq.methods.riccati import RiccatiFactorization
 from linop_hess.lq.pivots.inertia import Inertia
-from tests.lq.methods.conformance import DTYPES, MIXED, SHAPES, setting
+from tests.lq.methods.conformance import DTYPES, MIXED, SHAPES, WIRED, setting
 
 
 def of(values):
@@ -20,7 +20,7 @@ def of(values):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED, *WIRED])
 def test_between_all_eigenvalues(shape, dtype):
     truth = setting(shape, dtype)
     between = -(truth.eigenvalues[1:] + truth.eigenvalues[:-1]) / 2

@@ -9,7 +9,7 @@ from linop_hess.lq import make_plan
 from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.inverse.sampling import positive, sample
 from linop_hess.lq.methods.plan import METHODS
-from tests.lq.methods.conformance import MIXED, SHAPES, eye, setting
+from tests.lq.methods.conformance import MIXED, SHAPES, WIRED, eye, setting
 
 
 def factors_of(truth, damping, name):
@@ -18,7 +18,7 @@ def factors_of(truth, damping, name):
 
 
 @pytest.mark.parametrize("name", ["riccati", "dense"])
-@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED, *WIRED])
 def test_positive_has_the_eigenvectors_signs_undone(shape, name):
     """(P K)² = I, and P is symmetric positive definite; any dtype comes back as it went."""
     truth = setting(shape)

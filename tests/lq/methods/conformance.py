@@ -14,6 +14,7 @@ import torch
 
 from linop_hess import lq
 from linop_hess.lq.methods.base import EVERYTHING, Congruence, Factorization
+from tests.lq.graphs import GRAPHS, Chain
 from tests.lq.problems import Blocks, backward_error, random_blocks
 
 DTYPES = (torch.float64, torch.float32)
@@ -40,6 +41,8 @@ MIXED = {
     "all wide": ([70, 72, 70, 74], [75, 80, 90]),
 }
 SIZES = SHAPES | MIXED
+# Nodes that act on some of what is live, a parameter that is used twice, controls that nothing sees, controls in any place.
+WIRED = tuple(GRAPHS)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Setting:
     @property
     def analysis(self) -> lq.Analysis:
         return lq.Analysis(self.problem)
+
+    def controls(self) -> list[np.ndarray]:
+        """Where the controls of each stage that has any lie."""
+        layout = self.problem.layout
+        return [layout.controls(l) for l in np.flatnonzero(layout.p)]
 
     @property
     def norm(self) -> float:
@@ -71,7 +79,10 @@ class Setting:
 @cache
 def setting(shape: str, dtype: torch.dtype = torch.float64, seed: int = 7, with_A: str = "some") -> Setting:
     """A random problem of the shape, its blocks numbers that the dtype holds."""
-    blocks: Blocks = random_blocks(*SIZES[shape], seed=seed, with_A=with_A).rounded(dtype)
+    made: Blocks | Chain = (
+        GRAPHS[shape]() if shape in GRAPHS else random_blocks(*SIZES[shape], seed=seed, with_A=with_A)
+    )
+    blocks = made.rounded(dtype)
     H = blocks.hessian()
     return Setting(blocks.problem(dtype), H, np.linalg.eigvalsh(H))
 
@@ -91,7 +102,7 @@ def largest(matrix: np.ndarray) -> float:
 class SolveConformance:
     """Inherit, and define `factor`."""
 
-    shapes = tuple(SIZES)
+    shapes = (*SIZES, *WIRED)
     dtypes = DTYPES
     # Backward error of the bare factors in terms of a rounding: no refinement takes part.
     roundings = 1e4

@@ -6,14 +6,14 @@ import torch
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq import Analysis, Solver
 from linop_hess.lq.methods import block_ldu
-from tests.lq.methods.conformance import SHAPES, SolveConformance, right_hand_side, setting
+from tests.lq.methods.conformance import SHAPES, WIRED, SolveConformance, right_hand_side, setting
 from tests.lq.problems import backward_error, random_blocks
 
 DAMPINGS = [1.0, 1e-2, 1e-5, 1e-8, -0.37, -1e-4]
 
 
 class TestLdu(SolveConformance):
-    shapes = tuple(SHAPES)
+    shapes = (*SHAPES, *WIRED)
     roundings = 1e6
 
     def factor(self, analysis, damping):

@@ -91,13 +91,13 @@ def test_peak_memory_is_foretold(widths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("damping", [0.4, -0.3])
-def test_entries_of_the_inverse(blocks, damping, monkeypatch) -> None:
+@pytest.mark.parametrize("shape", ["stages without controls", "shared, places"])
+def test_entries_of_the_inverse(shape, damping, monkeypatch) -> None:
     monkeypatch.setattr(dense, "_COLUMNS_AT_ONCE", 4)
-    problem = blocks.problem()
-    expected = np.linalg.inv(blocks.hessian() + damping * np.eye(problem.size))
-    factors = dense.factor(Analysis(problem), damping)
+    truth = setting(shape)
+    expected = np.linalg.inv(truth.shifted(damping))
+    factors = dense.factor(truth.analysis, damping)
     atol = 1e-14 * np.linalg.cond(expected) * np.abs(expected).max()
     np.testing.assert_allclose(factors.diagonal().numpy(), np.diag(expected), rtol=0, atol=atol)
-    edges = problem.layout.x_offsets
-    for block, a, b in zip(factors.blocks(), edges[:-1], edges[1:], strict=True):
-        np.testing.assert_allclose(block.numpy(), expected[a:b, a:b], rtol=0, atol=atol)
+    for block, own in zip(factors.blocks(), truth.controls(), strict=True):
+        np.testing.assert_allclose(block.numpy(), expected[np.ix_(own, own)], rtol=0, atol=atol)

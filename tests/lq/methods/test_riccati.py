@@ -15,6 +15,7 @@ from tests.lq.methods.conformance import (
     DAMPINGS,
     MIXED,
     SHAPES,
+    WIRED,
     CongruenceConformance,
     SolveConformance,
     right_hand_side,
@@ -39,7 +40,7 @@ class TestForSolves(SolveConformance):
 
 
 class TestCareful(TestForSolves):
-    shapes = ("more controls than outputs", "wildly varying", "narrow, wide, narrow")
+    shapes = ("more controls than outputs", "wildly varying", "narrow, wide, narrow", *WIRED)
 
     def factor(self, analysis, damping):
         return riccati.factor_careful(analysis, damping)
@@ -53,7 +54,7 @@ class TestBoundedGrowth(CongruenceConformance):
 class TestBoundedMultipliers(CongruenceConformance):
     """Many directions are delayed, hidden ones among them."""
 
-    shapes = ("more controls than outputs", "wildly varying", "stages without controls", *MIXED)
+    shapes = ("more controls than outputs", "wildly varying", "stages without controls", *MIXED, *WIRED)
 
     def factor(self, analysis, damping):
         return bounded(analysis, damping, GROWTH_MODERATE, MULTIPLIER)

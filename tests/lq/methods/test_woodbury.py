@@ -1,5 +1,7 @@
 """Gauss-Newton inverses in function space, against Jᵀ(∇²loss)J from autograd's Jacobian, assembled densely."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,13 @@ from linop_hess.lq import Analysis, Inverse
 from linop_hess.lq.inverse import entries
 from linop_hess.lq.methods import woodbury
 from linop_hess.lq.methods.base import EVERYTHING
+from linop_hess.lq.methods.function_space import FunctionSpace
 from linop_hess.lq.pivots.inertia import Inertia
 from tests.helpers import make_batch, make_mlp, oracle_jacobian
+from tests.lq.graphs import SAMPLES, Chain, residual_of_samples, shared
 from tests.lq.methods.conformance import DAMPINGS as DAMPINGS_OF_FACTORS
 from tests.lq.methods.conformance import Setting, SolveConformance, eye, largest
-from tests.lq.problems import backward_error, gauss_newton_blocks, random_blocks
+from tests.lq.problems import Blocks, backward_error, gauss_newton_blocks, random_blocks
 from tests.test_linearization import NETWORKS, network
 
 DAMPINGS = (1.0, 1e-2, 1e-4, 1e-7, -3e-2)
@@ -300,11 +304,9 @@ class TestFactors(SolveConformance):
         np.testing.assert_allclose(root @ root.T, expected, rtol=0, atol=10 * atol)
         np.testing.assert_allclose(found.positive(eye(N, torch.float64)).numpy(), expected, rtol=0, atol=atol)
         np.testing.assert_allclose(found.diagonal().numpy(), np.diag(expected), rtol=0, atol=atol)
-        edges = truth.problem.layout.x_offsets
         blocks = iter(found.blocks())
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
-            if stop > start:
-                np.testing.assert_allclose(next(blocks), expected[start:stop, start:stop], rtol=0, atol=atol)
+        for own in truth.controls():
+            np.testing.assert_allclose(next(blocks), expected[np.ix_(own, own)], rtol=0, atol=atol)
         assert next(blocks, None) is None
 
 
@@ -330,3 +332,42 @@ def test_controls_of_the_last_stage_are_refused(curved):
     assert cost.seconds == np.inf
     values = np.linalg.eigvalsh(blocks.hessian()) + 0.3
     assert Inverse(blocks.problem(), 0.3).inertia.negative == (values < 0).sum()
+
+
+class TestWiredFactors(TestFactors):
+    """Wired stages, an idle parameter and controls in any place; samples are apart, or interact."""
+
+    shapes = ("samples, places", "samples", "shared")
+
+    def setting(self, shape, dtype):
+        if shape == "shared":
+            nodes = [flat(node) for node in shared().nodes]
+            made = Chain(nodes, np.random.default_rng(0).permutation(14)).rounded(dtype)
+            return Setting(made.problem(dtype), made.hessian(), np.linalg.eigvalsh(made.hessian()))
+        problem, _ = residual_of_samples(shape == "samples, places", self.convex)
+        problem = problem.gauss_newton()
+        if dtype == torch.float32:
+            problem = problem.to(dtype).to(torch.float64)
+        # The truth by the dense blocks of the stages, which their own tests compare with autograd.
+        names = "ABCFG"
+        own = {name: [getattr(stage, f"dense_{name}")()[0].numpy() for stage in problem.stages] for name in names}
+        places, H = problem.layout.places, Blocks(**own).hessian()
+        if places is not None:
+            inverse = np.argsort(places)
+            H = H[np.ix_(inverse, inverse)]
+        found = Setting(problem.to(dtype), H, np.linalg.eigvalsh(H))
+        assert FunctionSpace(found.analysis).samples == SAMPLES
+        return found
+
+
+class TestWiredFactorsNonconvex(TestWiredFactors):
+    convex = False
+
+
+def flat(node):
+    """Without the curvature of all but the objective, which is convex and of rank one."""
+    zero = {name: 0 * node.blocks[name] for name in "ABC"}
+    if node.kind == "objective":
+        f = node.blocks["F"]
+        zero["C"] = f.T @ f
+    return replace(node, blocks=node.blocks | zero)

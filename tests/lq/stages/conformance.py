@@ -278,7 +278,7 @@ class StageConformance:
         stage, G = case.stage.to(dtype).at(0), case.blocks.G[0]
         space = stage.row_space()
         generator = torch.Generator().manual_seed(6)
-        for samples in {m for m in (1, stage.samples) if stage.n_out % m == 0}:
+        for samples in {m for m in (1, max(1, stage.samples)) if stage.n_out % m == 0}:
             Y, A = draw(generator, stage.n_out, 2), symmetric(generator, 2 * samples, 2 * samples)
             rows = Y.view(samples, -1, 2)
             wide = torch.block_diag(*rows)
