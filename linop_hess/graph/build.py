@@ -77,7 +77,8 @@ def build_chain(
                 "the parameters do not lie in the order of the layers, or some belong to no layer; pass params= without "
                 "those that the forward pass does not use"
             )
-        loss, cost = linearize_loss(loss_fn, output, targets)
+        parts = linearize_loss(loss_fn, output, targets)
+        loss, cost = parts.value, parts.stage
         stacks = _stack(layers, states)
         order = np.zeros((len(layers) + 1, 2), dtype=np.int64)
         blocks: list[Stage] = []
