@@ -114,8 +114,8 @@ def refuse_empty(value: Any, what: str) -> None:
 def as_data(value: Any, device: torch.device | None = None) -> Any:
     """Return data with every tensor, also inside tuples, lists and dicts, such that autograd can use it as data.
 
-    Tensors of inference mode are copied; graphs that lead to parameters are cut off. Leaves that require a gradient, and what
-    is computed from them, are kept as they are: a loss may differentiate by them. One tensor in two places stays one.
+    Tensors of inference mode are copied; graphs that lead to parameters are cut off. Other leaves that require a gradient, and
+    what is computed from them, are kept as they are: a loss may differentiate by them. One tensor in two places stays one.
 
     Parameters
     ----------
@@ -129,8 +129,11 @@ def as_data(value: Any, device: torch.device | None = None) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in seen:
-            data = leaf.detach() if leaf.grad_fn is not None and _leads_to_a_parameter(leaf) else leaf
-            data = data.detach() if isinstance(data, nn.Parameter) else data
+            data = leaf
+            if isinstance(leaf, nn.Parameter):  # a leaf like any other here
+                data = leaf.detach().requires_grad_(leaf.requires_grad)
+            elif leaf.grad_fn is not None and _leads_to_a_parameter(leaf):
+                data = leaf.detach()
             seen[id(leaf)] = data.to(device or leaf.device, copy=leaf.is_inference())
         return seen[id(leaf)]
 
@@ -183,8 +186,13 @@ def of_the_output_alone() -> Iterator[None]:
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to all that tuples, lists and dicts hold; a dict of another class comes back as a plain one."""
+
+    def at(leaf: Any) -> Any:
+        return {key: _mapped(function, item) for key, item in leaf.items()} if isinstance(leaf, dict) else function(leaf)
+
     leaves, nest = pytree.tree_flatten(value)
-    return pytree.tree_unflatten([function(leaf) for leaf in leaves], nest)
+    return pytree.tree_unflatten([at(leaf) for leaf in leaves], nest)
 
 
 def _leads_to_a_parameter(tensor: Tensor) -> bool:

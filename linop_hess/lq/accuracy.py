@@ -31,6 +31,10 @@ RANK = 1.0
 # a semidefinite objective indefinite in float64.
 ROUNDED = 1.0
 
+# A linearization agrees with double backward where they differ, in each parameter, by at most so many times what an ulp in the parameters
+# and an ulp of the whole product explain. Networks of 12 kinds came to 1.5 at most in both dtypes, couplings of 4e-5 dropped in float32 to 119 and more.
+VERIFIED = 16.0
+
 # A dense Hessian is compared with a product on a random unit vector: it is right where they differ by so many eps of its norm.
 ASSEMBLED = 1e4
 

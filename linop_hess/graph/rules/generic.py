@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from linop_hess import _memory
 from linop_hess.autograd.differentiate import symmetric, twice_differentiable, unit_cotangents, vjps
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.rules.base import Kind, Layer
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
+
+
+# Arrays of the curvature's size that exist at once while it is made symmetric and cut.
+_COPIES = 4
 
 
 class Generic(Kind):
@@ -47,6 +52,7 @@ class Generic(Kind):
         with twice_differentiable(_title(layers[0]), Z.device, layers[0].module):
             u, params, y = self._record(layers[0], Z[0])
             sources = [u, *params] if u.requires_grad else params
+            _require_memory(layers[0], y, sources)
             rows = vjps(y, sources, unit_cotangents(y)) if sources else []
         n = y.numel()
         F = rows.pop(0) if u.requires_grad else Z.new_zeros(n, 0, dtype=y.dtype)
@@ -70,6 +76,17 @@ class Generic(Kind):
         A, B, C = curvature[:p, :p], curvature[:p, p:], curvature[p:, p:]
         a, b, c = (block[None] if bool(block.any()) else None for block in (A, B, C))
         return DenseStage.plain(stages.dense_F(), stages.dense_G(), a, b, c)
+
+
+def _require_memory(layer: Layer, y: Tensor, sources: Sequence[Tensor]) -> None:
+    """Raise before the Jacobian, or the curvature after it, is computed in more memory than there is."""
+    columns = sum(source.numel() for source in sources)
+    entries = max(2 * y.numel() * columns, y.numel() * columns + _COPIES * columns**2)
+    _memory.require(
+        entries * y.element_size(),
+        f"{_title(layer)}, whose structure is not known, with {y.numel()} outputs by {columns} inputs and parameters,",
+        _memory.available_on(y.device),
+    )
 
 
 def _title(layer: Layer) -> str:

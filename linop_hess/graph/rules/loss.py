@@ -206,25 +206,23 @@ def _hessian_blocks(gradient: Tensor, u: Tensor, samples: int) -> Tensor:
     width = n // samples
     small = n <= _DENSE_UP_TO
     if small or samples == 1 or not _samples_apart(gradient, u, samples):
-        _memory.require(
-            _COPIES * n**2 * u.element_size(),
-            f"the loss's Hessian by {n} outputs, whose samples interact," if samples > 1 else f"the loss's Hessian by {n} outputs",
-            _memory.available_on(u.device),
-        )
+        if not small:
+            coupled = ", whose samples interact through the loss," if samples > 1 else ""
+            _require(n**2, f"the loss's Hessian by {n} outputs{coupled}", u)
         whole = vjps(gradient, [u], unit_cotangents(u))[0]
         blocks = whole.view(samples, width, samples, width).permute(0, 2, 1, 3)
         between = ~torch.eye(samples, dtype=torch.bool, device=u.device)
         if samples == 1 or not small or bool((blocks[between] != 0).any()):
             return whole[None, None]
         return blocks[~between][None].contiguous()
-    _memory.require(
-        _COPIES * n * width * u.element_size(),
-        f"the loss's Hessian of {samples} samples by {width} outputs each",
-        _memory.available_on(u.device),
-    )
+    _require(n * width, f"the loss's Hessian of {samples} samples by {width} outputs each", u)
     probes = torch.eye(width, dtype=u.dtype, device=u.device)
     rows = vjps(gradient, [u], probes[:, None].expand(width, samples, width).reshape(width, n))[0]
     return rows.reshape(width, samples, width).transpose(0, 1)[None].contiguous()
+
+
+def _require(entries: int, what: str, like: Tensor) -> None:
+    _memory.require(_COPIES * entries * like.element_size(), what, _memory.available_on(like.device))
 
 
 def _samples_apart(gradient: Tensor, u: Tensor, samples: int) -> bool:
