@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 _ONE_BATCH = "pass one batch as a tuple (inputs, targets), several as a list of such tuples or a DataLoader"
@@ -126,24 +127,13 @@ class Batches:
             _refuse_ignored(loss_fn, targets)
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Return tensors, also inside tuples, lists and dicts, on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=value.is_inference())  # autograd cannot use a tensor of inference mode
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(to_device(item, device) for item in value)
-    return value
-
-
 def _as_iterable(data: Any) -> Iterable[Any]:
     if _is_pair(data) and not (_is_pair(data[0]) and _is_pair(data[1])):
         return [tuple(data)]
     if isinstance(data, tuple) and _is_pair(data):
         raise ValueError(
-            "expected one batch or a list of batches, got a tuple of two pairs, and it is not clear which it is: put two "
-            "batches in a list, or several inputs of one batch in a dict"
+            "expected one batch or a list of batches, got a tuple of two pairs, and it is not clear which it is: put the "
+            "batches in a list, also where there is only one"
         )
     if isinstance(data, Tensor) or not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise TypeError(f"expected a batch or an iterable of batches, got {type(data).__name__}: {_ONE_BATCH}")
@@ -177,18 +167,23 @@ def _stated_reduction(loss_fn: Callable[..., Any]) -> str | None:
 
 def _sample_count(inputs: Any, targets: Any) -> int:
     for value in (targets, inputs):
-        if isinstance(value, Tensor):
-            if value.ndim == 0:
-                break
-            return int(value.shape[0])
+        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        counts = {tensor.shape[0] if tensor.ndim else None for tensor in tensors}
+        count = counts.pop() if len(counts) == 1 else None
+        if count is not None:
+            return int(count)
+        if tensors:
+            break
     raise ValueError(
-        "expected targets (or inputs, where the targets are no tensor) whose first dimension is the number of samples, which "
+        "expected targets (or inputs, where the targets are no tensors) whose first dimension is the number of samples, which "
         "a mean over several batches needs, got none: give the batches one"
     )
 
 
-def _sample_shape(targets: Any) -> tuple[int, ...]:
-    return tuple(targets.shape[1:]) if isinstance(targets, Tensor) else ()
+def _sample_shape(targets: Any) -> tuple[int, ...] | list[tuple[int, ...]]:
+    """Shape of a sample's targets, or of each tensor of a nest."""
+    shapes = [tuple(leaf.shape[1:]) for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Tensor)]
+    return shapes[0] if isinstance(targets, Tensor) else shapes
 
 
 def _refuse_ignored(loss_fn: Callable[..., Any], targets: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from linop_hess._validate import checked_loss, require_loss_fn
-from linop_hess.autograd.batches import Batches, to_device
+from linop_hess.autograd.batches import Batches
+from linop_hess.autograd.calling import as_data, call_loss, call_model, takes_parameters
 from linop_hess.autograd.differentiate import (
     differentiate,
     joined,
@@ -52,7 +53,7 @@ class RiskCurvature(Operator):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor],
+        loss_fn: Callable[..., Tensor],
         data: Any,
         *,
         params: Iterable[str] | None = None,
@@ -65,6 +66,11 @@ class RiskCurvature(Operator):
         require_loss_fn(loss_fn)
         self.names = tuple(select_parameters(model, params))
         self.batches = Batches(data, loss_fn, reduction, progress)
+        if self.batches.count > 1 and self.batches.reduction == "sum" and takes_parameters(loss_fn):
+            raise ValueError(
+                "expected a mean over batches or a single batch for a loss that takes the parameters, got a sum over several, "
+                "which counts a penalty once a batch: join the batches, or add the penalty's Hessian by itself"
+            )
         with torch.inference_mode(False):
             self.model = frozen_copy(model)
         self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
@@ -120,7 +126,7 @@ class RiskCurvature(Operator):
 
     def _record_batch(self, batch: Any) -> Recording:
         with self._twice_differentiable():
-            return self._record(*to_device(batch, self.device))
+            return self._record(*as_data(tuple(batch), self.device))
 
     def _twice_differentiable(self) -> Any:
         return twice_differentiable("the model and the loss", self.device, self.model)
@@ -146,10 +152,12 @@ class RiskCurvature(Operator):
         return total
 
     def _output(self, inputs: Any) -> Any:
-        return self.model(inputs)
+        return call_model(self.model, inputs)
 
-    def _loss(self, output: Any, targets: Any) -> Tensor:
-        return checked_loss(self.loss_fn(output, targets))
+    def _loss(self, output: Any, targets: Any, parameters: Sequence[Tensor] | None = None) -> Tensor:
+        """Return the loss; a loss of three arguments is given the operator's own parameters unless others are."""
+        own = self.parameters if parameters is None else parameters
+        return checked_loss(call_loss(self.loss_fn, output, targets, dict(zip(self.names, own, strict=True))))
 
     def _check_deterministic(self, before: dict[str, Tensor], scale: float) -> None:
         """Raise where the first evaluation changed a buffer, or a second one gives other values."""
@@ -179,7 +187,7 @@ class RiskCurvature(Operator):
         if asymmetry <= torch.finfo(self.torch_dtype).eps ** (2 / 3) * _crossed_norms(probes, products):
             return
         # A saturated network's Hessian is itself all rounding: see how far an ulp in the parameters moves it.
-        noise = _crossed_norms(probes, self._apply_perturbed(probes, generator) - products)
+        noise = _crossed_norms(probes, self.moved_by_rounding(probes, products))
         if asymmetry > 10 * noise:
             raise UnsupportedModelError(
                 f"expected uᵀHv and vᵀHu to agree, got a difference of {asymmetry:.3g}, where rounding explains "
@@ -188,19 +196,32 @@ class RiskCurvature(Operator):
                 "to leave its parameters out"
             )
 
-    def _apply_perturbed(self, X: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the product at parameters changed by a few units in the last place."""
+    def moved_by_rounding(self, X: Tensor, products: Tensor) -> Tensor:
+        """Return how far products with a block move when the parameters change by a few units in the last place.
+
+        Parameters
+        ----------
+        X : torch.Tensor, shape (n, k)
+        products : torch.Tensor, shape (n, k)
+            Those at the parameters as they are.
+
+        Returns
+        -------
+        torch.Tensor, shape (n, k)
+        """
+        generator = torch.Generator().manual_seed(1)
         saved = [parameter.detach().clone() for parameter in self.parameters]
         ulp = torch.finfo(self.torch_dtype).eps
         self.release()  # the graphs are those of the parameters before the change
-        try:
-            for parameter in self.parameters:
-                change = torch.randn(parameter.shape, generator=generator, dtype=self.torch_dtype)
-                parameter.mul_(1 + 2 * ulp * change.to(self.device))
-            return self._products(X, Recordings(self.device, keep=False))
-        finally:
-            for parameter, value in zip(self.parameters, saved, strict=True):
-                parameter.copy_(value)
+        with plain_arithmetic(self.device):
+            try:
+                for parameter in self.parameters:
+                    change = torch.randn(parameter.shape, generator=generator, dtype=self.torch_dtype)
+                    parameter.mul_(1 + 2 * ulp * change.to(self.device))
+                return self._products(X, Recordings(self.device, keep=False)) - products
+            finally:
+                for parameter, value in zip(self.parameters, saved, strict=True):
+                    parameter.copy_(value)
 
     def _evaluate(self, *, first: bool = False) -> tuple[float, Tensor, float]:
         """Return the risk, its gradient (n,), and the sum of the norms of the batches' gradients.
@@ -212,7 +233,7 @@ class RiskCurvature(Operator):
         gradient = torch.zeros(self.shape[0], dtype=self.torch_dtype, device=self.device)
         for inputs, targets, weight in self.batches.tracked("loss and gradient"):
             with self._twice_differentiable():
-                inputs, targets = to_device((inputs, targets), self.device)
+                inputs, targets = as_data((inputs, targets), self.device)
                 loss = self._loss(self._output(inputs), targets)
                 if first:
                     refuse_once_differentiable(loss)

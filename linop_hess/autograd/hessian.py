@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from linop_hess.autograd.calling import of_the_output_alone, takes_parameters
 from linop_hess.autograd.differentiate import Gradients, differentiate, joined
 from linop_hess.autograd.empirical_risk import RiskCurvature
 from linop_hess.autograd.recording import Recording
@@ -26,12 +29,17 @@ class Hessian(RiskCurvature):
     ----------
     model : torch.nn.Module
         Any module that maps a batch of inputs to an output, twice differentiable. At a kink, as ReLU's, the
-        second derivative is the one that holds almost everywhere (zero).
+        second derivative is the one that holds almost everywhere (zero). The output may be anything that
+        `loss_fn` takes.
     loss_fn : callable
-        ``loss_fn(output, targets)`` returns a scalar tensor.
+        ``loss_fn(output, targets)`` returns a scalar tensor. With three positional arguments it is called as
+        ``loss_fn(output, targets, params)``, with a dict of the chosen parameters by name, as a penalty on the
+        weights needs. It may differentiate the output by inputs that require a gradient.
     data : tuple or iterable of tuples
         One batch ``(inputs, targets)``, or a re-iterable of batches (a list, a DataLoader). The operator is
-        that of the loss of all data at once, also for batches of unequal sizes.
+        that of the loss of all data at once, also for batches of unequal sizes. Inputs that are a tuple are the
+        arguments of the model, ``model(*inputs)``; anything else, a dict included, is given as one. Inputs and
+        targets are constants: a graph that leads from them to parameters is cut off.
     params : iterable of str, optional
         Names of the parameters to differentiate by; the others are constants. By default all that require a
         gradient. Flat vectors are in the order of `model.named_parameters()`.
@@ -68,10 +76,12 @@ class Hessian(RiskCurvature):
     ------
     UnsupportedModelError
         If the loss is not a fixed function of the parameters (Dropout or BatchNorm in training mode), uses them
-        other than through the model, an operation has no second derivative, or the model cannot be copied.
+        other than through the model and its third argument, an operation has no second derivative, or the model
+        cannot be copied or is parallel, compiled or scripted.
     ValueError
-        No trainable or an unknown parameter, parameters on several devices, no batch, several batches without
-        a known reduction, a loss that is no scalar, not finite, or does not depend on the parameters.
+        No trainable or an unknown parameter, parameters on several devices or without data, no batch, several
+        batches without a known reduction, several summed with a loss of three arguments, a loss that is no
+        scalar, not finite, or does not depend on the parameters.
     TypeError
         Parameters that are neither float32 nor float64 or of mixed dtypes, a one-shot iterator of batches, a loss that is
         no tensor.
@@ -110,9 +120,10 @@ class GaussNewton(RiskCurvature):
 
     .. math:: G v = J^\top \, \nabla^2_z \ell \, J v, \qquad J = \partial z / \partial \theta
 
-    with z the model's output, a tensor. Jv is the derivative of the linear map u ↦ Jᵀu, so all is double
-    backward. For a loss convex in z, G is positive semidefinite. Parameters, attributes and errors are those
-    of `Hessian`.
+    with z the model's output: all tensors of it, be it one or a nest of tuples, lists and dicts. Jv is the derivative
+    of the linear map u ↦ Jᵀu, so all is double backward. For a loss convex in z, G is positive semidefinite. Of a loss
+    of three arguments, the parameters count among z, so that a penalty has its full Hessian. Parameters, attributes and
+    errors are those of `Hessian`; a loss that differentiates the model has none (UnsupportedModelError).
 
     References
     ----------
@@ -120,30 +131,50 @@ class GaussNewton(RiskCurvature):
     Computation 14 (2002).
     """
 
-    def _output(self, inputs: Any) -> Tensor:
-        output = self.model(inputs)
-        if not isinstance(output, Tensor):
+    def _output(self, inputs: Any) -> Any:
+        output = super()._output(inputs)
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(output)):
             raise TypeError(
-                "expected a model whose output is one tensor, as the Gauss-Newton matrix needs, got "
-                f"{type(output).__name__}: wrap the model so that it returns the tensor the loss is taken of"
+                "expected a model whose output is a tensor, or tuples, lists and dicts of some, as the Gauss-Newton matrix "
+                f"needs, got {type(output).__name__}: wrap the model so that it returns the tensors the loss is taken of"
             )
         return output
 
     def _record(self, inputs: Any, targets: Any) -> Recording:
         parameters = self.parameters
-        output = self._output(inputs)
-        cotangent = torch.zeros_like(output, requires_grad=True)
-        pullback = joined(differentiate([output], parameters, [cotangent], create_graph=True), parameters)
-        leaf = output.detach().requires_grad_()
-        slope = differentiate([self._loss(leaf, targets)], [leaf], create_graph=True)
+        leaves, nest = pytree.tree_flatten(self._output(inputs))
+        places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        outputs = [leaves[k] for k in places]
+        cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        pullback = joined(differentiate(outputs, parameters, cotangents, create_graph=True), parameters)
+        states = [output.detach().requires_grad_() for output in outputs]
+        direct = [p.detach().requires_grad_() for p in parameters] if takes_parameters(self.loss_fn) else []
+        for k, state in zip(places, states, strict=True):
+            leaves[k] = state.clone()  # which a loss may change in place
+        with of_the_output_alone():
+            loss = self._loss(pytree.tree_unflatten(leaves, nest), targets, direct or None)
+            slopes = differentiate([loss], [*states, *direct], create_graph=True)
 
         def product(v: Tensor, batched: bool) -> Gradients:
-            pushed = differentiate([pullback], [cotangent], [v], retain_graph=True, batched=batched)
-            if pushed[0] is None:
-                return [None] * len(parameters)
-            curved = differentiate(slope, [leaf], pushed, retain_graph=True, batched=batched)
-            if curved[0] is None:
-                return [None] * len(parameters)
-            return differentiate([output], parameters, curved, retain_graph=True, batched=batched)
+            pushed = differentiate([pullback], cotangents, [v], retain_graph=True, batched=batched)
+            lead = v.shape[:1] if batched else ()
+            along = [v.new_zeros(*lead, *s.shape) if p is None else p for p, s in zip(pushed, states, strict=True)]
+            parts = v.split([d.numel() for d in direct], -1) if direct else ()
+            along += [part.reshape(*lead, *d.shape) for part, d in zip(parts, direct, strict=True)]
+            curved = differentiate(slopes, [*states, *direct], along, retain_graph=True, batched=batched)
+            seen = [(o, c) for o, c in zip(outputs, curved, strict=False) if c is not None]
+            back = _pulled_back(seen, parameters, batched)
+            if not direct:
+                return back
+            return [_added(b, c) for b, c in zip(back, curved[len(states) :], strict=True)]
 
-        return Recording(product, [pullback, *(s for s in slope if s is not None)], parameters)
+        return Recording(product, [pullback, *(s for s in slopes if s is not None)], parameters)
+
+
+def _pulled_back(pairs: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Tensor], batched: bool) -> Gradients:
+    outputs, cotangents = [output for output, _ in pairs], [cotangent for _, cotangent in pairs]
+    return differentiate(outputs, parameters, cotangents, retain_graph=True, batched=batched)
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from linop_hess._memory import available_on
 from linop_hess._validate import NUMPY_DTYPES
@@ -134,7 +135,8 @@ class Recordings:
         if not (self.keep and _can_copy(data)):
             return record(data)
         private = _copy(data)
-        recording = record(private)
+        # A loss may differentiate by its data, as physics-informed ones do: then it must be given those that it knows.
+        recording = record(data if _requires_grad(data) else private)
         if available_on(self.device) > self._must_stay_free:
             self._kept[index] = private, recording
         return recording
@@ -166,6 +168,10 @@ def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
     if like.device.type == "cpu":
         return torch.from_numpy(np.empty(tuple(shape), NUMPY_DTYPES[like.dtype]))
     return like.new_empty(shape)
+
+
+def _requires_grad(data: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(data))
 
 
 def _can_copy(data: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from linop_hess._validate import require_dtype
+from linop_hess.autograd.calling import refuse_unusable_model
 from linop_hess.errors import UnsupportedModelError
 
 
@@ -33,11 +34,14 @@ def select_parameters(model: Any, params: Iterable[str] | None) -> list[str]:
         If `model` is not a module, `params` is a string, or a chosen parameter is neither float32 nor
         float64, or two differ in dtype.
     ValueError
-        If a name is unknown or names a frozen parameter, none is chosen, or chosen ones are on several
-        devices.
+        If a name is unknown or names a frozen parameter, none is chosen, chosen ones are on several
+        devices, or the model is on the meta device.
+    UnsupportedModelError
+        If the model is parallel, sharded, compiled or scripted.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
+    refuse_unusable_model(model)
     named = dict(model.named_parameters())
     chosen = _chosen_names(named, params)
     if not chosen:

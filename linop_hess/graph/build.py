@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from linop_hess.autograd.calling import constant, takes_parameters
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.capture import Capture, capture
 from linop_hess.graph.layers import known_layers, linearize_layers
@@ -41,29 +43,20 @@ class Chain:
 
 
 def build_chain(
-    model: nn.Module,
-    run: Callable[[nn.Module, Any], Any],
-    loss_fn: Callable[..., Tensor],
-    inputs: Any,
-    targets: Any,
-    names: Sequence[str],
-    *,
-    takes_parameters: bool = False,
+    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
 ) -> Chain:
     """Linearize a model at its current parameters.
 
     Parameters
     ----------
     model : nn.Module
-    run : callable
-        ``run(model, inputs)`` calls the model.
     loss_fn : callable
+        ``loss_fn(output, target)``, or ``loss_fn(output, target, params)`` with the dict of parameters.
     inputs : object
+        A tuple is unpacked, ``model(*inputs)``.
     targets : object
     names : sequence of str
         The parameters to differentiate, in the model's order.
-    takes_parameters : bool
-        Whether the loss also takes the dict of parameters.
 
     Returns
     -------
@@ -76,29 +69,32 @@ def build_chain(
     ValueError
         If a value or derivative is NaN or Inf (the message names the layer), or the loss depends on no parameter.
     """
-    layers = None if takes_parameters else known_layers(model, inputs, names)
+    layers = None if takes_parameters(loss_fn) else known_layers(model, inputs, names)
     if layers is not None:
-        chain = linearize_layers(layers, loss_fn, inputs, targets)
-        return Chain(chain.problem, chain.loss, chain.gradient, tuple(names), ())
-    run_once = capture(model, run, loss_fn, inputs, targets, names, takes_parameters=takes_parameters)
+        try:
+            chain = linearize_layers(layers, loss_fn, constant(inputs), targets)
+            return Chain(chain.problem, chain.loss, chain.gradient, tuple(names), ())
+        except UnsupportedModelError:  # a loss that reads more than the output: the recording knows what
+            pass
+    seen = capture(model, loss_fn, inputs, targets, names)
     parameter = dict(model.named_parameters())[names[0]]
-    if run_once.reads_output_alone:
-        _, cost = linearize_loss(loss_fn, run_once.output, targets)
-        graph = build_graph(run_once.trace, run_once.output_ids, cost, parameter)
+    if seen.reads_output_alone:
+        parts = linearize_loss(loss_fn, seen.output, targets, parameter.dtype)
+        graph = build_graph(seen.trace, seen.output_ids[parts.order.cpu().numpy()], parts.stage, parameter)
     else:
-        graph = build_graph(run_once.trace, torch.tensor([run_once.loss_id]).numpy(), None, parameter)
-    _compare_gradients(run_once, graph.gradient, names)
-    return Chain(graph.problem, run_once.loss, graph.gradient, tuple(names), graph.generic)
+        graph = build_graph(seen.trace, np.array([seen.loss_id]), None, parameter)
+    _compare_gradients(seen, graph.gradient, names)
+    return Chain(graph.problem, seen.loss, graph.gradient, tuple(names), graph.generic)
 
 
-def _compare_gradients(run_once: Capture, ours: Tensor, names: Sequence[str]) -> None:
+def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str]) -> None:
     """Raise unless the gradient through the stages is autograd's of the same run."""
-    theirs = torch.cat([g.reshape(-1) for g in run_once.gradient])
+    theirs = torch.cat([g.reshape(-1) for g in seen.gradient])
     gap = (ours - theirs).abs()
     bound = GRADIENTS_AGREE * torch.finfo(ours.dtype).eps ** 0.5 * float(theirs.abs().max())
     if bool((gap <= bound).all()):
         return
-    parts = zip(names, gap.split([g.numel() for g in run_once.gradient]), strict=True)
+    parts = zip(names, gap.split([g.numel() for g in seen.gradient]), strict=True)
     wrong = [name for name, part in parts if not bool((part <= bound).all())]
     raise UnsupportedModelError(
         f"expected a gradient that follows from the model's operations, got another one of {', '.join(wrong[:5])}: remove hooks and "

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map
 
 from linop_hess._validate import checked_loss
+from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.trace import Recorder, Strided, Trace, module_paths
@@ -50,28 +51,17 @@ class Capture:
 
 
 def capture(
-    model: nn.Module,
-    run: Callable[[nn.Module, Any], Any],
-    loss_fn: Callable[..., Tensor],
-    inputs: Any,
-    targets: Any,
-    names: Sequence[str],
-    *,
-    takes_parameters: bool = False,
+    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
 ) -> Capture:
-    """Record loss_fn(run(model, inputs), targets).
+    """Record loss_fn(model(inputs), targets).
 
     Parameters
     ----------
     model : nn.Module
-    run : callable
-        ``run(model, inputs)`` calls the model.
     loss_fn : callable
     inputs, targets : object
     names : sequence of str
         The parameters that are not constants.
-    takes_parameters : bool
-        Whether the loss also takes the dict of parameters.
 
     Raises
     ------
@@ -86,17 +76,17 @@ def capture(
     leaves = {name: _leaf(named[name]) for name in names}
     others = {name: p.detach().clone() for name, p in named.items() if name not in leaves}
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    inputs, targets = _usable((inputs, targets))
+    inputs, targets = as_data((inputs, targets))
     device = next(iter(leaves.values())).device
     recorder = Recorder(list(leaves.values()))
     between: list[Any] = []
 
     def evaluated(output: Any) -> Tensor:
-        return checked_loss(loss_fn(output, targets, leaves) if takes_parameters else loss_fn(output, targets))
+        return checked_loss(call_loss(loss_fn, output, targets, leaves))
 
     def recorded(model: nn.Module) -> Tensor:
         with recorder:
-            output = run(model, inputs)
+            output = call_model(model, inputs)
         tensors = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
         ids = np.concatenate([recorder.ids_of(t) for t in tensors] or [np.zeros(0, dtype=np.int64)])
         kept = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, output)
@@ -115,7 +105,7 @@ def capture(
     with twice_differentiable("the model", device, model):
         with _without_collector(), module_paths(model, recorder.path):
             value = called(recorded)
-        again = called(lambda model: evaluated(run(model, inputs)))
+        again = called(lambda model: evaluated(call_model(model, inputs)))
     loss_ids = recorder.ids_of(value)
     if not loss_ids.any():
         raise ValueError(
@@ -153,19 +143,6 @@ class _Holder(nn.Module):
 
 def _leaf(parameter: Tensor) -> Tensor:
     return parameter.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-
-
-def _usable(data: Any) -> Any:
-    """Data without inference tensors, the same tensor at every place where it stands."""
-    copies: dict[int, Tensor] = {}
-
-    def usable(t: Any) -> Any:
-        if not isinstance(t, Tensor) or not t.is_inference():
-            return t
-        return copies.setdefault(id(t), t.clone())
-
-    with torch.inference_mode(False):
-        return tree_map(usable, data)
 
 
 def _require_unchanged(private: dict[str, Tensor], before: dict[str, Tensor]) -> None:

@@ -79,7 +79,8 @@ def linearize_layers(layers: Sequence[Layer], loss_fn: Callable[[Tensor, Any], T
     """
     with torch.no_grad():
         layers, states, output = _forward(layers, inputs)
-        loss, cost = linearize_loss(loss_fn, output, targets)
+        parts = linearize_loss(loss_fn, output, targets)
+        loss, cost = parts.value, parts.stage
         stacks = _stack(layers, states)
         order = np.zeros((len(layers) + 1, 2), dtype=np.int64)
         blocks: list[Stage] = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from linop_hess.autograd.hessian import Hessian
 
@@ -32,9 +34,9 @@ class Reference:
         self.versions = self._versions()
 
     def _versions(self) -> list[tuple[int, ...]]:
-        data = [t for t in (self.inputs, self.targets) if isinstance(t, Tensor)]
+        data = [t for t in pytree.tree_leaves((self.inputs, self.targets)) if isinstance(t, Tensor)]
         tensors = [*self.model.parameters(), *self.model.buffers(), *data]
-        return [(t.data_ptr(), t._version) for t in tensors] + [(m.training,) for m in self.model.modules()]
+        return [(_place(t), _version(t)) for t in tensors] + [(m.training,) for m in self.model.modules()]
 
     def hessian(self) -> Hessian:
         """Return the Hessian by double backward.
@@ -52,3 +54,14 @@ class Reference:
         return Hessian(
             self.model, self.loss_fn, (self.inputs, self.targets), params=self.names, check_deterministic=False
         )
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    """What changes when a tensor is changed in place; those of inference mode do not count it, so it is their contents."""
+    if not tensor.is_inference():
+        return tensor._version
+    return hash(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -163,7 +163,8 @@ def test_linear_network_with_a_linear_loss_has_only_mixed_curvature():
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 1), (40, 1), (3, 2, 4), (1, 20)])
 def test_outputs_of_any_shape(shape):
     u = normal(*shape)
-    value, stage = linearize_loss(lambda o, t: (o.sin() * (1 + o**2)).sum(), u, None)
+    parts = linearize_loss(lambda o, t: (o.sin() * (1 + o**2)).sum(), u, None)
+    value, stage = parts.value, parts.stage
     H = torch.autograd.functional.hessian(lambda v: (v.sin() * (1 + v**2)).sum(), u).reshape(u.numel(), -1)
     assert np.isclose(value, float((u.sin() * (1 + u**2)).sum()))
     np.testing.assert_allclose(stage.dense_C()[0].numpy(), H.numpy(), rtol=0, atol=1e-13)
@@ -176,7 +177,7 @@ def test_curvature_of_some_samples_that_vanishes():
     def loss(o, _):
         return o[3:].square().sum() + 1e-6 * o[4, 0] * o[25, 1]
 
-    stage = linearize_loss(loss, u, None)[1]
+    stage = linearize_loss(loss, u, None).stage
     H = torch.autograd.functional.hessian(lambda v: loss(v, None), u).reshape(60, 60)
     np.testing.assert_allclose(stage.dense_C()[0].numpy(), H.numpy(), rtol=0, atol=1e-13)
 

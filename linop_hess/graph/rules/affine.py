@@ -28,7 +28,7 @@ class Linear(Kind):
 
     def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         W = torch.stack([layer.module.weight.detach() for layer in layers])
-        rows = Z.reshape(len(layers), -1, W.shape[2])
+        rows = Z.reshape(len(layers), Z.shape[1:-1].numel(), W.shape[2])
         return AffineStage(W, rows, None, "weight" in layers[0].params, "bias" in layers[0].params)
 
 

@@ -1,14 +1,22 @@
-"""The loss as the last stage: value, gradient, and Hessian with respect to the output, block diagonal where it is."""
+"""The loss as the last stage: value, gradient, and Hessian with respect to the output, block diagonal where it is.
+
+The derivatives are taken in float64 where the loss allows it, for a float32 model too: samples of very different weight
+meet in the loss, and what is lost there no solve brings back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from linop_hess._validate import checked_loss
+from linop_hess import _memory
+from linop_hess._validate import checked_loss, require_dtype
+from linop_hess.autograd.calling import constant, in_double, of_the_output_alone, takes_parameters
 from linop_hess.autograd.differentiate import (
     refuse_direct_parameters,
     symmetric,
@@ -17,78 +25,217 @@ from linop_hess.autograd.differentiate import (
     vjps,
 )
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.lq.accuracy import SAMPLES_APART
 from linop_hess.lq.stages.objective import ObjectiveStage
 
+# A Hessian this small is computed whole: one backward pass, whether samples interact or not.
 _DENSE_UP_TO = 16
+
+# Arrays of the Hessian's size that exist at once while it is made symmetric.
+_COPIES = 4
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """A loss with its first two derivatives.
+
+    Attributes
+    ----------
+    value : float
+    stage : ObjectiveStage
+        Gradient and Hessian over n state entries; `stage.samples` is the number of samples that do not interact through the
+        loss (1: they do, or the output has no axis of samples).
+    order : Tensor, shape (n,)
+        State entry i is entry ``order[i]`` of the outputs' floating tensors, flattened (row-major) and concatenated as
+        `torch.utils._pytree.tree_leaves` gives them. One tensor keeps its order. Several that agree in their first dimension
+        are interleaved so that each sample's entries lie together; others follow one another.
+    """
+
+    value: float
+    stage: ObjectiveStage
+    order: Tensor
 
 
 def linearize_loss(
-    loss_fn: Callable[[Tensor, Any], Tensor], output: Tensor, target: Any
-) -> tuple[float, ObjectiveStage]:
-    """Evaluate a loss with its first two derivatives.
+    loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, dtype: torch.dtype | None = None
+) -> LossParts:
+    """Evaluate a loss with its first two derivatives by all floating tensors of the output.
 
     Parameters
     ----------
     loss_fn : callable
         ``loss_fn(output, target)`` gives a scalar.
-    output : Tensor
-        Output of the model.
+    output : Tensor, or a nest of tuples, lists and dicts of tensors
+        Output of the model. What is no floating tensor is a constant.
     target : object
-        Passed on.
+        Passed on; tensors in it are constants, whatever graph they carry.
+    dtype : torch.dtype, optional
+        Of the stage; by default the widest of the output's tensors.
 
     Returns
     -------
-    float
-        The loss.
-    ObjectiveStage
-        Its gradient and Hessian; the Hessian is kept per sample where samples do not interact, which a random probe decides.
+    LossParts
+        The Hessian is kept per sample where samples do not interact. That is decided exactly: the product with a vector on
+        some samples must be zero on all others, for as many choices of samples as separate every two.
 
     Raises
     ------
     ValueError
-        If the loss is not a scalar, or NaN or Inf, or its derivatives are.
+        If the loss is not a scalar, or NaN or Inf, or its derivatives are; if it does not depend on the output, or the output has no
+        entries.
     TypeError
-        If it is no tensor.
+        If loss or output is no tensor, or a tensor of the output is neither in float32 nor in float64.
     UnsupportedModelError
-        If it gives another value each time, or uses parameters besides the model's output.
+        If it gives another value each time, uses parameters besides the model's output, or differentiates the model.
+    MemoryError
+        If its Hessian would not fit.
     """
-    with twice_differentiable("the loss", output.device):
-        u = output.detach().clone().requires_grad_()
-        value = checked_loss(loss_fn(u.clone(), target))  # which a loss may change in place
-        if not value.requires_grad:
-            raise ValueError(
-                "the loss does not depend on the model's output: loss_fn(output, target) must compute it from output, "
-                "without detach() or .item()"
-            )
-        refuse_direct_parameters(value)
-        if not torch.equal(value, loss_fn(u.clone(), target).reshape(())):
-            raise UnsupportedModelError("loss_fn gives another value each time; remove its randomness")
-        (gradient,) = torch.autograd.grad(value, u, create_graph=True, allow_unused=True, materialize_grads=True)
-        C = _hessian_blocks(gradient, u)
-    row = gradient.detach().reshape(1, -1)
+    if takes_parameters(loss_fn):
+        raise UnsupportedModelError(
+            "expected a loss of the model's output and the targets alone, got one of three arguments: pass it with the "
+            "parameters filled in, or use linop_hess.Hessian"
+        )
+    state = _State(output)
+    with (
+        _untouched_randomness(state.device),
+        twice_differentiable("the loss", state.device),
+        of_the_output_alone(),
+    ):
+        value, gradient, u = _first_derivative(loss_fn, state, constant(target))
+        C = _hessian_blocks(gradient, u, state.samples)
+    dtype = state.dtype if dtype is None else dtype
+    row, C = gradient.detach().reshape(1, -1).to(dtype), C.to(dtype)
     for what, array in (("gradient", row), ("Hessian", C)):
         if not bool(torch.isfinite(array).all()):
             raise ValueError(f"the {what} of the loss with respect to the model's output holds NaN or Inf")
-    return float(value.detach()), ObjectiveStage(row, symmetric(C, "the loss"))
+    return LossParts(value, ObjectiveStage(row, symmetric(C, "the loss")), state.order())
 
 
-def _hessian_blocks(gradient: Tensor, u: Tensor) -> Tensor:
+class _State:
+    """The floating tensors of an output as one flat vector, sample after sample where all have as many."""
+
+    def __init__(self, output: Any) -> None:
+        self.leaves, self.nest = pytree.tree_flatten(output)
+        self.places = [k for k, leaf in enumerate(self.leaves) if _is_real(leaf)]
+        tensors = [self.leaves[k] for k in self.places]
+        if not tensors:
+            kinds = sorted({str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in self.leaves})
+            raise TypeError(
+                "expected a model that returns a floating tensor, or tuples, lists and dicts of some, got "
+                f"{', '.join(kinds) or 'nothing'}: return tensors of dtype float32 or float64"
+            )
+        for tensor in tensors:
+            require_dtype(tensor.dtype, "the model's output")
+        self.device = tensors[0].device
+        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        if any(tensor.device != self.device for tensor in tensors):
+            raise ValueError("expected outputs on one device, got several: move them to one in the model")
+        first = tensors[0].shape[0] if tensors[0].ndim else 1
+        together = all(t.ndim > 0 and t.shape[0] == first for t in tensors)
+        self.samples = first if together else 1
+        self.widths = [t.numel() // max(self.samples, 1) for t in tensors]
+        if not sum(t.numel() for t in tensors):
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+            raise ValueError(
+                f"expected at least one sample and one output, got an output of shape {shapes} (an empty batch?): leave "
+                "empty batches out"
+            )
+
+    def flat(self) -> Tensor:
+        """The state, shape (n,)."""
+        return self._joined([self.leaves[k].detach().to(self.dtype) for k in self.places])
+
+    def output(self, u: Tensor, dtype: torch.dtype | None) -> Any:
+        """The output at state u, in tensors that a loss may change in place; in `dtype`, or in those it came in."""
+        leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        parts = u.view(self.samples, -1).split(self.widths, 1)
+        for k, part in zip(self.places, parts, strict=True):
+            leaf = self.leaves[k]
+            leaves[k] = part.reshape(leaf.shape).to(leaf.dtype if dtype is None else dtype).clone()
+        return pytree.tree_unflatten(leaves, self.nest)
+
+    def order(self) -> Tensor:
+        """For each entry of the state its index in the concatenated tensors, shape (n,)."""
+        indices = torch.arange(sum(self.widths) * self.samples, device=self.device)
+        return self._joined(list(indices.split([width * self.samples for width in self.widths])))
+
+    def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.reshape(self.samples, -1) for t in tensors], 1).reshape(-1)
+
+
+def _is_real(leaf: Any) -> bool:
+    if isinstance(leaf, Tensor) and leaf.is_complex():
+        raise TypeError(f"expected real outputs, got {leaf.dtype}: split them into real and imaginary parts")
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _untouched_randomness(device: torch.device) -> Any:
+    return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=device.type in ("cpu", "cuda"))
+
+
+def _first_derivative(loss_fn: Callable[..., Any], state: _State, target: Any) -> tuple[float, Tensor, Tensor]:
+    """The loss, its gradient with a graph, and the flat state it is a function of; in float64 where the loss can."""
+    u = state.flat()
+    if state.dtype != torch.float64:
+        try:
+            return _evaluate(in_double(loss_fn), state, in_double(target), u.double(), torch.float64)
+        except Exception:  # noqa: BLE001  a loss that takes float32 alone; if it fails for another reason, it does again
+            pass
+    return _evaluate(loss_fn, state, target, u, None)
+
+
+def _evaluate(
+    loss_fn: Callable[..., Any], state: _State, target: Any, u: Tensor, dtype: torch.dtype | None
+) -> tuple[float, Tensor, Tensor]:
+    u.requires_grad_()
+    value = checked_loss(loss_fn(state.output(u, dtype), target))
+    if not value.requires_grad:
+        raise ValueError(
+            "the loss does not depend on the model's output: loss_fn(output, target) must compute it from output, "
+            "without detach() or .item()"
+        )
+    refuse_direct_parameters(value)
+    if not torch.equal(value, loss_fn(state.output(u, dtype), target).reshape(())):
+        raise UnsupportedModelError("loss_fn gives another value each time; remove its randomness")
+    (gradient,) = torch.autograd.grad(value, u, create_graph=True, allow_unused=True, materialize_grads=True)
+    return float(value.detach()), gradient, u
+
+
+def _hessian_blocks(gradient: Tensor, u: Tensor, samples: int) -> Tensor:
     """Hessian of the loss, shape (1, m, i, i): m samples where they do not interact, else m = 1."""
     n = u.numel()
-    samples = u.shape[0] if u.ndim > 1 else 1
-    width = n // samples if samples else 0
-    if samples > 1 and n > _DENSE_UP_TO:
-        probes = torch.eye(width, dtype=u.dtype, device=u.device)
-        rows = vjps(gradient, [u], probes[:, None].expand(width, samples, width).reshape(width, *u.shape))[0]
-        blocks = rows.reshape(width, samples, width).transpose(0, 1)
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(n, generator=generator, dtype=torch.float64).to(u.dtype).to(u.device)
-        full = vjps(gradient, [u], v.reshape(1, *u.shape))[0].reshape(-1)
-        ours = (blocks @ v.reshape(samples, width, 1)).reshape(-1)
-        scale = float(blocks.abs().max()) if blocks.numel() else 0.0
-        if float((full - ours).abs().max()) <= SAMPLES_APART * torch.finfo(u.dtype).eps * max(
-            scale, float(full.abs().max())
-        ):
-            return blocks[None].contiguous()
-    return vjps(gradient, [u], unit_cotangents(u))[0].reshape(1, 1, n, n)
+    width = n // samples
+    small = n <= _DENSE_UP_TO
+    if small or samples == 1 or not _samples_apart(gradient, u, samples):
+        if not small:
+            coupled = ", whose samples interact through the loss," if samples > 1 else ""
+            _require(n**2, f"the loss's Hessian by {n} outputs{coupled}", u)
+        whole = vjps(gradient, [u], unit_cotangents(u))[0]
+        blocks = whole.view(samples, width, samples, width).permute(0, 2, 1, 3)
+        between = ~torch.eye(samples, dtype=torch.bool, device=u.device)
+        if samples == 1 or not small or bool((blocks[between] != 0).any()):
+            return whole[None, None]
+        return blocks[~between][None].contiguous()
+    _require(n * width, f"the loss's Hessian of {samples} samples by {width} outputs each", u)
+    probes = torch.eye(width, dtype=u.dtype, device=u.device)
+    rows = vjps(gradient, [u], probes[:, None].expand(width, samples, width).reshape(width, n))[0]
+    return rows.reshape(width, samples, width).transpose(0, 1)[None].contiguous()
+
+
+def _require(entries: int, what: str, like: Tensor) -> None:
+    _memory.require(_COPIES * entries * like.element_size(), what, _memory.available_on(like.device))
+
+
+def _samples_apart(gradient: Tensor, u: Tensor, samples: int) -> bool:
+    """Whether no second derivative by entries of two samples is other than zero, to the last bit.
+
+    For each bit of a sample's number H is multiplied with a random vector on the samples that have it set. Two samples differ
+    in some bit, and H is symmetric, so what couples them appears on a sample without that bit; where nothing couples,
+    reverse mode adds nothing to the zeros there. Rounding that is no coupling counts as one: that is slower, never wrong.
+    """
+    bits = torch.arange((samples - 1).bit_length(), device=u.device)[:, None]
+    has = (torch.arange(samples, device=u.device) >> bits) % 2 == 1
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(samples, u.numel() // samples, generator=generator, dtype=torch.float64).to(u)
+    vectors = (v * has[:, :, None]).reshape(len(bits), -1)
+    products = vjps(gradient, [u], vectors)[0].reshape(len(bits), samples, -1)
+    return not bool((products != 0).any(2)[~has].any())

@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linop_hess import _memory
 from linop_hess.graph.rules.base import Kind, Layer
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
+
+
+# Arrays of the size of F that exist at once while C is computed.
+_COPIES = 6
 
 
 class Normalize(Kind):
@@ -59,6 +64,11 @@ class Normalize(Kind):
 
     def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         K, d = len(layers), self._run(layers[0].module, Z.shape[1:])
+        _memory.require(
+            _COPIES * Z.numel() * d * Z.element_size(),
+            f"layer {layers[0].name!r} ({type(layers[0].module).__name__}), which normalizes {Z.numel() // d} runs of {d} entries,",
+            _memory.available_on(Z.device),
+        )
         F = self._jacobian(*self._parts(layers[0], Z, d))
         return DenseStage(F.reshape(K, -1, d, d), samples=Z[0].numel() // d)
 

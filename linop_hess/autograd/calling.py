@@ -1,0 +1,199 @@
+"""How models and losses are called, and which of them cannot be: what `linearize` and `lh.Hessian` share."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from linop_hess.autograd.differentiate import graph_nodes
+from linop_hess.errors import UnsupportedModelError
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+# What torch says where a loss differentiates an output by tensors that it was not computed from.
+_NOT_A_FUNCTION_OF = ("not have been used in the graph", "Tensors does not require grad")
+
+_SHARDED = ("FullyShardedDataParallel", "PipelineStage")
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call a model: ``model(*inputs)`` for a tuple, ``model(inputs)`` for anything else, named tuples included."""
+    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
+        return model(*inputs)
+    return model(inputs)
+
+
+def takes_parameters(loss_fn: Any) -> bool:
+    """Tell whether a loss is one of three arguments, ``loss_fn(output, target, params)``.
+
+    It is where it has three positional parameters without defaults; `*args` counts for none, and what `functools.partial`
+    fills in does not count.
+    """
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except (TypeError, ValueError):  # a builtin without one
+        return False
+    needed = [p for p in signature.parameters.values() if p.kind in _POSITIONAL and p.default is p.empty]
+    return len(needed) == 3
+
+
+def call_loss(loss_fn: Callable[..., Any], output: Any, target: Any, params: Mapping[str, Tensor]) -> Any:
+    """Call a loss of two arguments, or of three with the parameters by name as the third."""
+    return loss_fn(output, target, dict(params)) if takes_parameters(loss_fn) else loss_fn(output, target)
+
+
+def refuse_unusable_model(model: nn.Module) -> None:
+    """Raise where a model is wrapped in what has no second derivatives or no copy, or has no data.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For parallel, sharded, compiled and scripted models; the message says what to pass instead.
+    ValueError
+        If parameters or buffers are on the meta device.
+    """
+    for path, module in model.named_modules():
+        where = f"model.{path}" if path else "model"
+        kind = type(module).__name__
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            instead = f"{where}.module, the model inside"
+        elif kind in _SHARDED:
+            instead = "the model before it was sharded, with all parameters on one device"
+        elif kind == "OptimizedModule" and hasattr(module, "_orig_mod"):
+            instead = f"{where}._orig_mod, the uncompiled model (torch.compile gives no second derivatives)"
+        elif isinstance(module, torch.jit.ScriptModule):
+            instead = "the model before torch.jit.script or torch.jit.trace (a scripted one cannot be looked into)"
+        else:
+            continue
+        raise UnsupportedModelError(f"expected a plain torch model, got {where}, a {kind}: pass {instead}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(
+                f"expected a model with data, got {name!r} on the meta device, which holds none: load the weights, as by "
+                "model.to_empty(device=...) and load_state_dict(...)"
+            )
+
+
+def refuse_sparse(value: Any, what: str) -> None:
+    """Raise where a tensor, also one inside tuples, lists and dicts, is sparse.
+
+    Raises
+    ------
+    TypeError
+        Naming `what` it is.
+    """
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+            raise TypeError(f"expected {what} as dense tensors, got one of layout {leaf.layout}: call .to_dense() on it")
+
+
+def refuse_empty(value: Any, what: str) -> None:
+    """Raise where the tensors, also those inside tuples, lists and dicts, hold no sample.
+
+    Raises
+    ------
+    ValueError
+        Giving the shape.
+    """
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.ndim and not leaf.shape[0]:
+            raise ValueError(
+                f"expected at least one sample, got an empty batch, {what} of shape {tuple(leaf.shape)}: leave empty "
+                "batches out"
+            )
+
+
+def as_data(value: Any, device: torch.device | None = None) -> Any:
+    """Return data with every tensor, also inside tuples, lists and dicts, such that autograd can use it as data.
+
+    Tensors of inference mode are copied; graphs that lead to parameters are cut off. Other leaves that require a gradient, and
+    what is computed from them, are kept as they are: a loss may differentiate by them. One tensor in two places stays one.
+
+    Parameters
+    ----------
+    value : object
+    device : torch.device, optional
+        Where to move tensors.
+    """
+    seen: dict[int, Any] = {}
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in seen:
+            data = leaf
+            if isinstance(leaf, nn.Parameter):  # a leaf like any other here
+                data = leaf.detach().requires_grad_(leaf.requires_grad)
+            elif leaf.grad_fn is not None and _leads_to_a_parameter(leaf):
+                data = leaf.detach()
+            seen[id(leaf)] = data.to(device or leaf.device, copy=leaf.is_inference())
+        return seen[id(leaf)]
+
+    with torch.inference_mode(False):
+        return _mapped(convert, value)
+
+
+def constant(value: Any) -> Any:
+    """Return data with no graph in it: every tensor detached, those of inference mode copied."""
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone() if leaf.is_inference() else leaf.detach()
+
+    with torch.inference_mode(False):
+        return _mapped(convert, value)
+
+
+def in_double(value: Any) -> Any:
+    """Return data, or a loss with the tensors it holds, with floating tensors in float64; what it came from is not changed."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).double()
+    if isinstance(value, functools.partial):
+        return functools.partial(in_double(value.func), *in_double(value.args), **in_double(value.keywords))
+    if callable(value):
+        return value
+    return _mapped(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)
+
+
+@contextmanager
+def of_the_output_alone() -> Iterator[None]:
+    """Tell, in place of torch's message, that a loss differentiates the model where only its output is given to it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming `linop_hess.Hessian`, which takes such losses.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if any(hint in str(error) for hint in _NOT_A_FUNCTION_OF):
+            raise UnsupportedModelError(
+                "expected a loss of the model's output and the targets alone, got one that differentiates the output by "
+                "something it was computed from, as physics-informed losses do: use linop_hess.Hessian, or return the "
+                "derivatives from the model as outputs"
+            ) from error
+        raise
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to all that tuples, lists and dicts hold; a dict of another class comes back as a plain one."""
+
+    def at(leaf: Any) -> Any:
+        return {key: _mapped(function, item) for key, item in leaf.items()} if isinstance(leaf, dict) else function(leaf)
+
+    leaves, nest = pytree.tree_flatten(value)
+    return pytree.tree_unflatten([at(leaf) for leaf in leaves], nest)
+
+
+def _leads_to_a_parameter(tensor: Tensor) -> bool:
+    return any(isinstance(getattr(node, "variable", None), nn.Parameter) for node in graph_nodes(tensor))
