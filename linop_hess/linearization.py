@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from linop_hess._validate import finite_real
-from linop_hess.autograd.calling import constant, refuse_empty, refuse_sparse
+from linop_hess.autograd.calling import as_module, explained, refuse_empty, refuse_sparse, refuse_unusable_model
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.curvature import ChainCurvature
 from linop_hess.graph.build import Chain, build_chain
-from linop_hess.graph.sequential import is_float
 from linop_hess.graph.verification import Reference
 from linop_hess.lq.accuracy import VERIFIED
 from linop_hess.lq.analysis import Analysis
@@ -29,32 +28,34 @@ from linop_hess.operators.permutation import Permutation
 
 
 def linearize(
-    model: nn.Module,
-    loss_fn: Callable[[Tensor, Any], Tensor],
-    inputs: Tensor,
+    model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
     targets: Any,
     *,
-    params: Iterable[str] | None = None,
+    params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
     verify: bool | None = None,
 ) -> Linearization:
-    """Compute first and second derivatives of loss_fn(model(inputs), targets), layer by layer.
+    """Compute first and second derivatives of loss_fn(model(inputs), targets), operation by operation.
 
     Parameters
     ----------
-    model : torch.nn.Module
-        A chain: `nn.Sequential`, nested ones included, of linear and convolutional layers, elementwise activations,
-        average pooling, norms, embeddings, or any other modules that map one tensor to one tensor.
+    model : torch.nn.Module or callable
+        Any feed-forward model. A plain function is called as ``model(params, inputs)``, and `params` gives its parameters. An
+        `nn.Sequential` of known layers is taken layer by layer; of any other model one run is recorded (docs/models.md).
     loss_fn : callable
-        ``loss_fn(output, target)`` gives a scalar.
-    inputs : Tensor
-        A batch, of the parameters' dtype and device (integers where the first layer is an embedding).
+        ``loss_fn(output, target)`` gives a scalar; one of three arguments is called as ``loss_fn(output, target, params)`` with the
+        dict of parameters, for penalties on them.
+    inputs : object
+        A tensor, a tuple of what the model takes, ``model(*inputs)``, or anything else that it takes, as ``model(inputs)``.
     targets : object
         Passed to `loss_fn`.
-    params : iterable of str, optional
-        Names of the parameters to differentiate; the others are constants. Default: all that require gradients.
+    params : str, iterable of str, or mapping of str to Tensor, optional
+        Names or glob patterns of the parameters to differentiate; the others are constants. Default: all that require gradients. Of a
+        function the parameters themselves, by name.
     verify : bool, optional
-        Whether to compare with double-backward products on random vectors (`Linearization.verify`). Default: where some layer's
-        derivatives are torch's own second derivatives of a whole module.
+        Whether to compare with double-backward products on random vectors (`Linearization.verify`). Default: where torch's own
+        second derivatives of whole operations were taken. The gradient is always compared with autograd's.
 
     Returns
     -------
@@ -64,24 +65,31 @@ def linearize(
     Raises
     ------
     UnsupportedModelError
-        If the model is not such a chain, is random, or shares parameters between layers.
+        If the model is random, changes its buffers or parameters, or has operations without a second derivative.
     ValueError
         If the loss is not scalar, nothing is trainable, or a value or derivative is NaN or Inf (the layer is named).
     TypeError
         If inputs or parameters have an unusable dtype.
+    MemoryError
+        If the derivatives of an operation, or the states between operations, do not fit; nothing has been allocated.
 
     Notes
     -----
     Kinks, as of ReLU, get the second derivative that holds almost everywhere: zero.
     """
+    if not isinstance(model, nn.Module):
+        model, params = as_module(model, params), None
+    if isinstance(params, Mapping):
+        raise TypeError("expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model")
+    refuse_unusable_model(model)
     names = select_parameters(model, params)
-    parameter = dict(model.named_parameters())[names[0]]
-    refuse_sparse(inputs, "inputs")
-    refuse_empty(inputs, "inputs")
-    _check_inputs(model, inputs, parameter)
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
-    chain = build_chain(model, loss_fn, constant(inputs), targets, names)
+    for what, value in (("inputs", inputs), ("targets", targets)):
+        refuse_sparse(value, what)
+        refuse_empty(value, what)
+    with explained(inputs, dict(model.named_parameters())[names[0]]):
+        chain = build_chain(model, loss_fn, inputs, targets, names)
     lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names))
     if verify or (verify is None and chain.unverified):
         lin.verify()
@@ -293,23 +301,3 @@ def _is_rounding(gap: Tensor, products: Tensor, moved: Tensor, sizes: Sequence[i
     pieces = zip(gap.split(sizes), moved.split(sizes), strict=True)
     norms = ((torch.linalg.vector_norm(g, dim=0), torch.linalg.vector_norm(m, dim=0)) for g, m in pieces)
     return all(bool((seen <= VERIFIED * (explained + floor)).all()) for seen, explained in norms)
-
-
-def _check_inputs(model: nn.Module, inputs: Tensor, parameter: Tensor) -> None:
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs must be a torch tensor, got {type(inputs).__name__}: use torch.as_tensor(...)")
-    if inputs.device != parameter.device:
-        raise ValueError(f"inputs are on {inputs.device}, the model is on {parameter.device}: move one of them")
-    if inputs.is_complex():
-        raise TypeError("inputs are complex; a chain is real: split them into real and imaginary parts")
-    if inputs.is_floating_point():
-        if inputs.dtype != parameter.dtype:
-            raise TypeError(f"inputs are {inputs.dtype}, parameters {parameter.dtype}: cast inputs to that")
-        if not bool(torch.isfinite(inputs).all()):
-            raise ValueError("inputs hold NaN or Inf")
-    elif not any(isinstance(module, nn.Embedding) for module in model.modules()):
-        raise TypeError(
-            f"inputs are {inputs.dtype}, but the model has no embedding to take integers: cast them to {parameter.dtype}"
-        )
-    if not is_float(parameter):
-        raise TypeError(f"parameters are {parameter.dtype}, expected float32 or float64")

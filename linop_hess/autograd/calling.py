@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,54 @@ def takes_parameters(loss_fn: Any) -> bool:
         return False
     needed = [p for p in signature.parameters.values() if p.kind in _POSITIONAL and p.default is p.empty]
     return len(needed) == 3
+
+
+class _Function(nn.Module):
+    """A function of parameters and inputs as a module; dots in names make modules inside."""
+
+    def __init__(self, function: Callable[..., Any], params: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._function, self._names = function, tuple(params)
+        for name, tensor in params.items():
+            *path, key = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(key, nn.Parameter(tensor.detach().clone()))
+
+    def forward(self, *inputs: Any) -> Any:
+        params = {name: self._at(name) for name in self._names}
+        return self._function(params, inputs[0] if len(inputs) == 1 else inputs)
+
+    def _at(self, name: str) -> Tensor:
+        # Not get_parameter(), which refuses what functional_call puts in a parameter's place.
+        path, _, key = name.rpartition(".")
+        tensor = getattr(self.get_submodule(path), key)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+
+def as_module(function: Any, params: Any) -> nn.Module:
+    """Return a function ``function(params, inputs)`` as a model with copies of its parameters.
+
+    Raises
+    ------
+    TypeError
+        If it is no function, or `params` is no dict of floating tensors.
+    """
+    if not callable(function):
+        raise TypeError(f"expected model to be a torch.nn.Module or a function, got {type(function).__name__}: wrap it in one")
+    if not isinstance(params, Mapping) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in params.items()):
+        raise TypeError(
+            "expected params={name: tensor} with a function as the model, which is called as model(params, inputs), got "
+            f"{type(params).__name__}: pass its parameters, or a torch.nn.Module"
+        )
+    wrong = [name for name, tensor in params.items() if not tensor.is_floating_point()]
+    if wrong:
+        raise TypeError(f"expected floating tensors in params, got others under {', '.join(wrong)}: leave them out")
+    return _Function(function, params)
 
 
 def call_loss(loss_fn: Callable[..., Any], output: Any, target: Any, params: Mapping[str, Tensor]) -> Any:
@@ -162,6 +211,35 @@ def in_double(value: Any) -> Any:
     if callable(value):
         return value
     return _mapped(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)
+
+
+@contextmanager
+def explained(inputs: Any, parameter: Tensor) -> Iterator[None]:
+    """Tell, in place of torch's message, that inputs do not go with the parameters.
+
+    Raises
+    ------
+    TypeError
+        If a computation failed and inputs have another dtype than the parameters.
+    ValueError
+        If a computation failed and inputs are on another device.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        for leaf in pytree.tree_leaves(inputs):
+            if isinstance(leaf, Tensor) and leaf.device != parameter.device and "device" in str(error):
+                raise ValueError(
+                    f"expected inputs on the parameters' device, {parameter.device}, got some on {leaf.device}: move one of them"
+                ) from error
+            if isinstance(leaf, Tensor) and leaf.dtype != parameter.dtype and _ABOUT_DTYPES.search(str(error)):
+                raise TypeError(
+                    f"expected inputs of the parameters' dtype, {parameter.dtype}, got some in {leaf.dtype}: cast inputs to that"
+                ) from error
+        raise
+
+
+_ABOUT_DTYPES = re.compile("dtype|scalar type|ScalarType|not implemented for")
 
 
 @contextmanager

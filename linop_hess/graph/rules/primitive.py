@@ -51,8 +51,8 @@ class Whole(Rule):
         return all_of_them
 
     def _recorded(self, op: Operation) -> tuple[list[Tensor], Tensor]:
-        leaves = {i: op.stacked(i).detach().clone().requires_grad_() for i in op.active}
-        tensors = {i: leaves[i] * 1 if i in leaves else op.stacked(i) for i in op.tensors}
+        leaves = {i: in_double(op.stacked(i)).clone().requires_grad_() for i in op.active}
+        tensors = {i: leaves[i] * 1 if i in leaves else in_double(op.stacked(i)) for i in op.tensors}
         return list(leaves.values()), self._function(op)(tensors)
 
     def linearize(self, op: Operation) -> Stage:
@@ -92,6 +92,11 @@ class Whole(Rule):
         A, B, C = Q[:, p][:, :, p], Q[:, p][:, :, n], Q[:, n][:, :, n]
         a, b, c = (block.contiguous() if bool(block.any()) else None for block in (A, B, C))
         return DenseStage.plain(stage.dense_F(), stage.dense_G() if p.numel() else None, a, b, c)
+
+
+def in_double(t: Tensor) -> Tensor:
+    """A constant in float64: derivatives of a float32 model are rounded once, when they are known."""
+    return t.detach().double() if t.is_floating_point() else t
 
 
 def _folding(op: Operation) -> tuple[np.ndarray, np.ndarray] | None:
@@ -176,7 +181,7 @@ class ByRows(Rule):
         """Leaves, each (K·R, *local), and the output (K·R, o)."""
         tensors = {}
         for i in op.tensors:
-            arranged = torch.vmap(rows.arranged[i])(op.stacked(i).detach())
+            arranged = torch.vmap(rows.arranged[i])(in_double(op.stacked(i)))
             tensors[i] = arranged.reshape(-1, *arranged.shape[2:])
         leaves = [tensors[i].clone().requires_grad_() for i in op.active]
         for i, leaf in zip(op.active, leaves, strict=True):
