@@ -126,6 +126,11 @@ class Problem:
         return self.layout.order
 
     @property
+    def places(self) -> np.ndarray | None:
+        """Where each control lies in flat vectors, in the order of the chain, shape (N,); None: there."""
+        return self.layout.places
+
+    @property
     def length(self) -> int:
         """Number of stages L."""
         return self.layout.length
@@ -232,11 +237,11 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem in another floating-point dtype."""
-        return Problem([block.to(dtype) for block in self.blocks], self.order, self.names, self.layout.places)
+        return Problem([block.to(dtype) for block in self.blocks], self.order, self.names, self.places)
 
     def with_curvature(self, blocks: Sequence[Stage]) -> Problem:
         """Return the problem with other stages of the same F; M is kept as it is."""
-        problem = Problem(blocks, self.order, self.names, self.layout.places)
+        problem = Problem(blocks, self.order, self.names, self.places)
         problem.transition = self.transition
         return problem
 

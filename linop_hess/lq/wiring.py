@@ -30,6 +30,7 @@ class Selection:
         self._parts, self._runs = _fewest_runs(index, size)
         self.is_whole = self.count == size and len(self._runs) <= 1 and bool((index[:1] == 0).all())
         self.is_full = not bool((index < 0).any())
+        self._is_one = self._parts == 1 and self.is_full and len(self._runs) == 1
         self._by_index = len(self._runs) > _RUNS
         if self._by_index:
             live = np.flatnonzero(index >= 0)
@@ -39,6 +40,8 @@ class Selection:
         """Entries of v, (K, size, k), as (K, count, k); perhaps in its memory."""
         if self.is_whole:
             return v
+        if self._is_one:
+            return v.narrow(1, self._runs[0][2], self.count)
         (K, _, k), m = v.shape, self._parts
         if self._by_index and self.is_full:
             return v.index_select(1, self._index)
@@ -64,14 +67,19 @@ class Selection:
         """Add w, (K, count, k), to the entries it was picked from, in out of shape (K, size, k)."""
         if not self.count:
             return
+        if self.is_whole:
+            out += w
+            return
         (K, _, k), m = w.shape, self._parts
         if self._by_index:
             out.index_add_(1, self._index, w if self.is_full else w.index_select(1, self._at))
             return
-        O, W = out.view(K, m, self.size // m, k), w.reshape(K, m, self.count // m, k)
+        O, W, along = out, w, 1
+        if m > 1:
+            O, W, along = out.view(K, m, self.size // m, k), w.reshape(K, m, self.count // m, k), 2
         for at, stop, source in self._runs:
             if source >= 0:
-                O[:, :, source : source + stop - at] += W[:, :, at:stop]
+                O.narrow(along, source, stop - at).add_(W.narrow(along, at, stop - at))
 
     def spread(self, w: Tensor) -> Tensor:
         """The transpose of `pick`: (K, count, k) to (K, size, k)."""
@@ -137,10 +145,12 @@ class Wiring:
                 raise ValueError(f"expected as many {name}_from as {name}_to, got {at.size} and {to.size}")
             if at.size and not 0 <= at.min() <= at.max() < size:
                 raise ValueError(f"expected {name}_from in 0..{size - 1}, got {at.min()}..{at.max()}")
-            if np.unique(at).size != at.size:
+            if at.size and int(np.bincount(at).max()) > 1:
                 raise ValueError(f"expected each entry of {name}_from once, got one twice: let later stages read it")
         after = np.concatenate([keep_to, put_to])
-        if not np.array_equal(np.sort(after), np.arange(self.n_out)):
+        named = np.zeros(self.n_out, dtype=bool)
+        named[after[(after >= 0) & (after < self.n_out)]] = True
+        if after.size != self.n_out or not bool(named.all()):
             raise ValueError(
                 f"expected keep_to and put_to to name each of the {self.n_out} entries of the state after once, got {after.size} "
                 f"of them, {np.unique(after).size} different: give every entry one source"
@@ -229,9 +239,13 @@ class Wiring:
         if index is not None:
             return torch.cat([d, y], 1).index_select(1, index)
         K, _, k = d.shape
+        if not runs:
+            return d.new_zeros(K, 0, k)
+        if m == 1:
+            return torch.cat([(y if which else d).narrow(1, start, stop - start) for which, start, stop in runs], 1)
         both = d.reshape(K, m, self.n_in // m, k), y.reshape(K, m, self.outputs // m, k)
-        parts = [both[which][:, :, start:stop] for which, start, stop in runs]
-        return torch.cat(parts, 2).reshape(K, self.n_out, k) if parts else d.new_zeros(K, 0, k)
+        parts = [both[which].narrow(2, start, stop - start) for which, start, stop in runs]
+        return torch.cat(parts, 2).view(K, self.n_out, k)
 
     def samples(self, of_inner: int) -> int:
         """The largest number of parts, of those that the inner stage has, into which all of the wiring falls apart; 0: any."""
@@ -281,7 +295,8 @@ def _repeats(index: np.ndarray, size: int, parts: int) -> bool:
         return True
     rows, each = index.reshape(parts, -1), size // parts
     first = rows[0]
-    if bool((first >= each).any()):
+    # The last part first, which most numbers of parts fail at.
+    if bool((first >= each).any()) or not np.array_equal(rows[-1], np.where(first < 0, -1, first + each * (parts - 1))):
         return False
     moved = first + each * np.arange(parts)[:, None]
     return bool((rows == np.where(first < 0, -1, moved)).all())

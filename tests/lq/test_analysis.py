@@ -6,11 +6,11 @@ import torch
 
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.plan import METHODS
-from tests.lq.methods.conformance import DTYPES, SIZES, setting
+from tests.lq.methods.conformance import DTYPES, SIZES, WIRED, setting
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("shape", [*SIZES, *WIRED])
 def test_norms_are_bounds_from_below(shape, dtype):
     truth = setting(shape, dtype)
     rounding = 1 + 10 * torch.finfo(dtype).eps

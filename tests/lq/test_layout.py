@@ -72,3 +72,54 @@ def test_stacks():
 
 def test_without_controls_nothing_is_first():
     assert Layout([Sizes(1, 1, 0)], np.array([(0, 0)])).first == 1
+
+
+INDICES = {
+    "neighbours": ([[1, 2, 3], [5, 6, 7]], True),
+    "every second": ([[0, 2, 4], [1, 3, 5]], True),
+    "interleaved": ([[0, 3, 6], [1, 4, 7], [2, 5, 8]], True),
+    "unevenly placed": ([[0, 1], [3, 4], [9, 10]], False),
+    "descending pieces": ([[6, 7], [3, 4]], False),
+    "backwards": ([[4, 3, 2]], False),
+    "anywhere": ([[7, 0, 3], [2, 9, 1]], False),
+    "one entry each": ([[8], [5]], False),
+    "nothing": ([[], []], True),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_slots_anywhere(name):
+    index, is_view = np.array(INDICES[name][0], dtype=np.int64), INDICES[name][1]
+    slots = Slots.at(index)
+    flat = torch.arange(24.0).view(12, 2)
+    assert (slots.count, slots.size) == index.shape
+    assert torch.equal(slots.gather(flat), flat[torch.from_numpy(index)])
+    assert slots.index(flat.device).tolist() == index.ravel().tolist()
+    one = slots.take(np.array([1 % len(index)]))
+    assert torch.equal(one.gather(flat), flat[torch.from_numpy(index[[1 % len(index)]])])
+    values = -torch.rand(*index.shape, 2)
+    for write in ("put", "add"):
+        target, truth = flat.clone(), flat.clone()
+        getattr(slots, write)(target, values)
+        rows = torch.from_numpy(index).reshape(-1)
+        truth[rows] = values.reshape(-1, 2) + (truth[rows] if write == "add" else 0.0)
+        assert torch.equal(target, truth)
+    gathered = slots.gather(flat)
+    assert (
+        not gathered.numel() or (gathered.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()) == is_view
+    )
+
+
+def test_places():
+    """Stage 0 has controls 4, 1, stage 1 has 0, 3, 2."""
+    sizes = [Sizes(2, 2, 2), Sizes(2, 2, 3)]
+    layout = Layout(sizes, np.array([(0, 0), (1, 0)]), [4, 1, 0, 3, 2])
+    assert layout.controls(0).tolist() == [4, 1] and layout.controls(1).tolist() == [0, 3, 2]
+    flat = torch.arange(5.0)[:, None]
+    assert layout.x_slots[1].gather(flat).flatten().tolist() == [0, 3, 2]
+    chain = layout.in_chain_order(flat)
+    assert chain.flatten().tolist() == [4, 1, 0, 3, 2] and torch.equal(layout.in_flat_order(chain), flat)
+    plain = Layout(sizes, np.array([(0, 0), (1, 0)]), range(5))
+    assert plain.places is None and plain.in_chain_order(flat) is flat and plain.controls(1).tolist() == [2, 3, 4]
+    with pytest.raises(ValueError, match="permutation"):
+        Layout(sizes, np.array([(0, 0), (1, 0)]), [4, 1, 0, 3, 3])

@@ -188,13 +188,13 @@ def test_wired_products_are_the_dense_hessian(shape, dtype):
 
 def test_places_stay_with_the_problem():
     problem = setting("shared, places").problem
-    places = problem.layout.places
+    places = problem.places
     assert places is not None and sorted(places) == list(range(problem.size))
     for other in (problem.to(torch.float32), problem.gauss_newton(), problem.with_curvature(problem.blocks)):
-        assert np.array_equal(other.layout.places, places)
+        assert np.array_equal(other.places, places)
     stage = DenseStage.plain(torch.ones(1, 1, 1), torch.ones(1, 1, 2), None, None, None)
     assert Problem.stacked([stage], places=np.array([1, 0])).layout.controls(0).tolist() == [1, 0]
-    assert Problem.stacked([stage], places=np.array([0, 1])).layout.places is None
+    assert Problem.stacked([stage], places=np.array([0, 1])).places is None
 
 
 @pytest.mark.parametrize("places", [[0, 0], [1, 2], [0], [[0, 1]], [0.0, 1.0]])

@@ -11,7 +11,7 @@ import linop_hess as lh
 from linop_hess import lq
 from linop_hess.lq.scaling import state_scales
 from linop_hess.operators.inverse import HessianInverse
-from tests.lq.methods.conformance import DTYPES, SIZES, setting
+from tests.lq.methods.conformance import DTYPES, SIZES, WIRED, setting
 from tests.lq.problems import random_blocks
 
 
@@ -301,7 +301,7 @@ def test_segments_without_visible_controls():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("shape", [*SIZES, *WIRED])
 def test_units_are_norms_of_rows(shape, dtype):
     """How far each entry of each state moves for white controls: row norms of P M⁻¹ D_x, to what eight probes tell."""
     problem = setting(shape, dtype).problem

@@ -9,11 +9,11 @@ from linop_hess.lq import segments as segments_module
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.segments import identity, loads, order_of, put_controls, split_load, state_load
 from linop_hess.lq.stages.dense import DenseStage
-from tests.lq.methods.conformance import MIXED, SIZES, right_hand_side, setting
+from tests.lq.methods.conformance import MIXED, SIZES, WIRED, right_hand_side, setting
 from tests.lq.problems import random_blocks
 
 
-@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("shape", [*SIZES, *WIRED])
 def test_every_control_is_in_one_segment(shape):
     truth = setting(shape)
     analysis, layout = truth.analysis, truth.problem.layout

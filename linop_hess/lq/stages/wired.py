@@ -118,6 +118,8 @@ class WiredStage(Stage):
         return self.wiring.reads.spread(self.inner.Bt(x))
 
     def C(self, d: Tensor) -> Tensor:
+        if "C" not in self.inner.nonzero:
+            return super().C(d)
         return self.wiring.reads.spread(self.inner.C(self.wiring.reads.pick(d)))
 
     def row_space(self) -> RowSpace:

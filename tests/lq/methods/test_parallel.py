@@ -8,11 +8,14 @@ from torch.nn import functional as f
 
 import linop_hess as lh
 from linop_hess.lq.accuracy import ZERO_PIVOT
+from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse import inertia as inertia_module
 from linop_hess.lq.methods import parallel
 from linop_hess.lq.methods.parallel import Parallel, legs_of, periodic_stretch
 from linop_hess.lq.pivots.inertia import Inertia
 from tests.helpers import make_batch, make_mlp, oracle_hessian
+from tests.lq.graphs import chain as chain_of
+from tests.lq.graphs import residual
 
 
 def chain(widths, samples=1, seed=0, act=nn.Tanh, gain=1.3):
@@ -111,3 +114,22 @@ def test_gauss_newton_and_float32():
 def test_periodic_stretch():
     assert periodic_stretch(np.array([0, 1, 1, 1, 1, 1, 2])) == (1, 6, 1)
     assert periodic_stretch(np.array([0, 1, 2, 1, 2, 1, 2, 3])) == (1, 7, 2)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_residual_chains_of_wired_stages(idle):
+    """Some repeats of a residual block with controls in any place, an idle parameter in each or none."""
+    graph = residual(3, 0)
+    for _ in range(40):
+        graph.add("dense", "f", ["h"], 3, 4).sum("h", "h", "f")
+        if idle:
+            graph.add("idle", None, p=2)
+    made = chain_of(lambda: graph, permuted=True)
+    eigenvalues = np.linalg.eigvalsh(made.hessian())
+    solver, norm, answered = Parallel(Analysis(made.problem())), np.abs(eigenvalues).max(), 0
+    for damping in (0.3, 1e-2, -0.2, -3.0):
+        if np.abs(eigenvalues + damping).min() > 1e-10 * norm:
+            found = solver.inertia(damping, ZERO_PIVOT * norm)
+            answered += found is not None
+            assert found is None or found == of_eigenvalues(eigenvalues + damping)
+    assert answered >= 2

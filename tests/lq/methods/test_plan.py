@@ -9,7 +9,7 @@ from linop_hess.lq.methods import plan as plan_module
 from linop_hess.lq.methods.base import Cost
 from linop_hess.lq.methods.plan import METHODS, Plan, estimates, ladder, make_plan, promoted
 from linop_hess.lq.methods.promoted import PromotedFactorization
-from tests.lq.methods.conformance import SIZES, setting
+from tests.lq.methods.conformance import SIZES, WIRED, setting
 
 
 def made_up(choice="riccati", available=1000, **nbytes):
@@ -18,7 +18,7 @@ def made_up(choice="riccati", available=1000, **nbytes):
     return Plan(1e-3, costs, choice, available)
 
 
-@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("shape", [*SIZES, *WIRED])
 def test_every_method_is_in_the_plan(shape):
     plan = make_plan(setting(shape).analysis, 1e-3)
     text = str(plan)
