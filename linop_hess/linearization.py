@@ -23,6 +23,7 @@ from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.operator import Operator
+from linop_hess.operators.parameters import Named, ParameterTable
 from linop_hess.operators.permutation import Permutation
 
 
@@ -32,7 +33,7 @@ def linearize(
     inputs: Tensor,
     targets: Any,
     *,
-    params: Iterable[str] | None = None,
+    params: str | Iterable[str] | None = None,
     verify: bool | None = None,
 ) -> Linearization:
     """Compute first and second derivatives of loss_fn(model(inputs), targets), layer by layer.
@@ -48,8 +49,9 @@ def linearize(
         A batch, of the parameters' dtype and device (integers where the first layer is an embedding).
     targets : object
         Passed to `loss_fn`.
-    params : iterable of str, optional
-        Names of the parameters to differentiate; the others are constants. Default: all that require gradients.
+    params : str or iterable of str, optional
+        Parameters to differentiate, by name or glob pattern (``"blocks.*.weight"``); the others are constants. Default: all that require
+        gradients; of those that a pattern matches, too, only these are taken.
     verify : bool, optional
         Whether to compare with double-backward products on random vectors (`Linearization.verify`). Default: where some layer's
         derivatives are torch's own second derivatives of a whole module.
@@ -84,7 +86,7 @@ def linearize(
     return lin
 
 
-class Linearization:
+class Linearization(Named):
     """First and second derivatives of a chain, as operators. Made by `linearize`.
 
     Attributes
@@ -94,6 +96,8 @@ class Linearization:
         The parameters, in the order of the flat vectors, which is that of `model.named_parameters()`.
     problem : lq.Problem
         The LQ problem behind every operator.
+    parameter_table : ParameterTable
+        Names and shapes of the parameters.
     analysis : lq.Analysis
         What all factorizations of H share.
     """
@@ -102,7 +106,7 @@ class Linearization:
         self.problem: Problem = chain.problem
         self.analysis = Analysis(chain.problem)
         self.loss = chain.loss
-        self.names = chain.names
+        self.parameter_table = ParameterTable(chain.names, chain.shapes, self.problem.dtype, self.problem.device)
         self._chain = chain
         self._reference = reference
 
@@ -154,11 +158,11 @@ class Linearization:
     @cached_property
     def H(self) -> ChainCurvature:
         """The Hessian, shape (N, N)."""
-        return ChainCurvature(self.analysis)
+        return ChainCurvature(self.analysis, self.parameter_table)
 
     @cached_property
     def _gauss_newton(self) -> ChainCurvature:
-        return ChainCurvature(self.analysis.gauss_newton())
+        return ChainCurvature(self.analysis.gauss_newton(), self.parameter_table)
 
     def gauss_newton(self) -> ChainCurvature:
         """Return the generalized Gauss-Newton matrix, shape (N, N): of all curvature only the loss's is kept."""

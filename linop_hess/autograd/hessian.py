@@ -32,9 +32,10 @@ class Hessian(RiskCurvature):
     data : tuple or iterable of tuples
         One batch ``(inputs, targets)``, or a re-iterable of batches (a list, a DataLoader). The operator is
         that of the loss of all data at once, also for batches of unequal sizes.
-    params : iterable of str, optional
-        Names of the parameters to differentiate by; the others are constants. By default all that require a
-        gradient. Flat vectors are in the order of `model.named_parameters()`.
+    params : str or iterable of str, optional
+        Parameters to differentiate by, by name or glob pattern (``"blocks.*.weight"``); the others are constants. By
+        default all that require a gradient; of those that a pattern matches, too, only these are taken. Flat
+        vectors are in the order of `model.named_parameters()`.
     reduction : {"sum", "mean"}, optional
         How `loss_fn` combines the samples of a batch. Read from ``loss_fn.reduction`` where there is one, and
         not needed for a single batch.

@@ -33,6 +33,8 @@ class Chain:
     gradient : Tensor, shape (N,)
     names : tuple of str
         The parameters differentiated, in order.
+    shapes : tuple of tuple of int
+        Theirs.
     unverified : tuple of str
         Layers whose derivatives come from torch's own second derivatives of whole modules.
     """
@@ -41,6 +43,7 @@ class Chain:
     loss: float
     gradient: Tensor
     names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     unverified: tuple[str, ...]
 
 
@@ -100,7 +103,9 @@ def build_chain(
         problem = slopes.with_curvature([*curved, cost])
         _check_finite(problem, problem.blocks)
     unverified = tuple(layer.name for layer in layers if isinstance(layer.kind, Generic))
-    return Chain(problem, loss, gradient, tuple(names), unverified)
+    named = dict(model.named_parameters())
+    shapes = tuple(tuple(named[name].shape) for name in names)
+    return Chain(problem, loss, gradient, tuple(names), shapes, unverified)
 
 
 def _forward(layers: Sequence[Layer], inputs: Tensor) -> tuple[list[Layer], list[Tensor], Tensor]:
