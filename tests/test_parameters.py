@@ -185,6 +185,8 @@ def test_what_does_not_flatten(whole):
         for bad in (torch.zeros(4).double(), torch.zeros(3, 1).double(), torch.zeros(()).double()):
             with pytest.raises(ValueError, match=r"head.bias of shape \(3,\)"):
                 one.flatten(good | {"head.bias": bad})
+        with pytest.raises(ValueError, match=r"blocks.0.bias of shape \(5, 2\), with .* got \(5,\)"):
+            one.flatten(good | {"blocks.0.weight": torch.zeros(5, 3, 2).double()})
         with pytest.raises(ValueError, match="blocks.0.weight of shape"):
             one.flatten({name: part[..., None, None] for name, part in good.items()})
         with pytest.raises(TypeError, match=r"parameter head.bias, got torch.float32"):

@@ -230,7 +230,8 @@ class ParameterTable:
         columns = parts[0].shape[len(self.shapes[0]) :] if parts else ()
         for name, shape, part in zip(self.names, self.shapes, parts, strict=True):
             if part.shape != (*shape, *columns) or len(columns) > 1:
-                block = f" or {(*shape, *columns)}" if len(columns) == 1 else ""
+                block = f", with the {columns[0]} columns of {self.names[0]}," if len(columns) == 1 else ""
+                shape = (*shape, *columns) if block else shape
                 raise ValueError(
                     f"expected parameter {name} of shape {shape}{block}, got {tuple(part.shape)}: pass each parameter in its "
                     "shape, or each with one more dimension, the last, of one size"
