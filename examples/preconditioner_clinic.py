@@ -90,8 +90,8 @@ def preconditioners(
     found: dict[str, tuple[LinearOperator | None, int]] = {"none": (None, 0)}
     found |= {name: (inverse, inverse.inertia().negative) for name, inverse in inverses.items()}
     found["layers' blocks of inverse"] = (
-        aslinearoperator(block_diag(*blocks)),
-        sum(int((eigvalsh(b) < 0).sum()) for b in blocks),
+        aslinearoperator(block_diag(*blocks.values())),
+        sum(int((eigvalsh(b) < 0).sum()) for b in blocks.values()),
     )
     found["A itself, by mistake"] = lin.damped(damping), exact.inertia().negative
     # L⁻ᵀ|D|⁻¹L⁻¹ where L D Lᵀ is what was factored: positive definite, whatever that is.

@@ -11,27 +11,33 @@ from linop_hess.lq.inverse.inertia import inertia
 from linop_hess.lq.methods.plan import Plan, make_plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.operators import pieces
+from linop_hess.operators.block import NamedOperator
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.operator import Operator, damped
+from linop_hess.operators.parameters import ParameterTable
 from linop_hess.spectrum.extremes import condition_number, extreme_eigenvalues
 
 
-class ChainCurvature(pieces.ChainHessian):
+class ChainCurvature(NamedOperator, pieces.ChainHessian):
     """A symmetric curvature matrix H of a chain, of shape (N, N): `Linearization.H`, or `Linearization.gauss_newton()`.
 
     Parameters
     ----------
     analysis : Analysis
         Of the LQ problem that H belongs to.
+    table : ParameterTable, optional
+        Names of the parameters; without, those of the stages' controls (`ParameterTable.of_stages`).
 
     Attributes
     ----------
     analysis : Analysis
+    parameter_table : ParameterTable
     """
 
-    def __init__(self, analysis: Analysis) -> None:
+    def __init__(self, analysis: Analysis, table: ParameterTable | None = None) -> None:
         super().__init__(analysis.problem)
         self.analysis = analysis
+        self.parameter_table = table or ParameterTable.of_stages(analysis.problem)
 
     def damped(self, damping: float) -> Operator:
         """H + damping·I.
@@ -55,7 +61,7 @@ class ChainCurvature(pieces.ChainHessian):
 
     def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
-        return HessianInverse(self.analysis, damping, method, tolerance=tolerance)
+        return HessianInverse(self.analysis, damping, method, tolerance=tolerance, table=self.parameter_table)
 
     def inertia(self, damping: float) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse.

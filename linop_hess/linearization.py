@@ -24,6 +24,7 @@ from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.operator import Operator
+from linop_hess.operators.parameters import Named, ParameterTable
 from linop_hess.operators.permutation import Permutation
 
 
@@ -96,7 +97,7 @@ def linearize(
     return lin
 
 
-class Linearization:
+class Linearization(Named):
     """First and second derivatives of a chain, as operators. Made by `linearize`.
 
     Attributes
@@ -106,6 +107,8 @@ class Linearization:
         The parameters, in the order of the flat vectors, which is that of `model.named_parameters()`.
     problem : lq.Problem
         The LQ problem behind every operator.
+    parameter_table : ParameterTable
+        Names and shapes of the parameters.
     analysis : lq.Analysis
         What all factorizations of H share.
     """
@@ -114,7 +117,7 @@ class Linearization:
         self.problem: Problem = chain.problem
         self.analysis = Analysis(chain.problem)
         self.loss = chain.loss
-        self.names = chain.names
+        self.parameter_table = ParameterTable(chain.names, chain.shapes, self.problem.dtype, self.problem.device)
         self._chain = chain
         self._reference = reference
 
@@ -166,11 +169,11 @@ class Linearization:
     @cached_property
     def H(self) -> ChainCurvature:
         """The Hessian, shape (N, N)."""
-        return ChainCurvature(self.analysis)
+        return ChainCurvature(self.analysis, self.parameter_table)
 
     @cached_property
     def _gauss_newton(self) -> ChainCurvature:
-        return ChainCurvature(self.analysis.gauss_newton())
+        return ChainCurvature(self.analysis.gauss_newton(), self.parameter_table)
 
     def gauss_newton(self) -> ChainCurvature:
         """Return the generalized Gauss-Newton matrix, shape (N, N): of all curvature only the loss's is kept."""

@@ -114,7 +114,7 @@ def test_nothing_to_train(setting):
     with pytest.raises(ValueError, match="no parameter 9.weight"):
         lh.linearize(model, f.cross_entropy, x, y, params=["9.weight"])
     with pytest.raises(TypeError, match="string"):
-        lh.linearize(model, f.cross_entropy, x, y, params="0.weight")
+        lh.linearize(model, f.cross_entropy, x, y, params=[0])
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen"):
         lh.linearize(model, f.cross_entropy, x, y)

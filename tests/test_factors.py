@@ -212,7 +212,7 @@ def test_diagonal_and_blocks(batch_of_seeds, route, request):
             np.testing.assert_allclose(inverse.diagonal(), np.diag(expected), rtol=0, atol=atol)
             np.testing.assert_allclose(inverse.trace(), np.trace(expected), rtol=0, atol=len(H) * atol)
             start = 0
-            for block in inverse.block_diagonal():
+            for block in inverse.block_diagonal().values():
                 stop = start + len(block)
                 np.testing.assert_allclose(block, expected[start:stop, start:stop], rtol=0, atol=3 * atol)
                 start = stop

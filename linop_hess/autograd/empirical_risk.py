@@ -28,11 +28,13 @@ from linop_hess.autograd.snapshot import (
     select_parameters,
 )
 from linop_hess.errors import UnsupportedModelError
+from linop_hess.operators.block import NamedOperator
 from linop_hess.operators.convert import all_finite, plain_arithmetic
 from linop_hess.operators.operator import Operator, damped
+from linop_hess.operators.parameters import ParameterTable
 
 
-class RiskCurvature(Operator):
+class RiskCurvature(NamedOperator):
     """A symmetric curvature matrix of a model's empirical risk Σ_b w_b ℓ(f(x_b; θ), y_b), matrix-free.
 
     A subclass implements `_record`. See `Hessian` for the parameters and what is raised.
@@ -45,6 +47,8 @@ class RiskCurvature(Operator):
         Its gradient, in the order of `names`.
     names : tuple of str
         The parameters, in the order of the flat vectors.
+    parameter_table : ParameterTable
+        Their names and shapes.
     """
 
     symmetric = True
@@ -56,7 +60,7 @@ class RiskCurvature(Operator):
         loss_fn: Callable[..., Tensor],
         data: Any,
         *,
-        params: Iterable[str] | None = None,
+        params: str | Iterable[str] | None = None,
         reduction: str | None = None,
         progress: bool = False,
         check_deterministic: bool = True,
@@ -64,7 +68,7 @@ class RiskCurvature(Operator):
         retain_graph: bool | None = None,
     ) -> None:
         require_loss_fn(loss_fn)
-        self.names = tuple(select_parameters(model, params))
+        names = select_parameters(model, params)
         self.batches = Batches(data, loss_fn, reduction, progress)
         if self.batches.count > 1 and self.batches.reduction == "sum" and takes_parameters(loss_fn):
             raise ValueError(
@@ -75,8 +79,9 @@ class RiskCurvature(Operator):
             self.model = frozen_copy(model)
         self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
         named = dict(self.model.named_parameters())
-        self.parameters = [named[name].requires_grad_() for name in self.names]
-        size = sum(parameter.numel() for parameter in self.parameters)
+        self.parameters = [named[name].requires_grad_() for name in names]
+        self.parameter_table = ParameterTable.of_tensors(dict(zip(names, self.parameters, strict=True)))
+        size = self.parameter_table.size
         super().__init__((size, size), self.parameters[0].dtype, self.parameters[0].device)
         self._recordings = Recordings(self.device, check_deterministic if retain_graph is None else retain_graph)
         with plain_arithmetic(self.device):

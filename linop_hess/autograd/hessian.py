@@ -40,9 +40,10 @@ class Hessian(RiskCurvature):
         that of the loss of all data at once, also for batches of unequal sizes. Inputs that are a tuple are the
         arguments of the model, ``model(*inputs)``; anything else, a dict included, is given as one. Inputs and
         targets are constants: a graph that leads from them to parameters is cut off.
-    params : iterable of str, optional
-        Names of the parameters to differentiate by; the others are constants. By default all that require a
-        gradient. Flat vectors are in the order of `model.named_parameters()`.
+    params : str or iterable of str, optional
+        Parameters to differentiate by, by name or glob pattern (``"blocks.*.weight"``); the others are constants. By
+        default all that require a gradient; of those that a pattern matches, too, only these are taken. Flat
+        vectors are in the order of `model.named_parameters()`.
     reduction : {"sum", "mean"}, optional
         How `loss_fn` combines the samples of a batch. Read from ``loss_fn.reduction`` where there is one, and
         not needed for a single batch.

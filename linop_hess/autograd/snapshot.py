@@ -13,16 +13,18 @@ from torch.nn.parameter import UninitializedParameter
 from linop_hess._validate import require_dtype
 from linop_hess.autograd.calling import refuse_unusable_model
 from linop_hess.errors import UnsupportedModelError
+from linop_hess.operators.parameters import matching, patterns_of
 
 
-def select_parameters(model: Any, params: Iterable[str] | None) -> list[str]:
+def select_parameters(model: Any, params: str | Iterable[str] | None) -> list[str]:
     """Return the names of the parameters to differentiate by, in the order of `model.named_parameters()`.
 
     Parameters
     ----------
     model : torch.nn.Module
-    params : iterable of str, optional
-        Names to restrict to; by default every parameter that requires a gradient.
+    params : str or iterable of str, optional
+        A name, a glob pattern (``*`` matches dots too) or several to restrict to; by default every parameter that requires a
+        gradient. A frozen parameter may not be named, and a pattern passes it over.
 
     Returns
     -------
@@ -31,11 +33,12 @@ def select_parameters(model: Any, params: Iterable[str] | None) -> list[str]:
     Raises
     ------
     TypeError
-        If `model` is not a module, `params` is a string, or a chosen parameter is neither float32 nor
-        float64, or two differ in dtype.
+        If `model` is not a module, `params` holds something else than strings, or a chosen parameter is neither
+        float32 nor float64, or two differ in dtype.
     ValueError
-        If a name is unknown or names a frozen parameter, none is chosen, chosen ones are on several
-        devices, or the model is on the meta device.
+        If a name is unknown or a pattern matches nothing (the nearest names are given), a name or all that a pattern matches
+        is frozen, none is chosen, or chosen ones are on several devices,
+        or the model is on the meta device.
     UnsupportedModelError
         If the model is parallel, sharded, compiled or scripted.
     """
@@ -117,23 +120,22 @@ def changed_buffers(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def _chosen_names(named: dict[str, nn.Parameter], params: Iterable[str] | None) -> list[str]:
+def _chosen_names(named: dict[str, nn.Parameter], params: str | Iterable[str] | None) -> list[str]:
     if params is None:
         return [name for name, parameter in named.items() if parameter.requires_grad]
-    if isinstance(params, str):
-        raise TypeError(f"expected params to be an iterable of names, got the string {params!r}: pass [{params!r}]")
-    asked = set(params)
-    unknown = sorted(str(name) for name in asked if name not in named)
-    if unknown:
-        some = ", ".join(list(named)[:8]) or "none"
-        raise ValueError(
-            f"expected names of the model's parameters ({some}, …), got some of others: there is no parameter "
-            f"{', '.join(unknown)}"
-        )
-    frozen = [name for name in named if name in asked and not named[name].requires_grad]
-    if frozen and all(named[name].is_floating_point() for name in frozen):
+    patterns = patterns_of(params)
+    chosen: set[str] = set()
+    frozen: list[str] = []
+    for pattern in patterns:
+        matched = matching(named, [pattern])
+        trainable = [name for name in matched if named[name].requires_grad]
+        chosen.update(trainable)
+        if not trainable:
+            frozen.append(pattern)
+            chosen.update(matched)
+    if frozen and all(named[name].is_floating_point() for name in matching(named, frozen)):
         raise ValueError(
             f"expected trainable parameters in params, got {', '.join(frozen)}, which is frozen (requires_grad=False): "
             "leave it out, or call .requires_grad_() on it"
         )
-    return [name for name in named if name in asked]
+    return [name for name in named if name in chosen]

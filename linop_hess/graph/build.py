@@ -31,6 +31,8 @@ class Chain:
     gradient : Tensor, shape (N,)
     names : tuple of str
         The parameters differentiated, in order.
+    shapes : tuple of tuple of int
+        Theirs.
     unverified : tuple of str
         Operations whose derivatives are torch's own second derivatives of whole operations.
     """
@@ -39,6 +41,7 @@ class Chain:
     loss: float
     gradient: Tensor
     names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     unverified: tuple[str, ...]
 
 
@@ -69,22 +72,24 @@ def build_chain(
     ValueError
         If a value or derivative is NaN or Inf (the message names the layer), or the loss depends on no parameter.
     """
+    named = dict(model.named_parameters())
+    shapes = tuple(tuple(named[name].shape) for name in names)
     layers = None if takes_parameters(loss_fn) else known_layers(model, inputs, names)
     if layers is not None:
         try:
             chain = linearize_layers(layers, loss_fn, constant(inputs), targets)
-            return Chain(chain.problem, chain.loss, chain.gradient, tuple(names), ())
+            return Chain(chain.problem, chain.loss, chain.gradient, tuple(names), shapes, ())
         except UnsupportedModelError:  # a loss that reads more than the output: the recording knows what
             pass
     seen = capture(model, loss_fn, inputs, targets, names)
-    parameter = dict(model.named_parameters())[names[0]]
+    parameter = named[names[0]]
     if seen.reads_output_alone:
         parts = linearize_loss(loss_fn, seen.output, targets, parameter.dtype)
         graph = build_graph(seen.trace, seen.output_ids[parts.order.cpu().numpy()], parts.stage, parameter)
     else:
         graph = build_graph(seen.trace, np.array([seen.loss_id]), None, parameter)
     _compare_gradients(seen, graph.gradient, names)
-    return Chain(graph.problem, seen.loss, graph.gradient, tuple(names), graph.generic)
+    return Chain(graph.problem, seen.loss, graph.gradient, tuple(names), shapes, graph.generic)
 
 
 def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str]) -> None:

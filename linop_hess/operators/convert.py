@@ -80,10 +80,7 @@ def as_tensor(
     TypeError
         Complex, sparse, masked or non-numeric input, a tensor of another floating dtype.
     """
-    if isinstance(x, Tensor):
-        tensor = _from_torch(x, dtype, device, who)
-    else:
-        tensor = _from_numpy(x, dtype, device, who)
+    tensor = converted(x, dtype=dtype, device=device, who=who)
     if tensor.ndim not in ndims or tensor.shape[0] != length:
         expected = " or ".join(f"({length},)" if n == 1 else f"({length}, k)" for n in ndims)
         raise ValueError(
@@ -97,6 +94,11 @@ def as_tensor(
             "find where they arise before multiplying"
         )
     return tensor
+
+
+def converted(x: Any, *, dtype: torch.dtype, device: torch.device, who: str) -> Tensor:
+    """Return an array or tensor of any shape and any values as `as_tensor` does; the errors of dtype and device are the same."""
+    return _from_torch(x, dtype, device, who) if isinstance(x, Tensor) else _from_numpy(x, dtype, device, who)
 
 
 def to_numpy(out: Tensor, *, fresh: bool = False) -> np.ndarray:

@@ -16,11 +16,13 @@ from linop_hess.lq.inverse.inverse import Inverse
 from linop_hess.lq.inverse.solve import Solution
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
+from linop_hess.operators.block import NamedOperator
 from linop_hess.operators.convert import as_tensor, to_numpy
 from linop_hess.operators.operator import Operator
+from linop_hess.operators.parameters import ParameterTable
 
 
-class HessianInverse(Operator):
+class HessianInverse(NamedOperator):
     """(H + εI)⁻¹ of a chain, every product certified by its backward error.
 
     As `M=` of SciPy's gmres it is always legal; for cg and minres only where H + εI is positive definite.
@@ -35,6 +37,8 @@ class HessianInverse(Operator):
         How to factor; "auto" follows the cost model of `Linearization.plan`.
     tolerance : float, optional
         Backward error every solve must reach; default 1e-14 in float64 and 1e-6 in float32.
+    table : ParameterTable, optional
+        Names of the parameters; without, those of the stages' controls (`ParameterTable.of_stages`).
 
     Raises
     ------
@@ -60,11 +64,18 @@ class HessianInverse(Operator):
     symmetric = True
 
     def __init__(
-        self, problem: Problem | Analysis, damping: float, method: str = "auto", *, tolerance: float | None = None
+        self,
+        problem: Problem | Analysis,
+        damping: float,
+        method: str = "auto",
+        *,
+        tolerance: float | None = None,
+        table: ParameterTable | None = None,
     ) -> None:
         analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
         N = analysis.problem.size
         super().__init__((N, N), analysis.problem.dtype, analysis.problem.device)
+        self.parameter_table = table or ParameterTable.of_stages(analysis.problem)
         with torch.no_grad():
             self._inverse = Inverse(analysis, damping, method, tolerance=tolerance)
 
@@ -217,12 +228,34 @@ class HessianInverse(Operator):
         with torch.no_grad():
             return float(self._inverse.entries.diagonal.sum())
 
-    def block_diagonal(self) -> list[np.ndarray]:
-        """Diagonal blocks of the inverse: one of shape (p, p) for each layer with parameters, in order; errors as of `diagonal`."""
-        sizes = self._inverse.analysis.problem.layout.p.astype(float)
-        require(8 * float(np.square(sizes).sum()), "the diagonal blocks of the inverse")
+    def block_diagonal(self) -> dict[str, np.ndarray]:
+        """Diagonal blocks of the inverse, one for each module that has parameters of its own.
+
+        Blocks of modules whose parameters are controls of one stage come from the factors, like the diagonal; others, as those of a module
+        used by several stages, from certified solves for their columns.
+
+        Returns
+        -------
+        dict of str to ndarray, each of shape (p, p)
+            By the module's name as in `model.named_modules()`, "" being the model itself, in the order of the flat vectors; rows and
+            columns are the flat indices of the module's own parameters, ascending (weight before bias).
+
+        Raises
+        ------
+        FactorizationError
+            If H + εI is singular to working precision.
+        ArithmeticError
+            If the comparison of `diagonal` fails.
+        MemoryError
+            If the blocks do not fit in memory; nothing has been allocated.
+        """
+        modules = self.parameter_table.modules()
+        sizes = [self._inverse.analysis.problem.layout.p, [places.size for places in modules.values()]]
+        largest = max(float(np.square(np.asarray(p, dtype=float)).sum()) for p in sizes)
+        require(8 * largest, "the diagonal blocks of the inverse")
         with torch.no_grad():
-            return [to_numpy(block.to(self.torch_dtype)) for block in self._inverse.blocks()]
+            blocks = self._inverse.blocks_at(list(modules.values()))
+            return {name: to_numpy(block.to(self.torch_dtype)) for name, block in zip(modules, blocks, strict=True)}
 
     def quadratic_form(self, v: Any) -> float | np.ndarray:
         """Return vᵀ (H + εI)⁻¹ v for v of shape (N,), or those of the columns of v of shape (N, k); v as in `solve`."""
@@ -280,7 +313,9 @@ class HessianInverse(Operator):
             If H + damping·I is singular to working precision.
         """
         solver = self._inverse.solver
-        return HessianInverse(solver.analysis, damping, solver.requested, tolerance=solver.tolerance)
+        return HessianInverse(
+            solver.analysis, damping, solver.requested, tolerance=solver.tolerance, table=self.parameter_table
+        )
 
 
 class PositiveOperator(Operator):

@@ -88,7 +88,7 @@ def test_bad_parameters(kind):
     with pytest.raises(ValueError, match="at least one"):
         kind(model, CE_MEAN, batch, params=[])
     with pytest.raises(TypeError, match="string"):
-        kind(model, CE_MEAN, batch, params="0.weight")
+        kind(model, CE_MEAN, batch, params=[0])
     with pytest.raises(ValueError, match="at least one"):
         kind(nn.Tanh(), CE_MEAN, batch)
     model[0].weight.requires_grad_(False)

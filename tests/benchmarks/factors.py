@@ -85,7 +85,7 @@ def accuracy() -> None:
                 worst_beyond = max(worst_beyond, gap / doubt)
             largest, condition = np.abs(truth).max(), np.abs(shifted).max() / np.abs(shifted).min()
             unit = condition * 1e-14 * largest
-            blocks = inverse.block_diagonal()
+            blocks = list(inverse.block_diagonal().values())
             truths = split_blocks(truth, blocks)
             gaps = {
                 "diagonal": np.abs(inverse.diagonal() - np.diag(truth)).max(),

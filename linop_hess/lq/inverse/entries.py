@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, TypeVar, cast
 
@@ -15,6 +15,7 @@ from linop_hess.lq.accuracy import ENTRIES_ROUNDING, ENTRIES_SOLVED, ENTRIES_TOL
 from linop_hess.lq.inverse import selected
 from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.inverse.solve import Solver
+from linop_hess.lq.layout import Layout
 from linop_hess.lq.methods.riccati import RiccatiFactorization
 
 _Entries = TypeVar("_Entries")
@@ -27,6 +28,9 @@ _FEW = 5000
 
 # Up to this many parameters all columns are solved for, which nothing is as sure as.
 SOLVED_UP_TO = 1000
+
+# Columns that are solved for at once take so much.
+_COLUMNS_BYTES = 2**27
 
 
 class Entrywise(Protocol):
@@ -114,6 +118,43 @@ class DiagonalEntries:
         own = (torch.from_numpy(layout.controls(l)).to(inverse.device) for l in np.flatnonzero(layout.p).tolist())
         return [inverse[at[:, None], at] for at in own]
 
+    def blocks_at(self, sets: Sequence[np.ndarray]) -> list[Tensor]:
+        """Return the blocks of the inverse in the rows and columns of sets of places.
+
+        Parameters
+        ----------
+        sets : sequence of ndarray of int
+            Places in flat vectors, each set ascending.
+
+        Returns
+        -------
+        list of Tensor
+            One of shape (m, m) for each set of m places: cut out of a stage's block where all are controls of one stage, else from
+            certified solves for its columns.
+        """
+        device = self.diagonal.device
+        if self._inverse is not None:
+            places = [torch.from_numpy(one).to(device) for one in sets]
+            return [self._inverse[one[:, None], one] for one in places]
+        stage, position, sizes = _controls_of_stages(self._factors.analysis.problem.layout)
+        single = [bool((stage[one] == stage[one[:1]]).all()) for one in sets]
+        of_stages = self._blocks() if any(single) else []
+        out = []
+        for one, is_single in zip(sets, single, strict=True):
+            if not is_single:
+                out.append(self._solved_block(torch.from_numpy(one).to(device)))
+            elif one.size:
+                block, inside = of_stages[stage[one[0]]], torch.from_numpy(position[one]).to(device)
+                out.append(block if one.size == sizes[stage[one[0]]] else block[inside[:, None], inside])
+            else:
+                out.append(self.diagonal.new_zeros(0, 0))
+        return out
+
+    def _solved_block(self, places: Tensor) -> Tensor:
+        """The block in some rows and columns by certified solves, so many columns at once as keep them small."""
+        width = max(1, _COLUMNS_BYTES // (8 * self._factors.analysis.problem.size))
+        return torch.cat([self._columns(part)[places] for part in places.split(width)], 1)
+
     def _compared(self, diagonal: Tensor) -> tuple[float, float]:
         """How far entries are from certified solves, and the largest of them."""
         generator = torch.Generator().manual_seed(0)
@@ -136,6 +177,13 @@ class DiagonalEntries:
         unit[entries, torch.arange(entries.numel(), device=problem.device)] = 1.0
         tolerance = self._solver.tolerance
         return self._solver.solve(unit, tolerance if problem.size <= _FEW else max(tolerance, ENTRIES_SOLVED)).x
+
+
+def _controls_of_stages(layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each place of a flat vector the stage it belongs to, of those with controls, and its position there; and their sizes."""
+    sizes = layout.p[layout.p > 0]
+    stage = np.repeat(np.arange(sizes.size), sizes)
+    return stage, np.arange(layout.size) - np.repeat(np.cumsum(sizes) - sizes, sizes), sizes
 
 
 def _selected(entries: Callable[[RiccatiFactorization], _Entries], factors: Factors, attempt: int) -> _Entries:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,6 +133,11 @@ class Inverse:
         """Diagonal blocks in float64, one per stage with controls."""
         entries = self.entries
         return self._asked(lambda _: entries.blocks())
+
+    def blocks_at(self, sets: Sequence[np.ndarray]) -> list[Tensor]:
+        """Blocks in the rows and columns of sets of places, in float64; see `DiagonalEntries.blocks_at`."""
+        entries = self.entries
+        return self._asked(lambda _: entries.blocks_at(sets))
 
     def sample(self, k: int, generator: torch.Generator | None) -> Tensor:
         """K samples of N(0, (H + εI)⁻¹), shape (N, k), in float64.

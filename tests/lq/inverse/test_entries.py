@@ -40,6 +40,25 @@ def test_against_the_dense_inverse(shape, dtype, few, monkeypatch):
         assert sum(len(block) for block in found.blocks()) == len(truth.H)
 
 
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("method", ["riccati", "dense"])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+def test_blocks_at_any_places(shape, method, few, monkeypatch):
+    """Of a whole stage, inside one, across stages and empty; columns of those across stages a few at a time."""
+    truth = setting(shape)
+    N, layout = len(truth.H), truth.analysis.problem.layout
+    monkeypatch.setattr(entries, "SOLVED_UP_TO", N if few else -1)
+    monkeypatch.setattr(entries, "_COLUMNS_BYTES", 8 * 3 * N)
+    edges = np.unique(layout.x_offsets)
+    stages = [np.arange(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    sets = [*stages, *(one[1::2] for one in stages), np.arange(0, N, 3), np.arange(N), np.arange(0)]
+    for damping in (0.5, -0.3):
+        expected, condition = np.linalg.inv(truth.shifted(damping)), np.linalg.cond(truth.shifted(damping))
+        atol = 2e-13 * (10 + condition) * np.abs(expected).max(initial=0.0)
+        for one, block in zip(sets, entries_of(truth, damping, method).blocks_at(sets), strict=True):
+            np.testing.assert_allclose(block.numpy(), expected[np.ix_(one, one)], rtol=0, atol=atol)
+
+
 def test_a_wrong_way_is_found_out_and_the_careful_one_taken(no_columns, monkeypatch):
     truth = setting("wildly varying")
     expected = np.diag(np.linalg.inv(truth.shifted(0.5)))

@@ -148,7 +148,7 @@ def test_what_the_gram_matrix_knows(name, loss_fn, monkeypatch):
         np.testing.assert_allclose(inverse.diagonal(), np.diag(expected), rtol=0, atol=atol)
         np.testing.assert_allclose(inverse.trace(), np.trace(expected), rtol=0, atol=N * atol)
         start = 0
-        for block in inverse.block_diagonal():
+        for block in inverse.block_diagonal().values():
             stop = start + len(block)
             np.testing.assert_allclose(block, expected[start:stop, start:stop], rtol=0, atol=3 * atol)
             start = stop
