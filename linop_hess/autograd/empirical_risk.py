@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from linop_hess._validate import checked_loss, require_loss_fn
 from linop_hess.autograd.batches import Batches
-from linop_hess.autograd.calling import as_data, call_loss, call_model, takes_parameters
+from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import (
+    coarsest_eps,
     differentiate,
     joined,
     refuse_direct_parameters,
@@ -45,6 +46,8 @@ class RiskCurvature(Operator):
         Its gradient, in the order of `names`.
     names : tuple of str
         The parameters, in the order of the flat vectors.
+    coarsest_eps : float
+        Unit of rounding of the coarsest dtype that is computed in, where model or loss cast to another.
     """
 
     symmetric = True
@@ -66,11 +69,6 @@ class RiskCurvature(Operator):
         require_loss_fn(loss_fn)
         self.names = tuple(select_parameters(model, params))
         self.batches = Batches(data, loss_fn, reduction, progress)
-        if self.batches.count > 1 and self.batches.reduction == "sum" and takes_parameters(loss_fn):
-            raise ValueError(
-                "expected a mean over batches or a single batch for a loss that takes the parameters, got a sum over several, "
-                "which counts a penalty once a batch: join the batches, or add the penalty's Hessian by itself"
-            )
         with torch.inference_mode(False):
             self.model = frozen_copy(model)
         self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
@@ -79,6 +77,7 @@ class RiskCurvature(Operator):
         size = sum(parameter.numel() for parameter in self.parameters)
         super().__init__((size, size), self.parameters[0].dtype, self.parameters[0].device)
         self._recordings = Recordings(self.device, check_deterministic if retain_graph is None else retain_graph)
+        self.coarsest_eps = torch.finfo(self.torch_dtype).eps
         with plain_arithmetic(self.device):
             before = buffers_of(self.model)
             self.loss, self._gradient, scale = self._evaluate(first=True)
@@ -184,7 +183,7 @@ class RiskCurvature(Operator):
         probes = torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype).to(self.device)
         products = self._apply(probes)
         asymmetry = float((probes[:, 0] @ products[:, 1] - probes[:, 1] @ products[:, 0]).abs())
-        if asymmetry <= torch.finfo(self.torch_dtype).eps ** (2 / 3) * _crossed_norms(probes, products):
+        if asymmetry <= self.coarsest_eps ** (2 / 3) * _crossed_norms(probes, products):
             return
         # A saturated network's Hessian is itself all rounding: see how far an ulp in the parameters moves it.
         noise = _crossed_norms(probes, self.moved_by_rounding(probes, products))
@@ -238,6 +237,7 @@ class RiskCurvature(Operator):
                 if first:
                     refuse_once_differentiable(loss)
                     refuse_direct_parameters(loss, self.parameters)
+                    self.coarsest_eps = max(self.coarsest_eps, coarsest_eps(loss))
                 gradients = differentiate([loss], self.parameters)
             used = used or any(g is not None for g in gradients)
             part = weight * joined(gradients, self.parameters)

@@ -15,7 +15,6 @@ from linop_hess.graph.rules.base import Kind, Layer
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
 
-
 # Arrays of the curvature's size that exist at once while it is made symmetric and cut.
 _COPIES = 4
 
