@@ -66,11 +66,12 @@ def linearize(
     Raises
     ------
     UnsupportedModelError
-        If the model is random, changes its buffers or parameters, or has operations without a second derivative.
+        If the model is random, changes its buffers or parameters, has operations without a second derivative, or is parallel, compiled
+        or scripted.
     ValueError
-        If the loss is not scalar, nothing is trainable, or a value or derivative is NaN or Inf (the layer is named).
+        If the loss is not scalar, nothing is trainable, the batch is empty, or a value or derivative is NaN or Inf (the layer is named).
     TypeError
-        If inputs or parameters have an unusable dtype.
+        If inputs or parameters have an unusable dtype, or inputs are sparse.
     MemoryError
         If the derivatives of an operation, or the states between operations, do not fit; nothing has been allocated.
 
@@ -277,7 +278,8 @@ class Linearization(Named):
         theirs = reference @ v
         gap = self.H @ v - theirs
         scale, worst = float(theirs.abs().max()), float(gap.abs().max())
-        if _is_rounding(gap, theirs, reference.moved_by_rounding(v, theirs), [p.numel() for p in reference.parameters]):
+        moved = reference.moved_by_rounding(v, theirs)
+        if _is_rounding(gap, theirs, moved, [p.numel() for p in reference.parameters], reference.coarsest_eps):
             return worst / scale if scale else 0.0
         gap = gap.abs()
         raise ArithmeticError(
@@ -298,9 +300,15 @@ class Linearization(Named):
         return {**self.__dict__, "_reference": None}
 
 
-def _is_rounding(gap: Tensor, products: Tensor, moved: Tensor, sizes: Sequence[int]) -> bool:
+def _is_rounding(gap: Tensor, products: Tensor, moved: Tensor, sizes: Sequence[int], unit: float) -> bool:
     """Whether a gap between products is within what rounding explains, in each parameter's entries; all of shape (N, k)."""
-    floor = torch.finfo(gap.dtype).eps * torch.linalg.vector_norm(products, dim=0)
+    if (
+        gap.is_cuda
+        and gap.dtype == torch.float32
+        and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    ):
+        unit = max(unit, 2.0**-11)  # products in TensorFloat-32 have ten bits
+    floor = unit * torch.linalg.vector_norm(products, dim=0)
     pieces = zip(gap.split(sizes), moved.split(sizes), strict=True)
     norms = ((torch.linalg.vector_norm(g, dim=0), torch.linalg.vector_norm(m, dim=0)) for g, m in pieces)
     return all(bool((seen <= VERIFIED * (explained + floor)).all()) for seen, explained in norms)

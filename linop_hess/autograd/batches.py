@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
+
+from linop_hess.autograd.calling import takes_parameters
 
 _ONE_BATCH = "pass one batch as a tuple (inputs, targets), several as a list of such tuples or a DataLoader"
 
@@ -116,6 +117,11 @@ class Batches:
             raise ValueError(
                 "expected a loss that says how it combines samples, as several batches need, got one without "
                 'reduction: pass reduction="sum" or reduction="mean"'
+            )
+        if self.reduction == "sum" and takes_parameters(loss_fn):
+            raise ValueError(
+                "expected a mean over batches or a single batch for a loss that takes the parameters, got a sum over several, "
+                "which counts a penalty once a batch: join the batches, or add the penalty's Hessian by itself"
             )
         if self.reduction == "mean":
             if getattr(loss_fn, "weight", None) is not None:

@@ -26,10 +26,8 @@ _SHARDED = ("FullyShardedDataParallel", "PipelineStage")
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model: ``model(*inputs)`` for a tuple, ``model(inputs)`` for anything else, named tuples included."""
-    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
-        return model(*inputs)
-    return model(inputs)
+    """Call a model: ``model(*inputs)`` for a plain tuple, ``model(inputs)`` for anything else, named tuples included."""
+    return model(*inputs) if type(inputs) is tuple else model(inputs)
 
 
 def takes_parameters(loss_fn: Any) -> bool:
@@ -141,7 +139,9 @@ def refuse_sparse(value: Any, what: str) -> None:
     """
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
-            raise TypeError(f"expected {what} as dense tensors, got one of layout {leaf.layout}: call .to_dense() on it")
+            raise TypeError(
+                f"expected {what} as dense tensors, got one of layout {leaf.layout}: call .to_dense() on it"
+            )
 
 
 def refuse_empty(value: Any, what: str) -> None:
@@ -267,7 +267,9 @@ def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to all that tuples, lists and dicts hold; a dict of another class comes back as a plain one."""
 
     def at(leaf: Any) -> Any:
-        return {key: _mapped(function, item) for key, item in leaf.items()} if isinstance(leaf, dict) else function(leaf)
+        return (
+            {key: _mapped(function, item) for key, item in leaf.items()} if isinstance(leaf, dict) else function(leaf)
+        )
 
     leaves, nest = pytree.tree_flatten(value)
     return pytree.tree_unflatten([at(leaf) for leaf in leaves], nest)

@@ -153,7 +153,7 @@ def unit_cotangents(like: Tensor) -> Tensor:
     return torch.eye(n, dtype=like.dtype, device=like.device).view(n, *like.shape)
 
 
-def symmetric(block: Tensor, what: str, scale: float = 0.0) -> Tensor:
+def symmetric(block: Tensor, what: str, scale: float = 0.0, eps: float = 0.0) -> Tensor:
     """Return a computed second derivative, symmetric to rounding, as an exactly symmetric one.
 
     Parameters
@@ -163,6 +163,8 @@ def symmetric(block: Tensor, what: str, scale: float = 0.0) -> Tensor:
         Its name, for the message.
     scale : float
         Size of the derivatives it was computed from, whose rounding it inherits even where it is small itself.
+    eps : float
+        Unit of rounding of what it was computed in, where that is coarser than its own (`coarsest_eps`).
 
     Returns
     -------
@@ -179,7 +181,7 @@ def symmetric(block: Tensor, what: str, scale: float = 0.0) -> Tensor:
     gap = float((block - block.mT).abs().max())
     size = max(float(block.abs().max()), scale)
     # A wrong derivative is off by order one; rounding is amplified by ill-conditioned operations such as norms.
-    if gap > torch.finfo(block.dtype).eps ** 0.5 * size:
+    if gap > max(torch.finfo(block.dtype).eps, eps) ** 0.5 * size:
         raise ArithmeticError(
             f"the second derivative of {what} came out asymmetric by {gap:.1e} of {size:.1e}: torch differentiates an "
             "operation in it wrongly; rewrite it in primitive operations"
@@ -198,6 +200,14 @@ def graph_nodes(*outputs: Tensor) -> Iterator[Any]:
         seen.add(node)
         yield node
         pending.extend(following for following, _ in node.next_functions)
+
+
+def coarsest_eps(output: Tensor) -> float:
+    """Unit of rounding of the coarsest dtype that a graph goes through, as that of a loss which casts to float32."""
+    dtypes = {output.dtype}
+    for node in graph_nodes(output):
+        dtypes.update(metadata.dtype for metadata in getattr(node, "_input_metadata", ()))
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
 
 def refuse_once_differentiable(output: Tensor) -> None:

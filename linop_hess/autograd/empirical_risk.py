@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from linop_hess._validate import checked_loss, require_loss_fn
 from linop_hess.autograd.batches import Batches
-from linop_hess.autograd.calling import as_data, call_loss, call_model, takes_parameters
+from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import (
+    coarsest_eps,
     differentiate,
     joined,
     refuse_direct_parameters,
@@ -49,6 +50,8 @@ class RiskCurvature(NamedOperator):
         The parameters, in the order of the flat vectors.
     parameter_table : ParameterTable
         Their names and shapes.
+    coarsest_eps : float
+        Unit of rounding of the coarsest dtype that is computed in, where model or loss cast to another.
     """
 
     symmetric = True
@@ -70,11 +73,6 @@ class RiskCurvature(NamedOperator):
         require_loss_fn(loss_fn)
         names = select_parameters(model, params)
         self.batches = Batches(data, loss_fn, reduction, progress)
-        if self.batches.count > 1 and self.batches.reduction == "sum" and takes_parameters(loss_fn):
-            raise ValueError(
-                "expected a mean over batches or a single batch for a loss that takes the parameters, got a sum over several, "
-                "which counts a penalty once a batch: join the batches, or add the penalty's Hessian by itself"
-            )
         with torch.inference_mode(False):
             self.model = frozen_copy(model)
         self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
@@ -84,6 +82,7 @@ class RiskCurvature(NamedOperator):
         size = self.parameter_table.size
         super().__init__((size, size), self.parameters[0].dtype, self.parameters[0].device)
         self._recordings = Recordings(self.device, check_deterministic if retain_graph is None else retain_graph)
+        self.coarsest_eps = torch.finfo(self.torch_dtype).eps
         with plain_arithmetic(self.device):
             before = buffers_of(self.model)
             self.loss, self._gradient, scale = self._evaluate(first=True)
@@ -189,7 +188,7 @@ class RiskCurvature(NamedOperator):
         probes = torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype).to(self.device)
         products = self._apply(probes)
         asymmetry = float((probes[:, 0] @ products[:, 1] - probes[:, 1] @ products[:, 0]).abs())
-        if asymmetry <= torch.finfo(self.torch_dtype).eps ** (2 / 3) * _crossed_norms(probes, products):
+        if asymmetry <= self.coarsest_eps ** (2 / 3) * _crossed_norms(probes, products):
             return
         # A saturated network's Hessian is itself all rounding: see how far an ulp in the parameters moves it.
         noise = _crossed_norms(probes, self.moved_by_rounding(probes, products))
@@ -243,6 +242,7 @@ class RiskCurvature(NamedOperator):
                 if first:
                     refuse_once_differentiable(loss)
                     refuse_direct_parameters(loss, self.parameters)
+                    self.coarsest_eps = max(self.coarsest_eps, coarsest_eps(loss))
                 gradients = differentiate([loss], self.parameters)
             used = used or any(g is not None for g in gradients)
             part = weight * joined(gradients, self.parameters)

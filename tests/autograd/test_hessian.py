@@ -249,6 +249,10 @@ def test_damping_is_checked():
             H.damped(bad)
 
 
-def test_gauss_newton_needs_one_output():
-    with pytest.raises(TypeError, match="one tensor"):
-        GaussNewton(nn.LSTM(4, 3).double(), lambda z, t: z[0].sum(), make_batch(4, 3, 5))
+def test_gauss_newton_needs_tensors():
+    class Text(nn.Linear):
+        def forward(self, x):
+            return "text"
+
+    with pytest.raises(TypeError, match="tuples, lists and dicts"):
+        GaussNewton(Text(4, 3).double(), lambda z, t: z, make_batch(4, 3, 5))

@@ -18,6 +18,7 @@ from linop_hess import _memory
 from linop_hess._validate import checked_loss, require_dtype
 from linop_hess.autograd.calling import constant, in_double, of_the_output_alone, takes_parameters
 from linop_hess.autograd.differentiate import (
+    coarsest_eps,
     refuse_direct_parameters,
     symmetric,
     twice_differentiable,
@@ -107,7 +108,8 @@ def linearize_loss(
     for what, array in (("gradient", row), ("Hessian", C)):
         if not bool(torch.isfinite(array).all()):
             raise ValueError(f"the {what} of the loss with respect to the model's output holds NaN or Inf")
-    return LossParts(value, ObjectiveStage(row, symmetric(C, "the loss")), state.order())
+    C = symmetric(C, "the loss", float(row.abs().max()), coarsest_eps(gradient))
+    return LossParts(value, ObjectiveStage(row, C), state.order())
 
 
 class _State:
@@ -118,7 +120,9 @@ class _State:
         self.places = [k for k, leaf in enumerate(self.leaves) if _is_real(leaf)]
         tensors = [self.leaves[k] for k in self.places]
         if not tensors:
-            kinds = sorted({str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in self.leaves})
+            kinds = sorted(
+                {str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in self.leaves}
+            )
             raise TypeError(
                 "expected a model that returns a floating tensor, or tuples, lists and dicts of some, got "
                 f"{', '.join(kinds) or 'nothing'}: return tensors of dtype float32 or float64"
@@ -126,6 +130,7 @@ class _State:
         for tensor in tensors:
             require_dtype(tensor.dtype, "the model's output")
         self.device = tensors[0].device
+        self.single = any(t.dtype == torch.float32 for t in tensors)
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         if any(tensor.device != self.device for tensor in tensors):
             raise ValueError("expected outputs on one device, got several: move them to one in the model")
@@ -175,7 +180,7 @@ def _untouched_randomness(device: torch.device) -> Any:
 def _first_derivative(loss_fn: Callable[..., Any], state: _State, target: Any) -> tuple[float, Tensor, Tensor]:
     """The loss, its gradient with a graph, and the flat state it is a function of; in float64 where the loss can."""
     u = state.flat()
-    if state.dtype != torch.float64:
+    if state.single:
         try:
             return _evaluate(in_double(loss_fn), state, in_double(target), u.double(), torch.float64)
         except Exception:  # noqa: BLE001  a loss that takes float32 alone; if it fails for another reason, it does again
@@ -210,11 +215,11 @@ def _hessian_blocks(gradient: Tensor, u: Tensor, samples: int) -> Tensor:
             coupled = ", whose samples interact through the loss," if samples > 1 else ""
             _require(n**2, f"the loss's Hessian by {n} outputs{coupled}", u)
         whole = vjps(gradient, [u], unit_cotangents(u))[0]
+        if samples == 1 or not small:
+            return whole[None, None]
         blocks = whole.view(samples, width, samples, width).permute(0, 2, 1, 3)
         between = ~torch.eye(samples, dtype=torch.bool, device=u.device)
-        if samples == 1 or not small or bool((blocks[between] != 0).any()):
-            return whole[None, None]
-        return blocks[~between][None].contiguous()
+        return whole[None, None] if bool((blocks[between] != 0).any()) else blocks[~between][None].contiguous()
     _require(n * width, f"the loss's Hessian of {samples} samples by {width} outputs each", u)
     probes = torch.eye(width, dtype=u.dtype, device=u.device)
     rows = vjps(gradient, [u], probes[:, None].expand(width, samples, width).reshape(width, n))[0]

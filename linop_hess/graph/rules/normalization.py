@@ -17,7 +17,6 @@ from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
 
-
 # Arrays of the size of F that exist at once while C is computed.
 _COPIES = 6
 
