@@ -6,6 +6,7 @@ Double backward (`autograd.grad` of a gradient) is the one route that agrees wit
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from linop_hess.errors import UnsupportedModelError
 
@@ -25,6 +27,19 @@ _ROWS_AT_ONCE = 256
 _NOT_TWICE = ("is not implemented", "not currently support", "double backward", "once_differentiable", "create_graph")
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda context: None).__code__
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    axes = [d for d in range(v.ndim) if d != dim % v.ndim] if dim != -1 else list(range(v.ndim))
+    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
+
+
+class _Primitive(TorchFunctionMode):
+    """Operations whose second derivative torch has wrong, written in primitive ones."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The second derivative of the fused one is off by order one (finite differences of its gradient tell).
+        return (_weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -53,8 +68,13 @@ def twice_differentiable(what: str, device: torch.device, model: nn.Module | Non
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if device.type == "cuda" and model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(_Primitive())
+        if model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            # Their fused kernels have no second derivatives.
+            library = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of settings that are only read
+                stack.enter_context(library.flags(enabled=False))
         try:
             yield
         except RuntimeError as error:

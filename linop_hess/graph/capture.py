@@ -98,7 +98,8 @@ def capture(
     def called(work: Callable[[nn.Module], Tensor]) -> Tensor:
         private = {name: b.clone() for name, b in buffers.items()}
         mine = {f"model.{name}": t for name, t in {**leaves, **others, **private}.items()}
-        value = functional_call(_Holder(model), mine, (work,))
+        with _attributes_restored(model):
+            value = functional_call(_Holder(model), mine, (work,))
         _require_unchanged(private, buffers)
         return value
 
@@ -166,6 +167,19 @@ def _reads_alone(trace: Trace, modelled: int, outputs: np.ndarray, loss: int) ->
         for _, output in node.outputs:
             known[output.ids()] = True
     return bool(known[loss])
+
+
+@contextmanager
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Give modules back the attributes that they set while they run."""
+    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, before in saved:
+            if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
+                now.clear()
+                now.update(before)
 
 
 @contextmanager

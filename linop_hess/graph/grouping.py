@@ -13,7 +13,7 @@ from linop_hess.graph.rules.elementwise import Elementwise, ScaleShift
 from linop_hess.graph.rules.operation import CONSTANT, CONTROL, STATE, Operation, Placement, Rule
 from linop_hess.graph.rules.primitive import Whole
 from linop_hess.graph.rules.products import Affine, BatchedProduct, Convolution
-from linop_hess.graph.rules.reductions import Along, Normalization, Reduction, Standardization, WeightNorm
+from linop_hess.graph.rules.reductions import Along, Normalization, Reduction, Standardization
 from linop_hess.graph.trace import Ids, Node, Strided, places
 
 RULES: tuple[Rule, ...] = (
@@ -26,7 +26,6 @@ RULES: tuple[Rule, ...] = (
     Reduction(),
     Normalization(),
     Standardization(),
-    WeightNorm(),
     Whole(),
 )
 """In the order in which they are asked; the last takes all."""

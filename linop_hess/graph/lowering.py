@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linop_hess.graph.rules.elementwise import scale_shift
 from linop_hess.graph.rules.operation import flattened
-from linop_hess.graph.rules.reductions import normalize, standardize, weight_norm
+from linop_hess.graph.rules.reductions import normalize, standardize
 from linop_hess.graph.trace import Ids, Node, Strided, Trace, contiguous_strides, named_arguments
 
 aten = torch.ops.aten
@@ -131,17 +131,10 @@ def _batch_norm(trace: Trace, node: Node) -> list[Node]:
     return _then_affine(trace, node, ids, first, value, *_by_channel(ids, x, weight, bias))
 
 
-def _weight_norm(trace: Trace, node: Node) -> list[Node]:
-    get, ids = _reader(node)
-    v, g, dim = get("v", "g", "dim")
-    return [_derived(trace, node, weight_norm, (v, g, 0 if dim is None else dim), ids, node.outputs[0][1])]
-
-
 _PARTS: dict[Any, Callable[[Trace, Node], list[Node]]] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.native_group_norm.default: _group_norm,
     aten.native_batch_norm.default: _batch_norm,
-    aten._weight_norm_interface.default: _weight_norm,
 }
 for _name, _part in (
     ("_fused_rms_norm", _rms_norm),

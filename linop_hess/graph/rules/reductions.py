@@ -139,26 +139,3 @@ class Standardization(Rule):
         shape = [1, -1] + [1] * (x.ndim - 2)
         slopes = [(flat[2].view(shape) + flat[3]).rsqrt().expand(x.shape).reshape(-1) for flat in op.flats]
         return DiagonalStage(torch.stack(slopes))
-
-
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """g v/‖v‖, the norms taken over all axes but `dim`; torch's second derivative of the fused operation is wrong."""
-    axes = [d for d in range(v.ndim) if d != dim]
-    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
-
-
-class WeightNorm(ByRows):
-    """`weight_norm`: a row is one slice of v and its length."""
-
-    def knows(self, func: Any) -> bool:
-        return func is weight_norm
-
-    def rows(self, op: Operation) -> Rows | None:
-        if op.tensors != [0, 1]:
-            return None
-        v, dim = op.flat[0], op.flat[2]
-
-        def arranged(t: Tensor) -> Tensor:
-            return t.movedim(dim, 0).reshape(v.shape[dim], -1)
-
-        return Rows({0: arranged, 1: arranged}, lambda t: weight_norm(t[0], t[1]), arranged, v.shape)
