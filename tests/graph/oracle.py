@@ -16,12 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import linop_hess as lh
 from tests.graph.case import Case
 from tests.graph.zoo import CASES
+from tests.graph.zoo_operations import OPERATIONS, between
 
 
 @cache
 def made(name: str, samples: int, dtype: torch.dtype = torch.float64) -> Case:
-    """Return a case of the zoo, the same object each time."""
-    return CASES[name](samples).to(dtype)
+    """Return a case of the zoo, or of its operations, the same object each time."""
+    return (between(name) if name in OPERATIONS else CASES[name](samples)).to(dtype)
 
 
 @cache

@@ -10,6 +10,7 @@ from torch import nn
 import linop_hess as lh
 from tests.graph.oracle import distance_to_singular, inertia, made, truth
 from tests.graph.zoo import CASES
+from tests.graph.zoo_operations import OPERATIONS
 from tests.lq.problems import backward_error
 
 DAMPINGS = (1e-1, 1e-3, 1e-6, -1e-2)
@@ -55,6 +56,20 @@ def test_inverse(name, samples, damping):
         assert backward_error(H, damping, solution.x, g) <= 1e-14
         assert solution.backward_error <= 1e-14
     assert inverse.inertia() == inertia(H, damping)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name):
+    """Any operation that torch differentiates twice, without a rule of its own."""
+    loss, gradient, H = truth(name, 3)
+    lin = linearized(name, 3)
+    assert lin.loss == pytest.approx(loss, rel=1e-13)
+    assert np.linalg.norm(lin.gradient - gradient) <= 1e-13 * np.linalg.norm(gradient)
+    assert np.linalg.norm(lin.H @ np.eye(len(H)) - H, 2) <= 1e-14 * np.linalg.norm(H, 2)
+    for damping in (1e-3, -1e-2):
+        inverse = lin.inverse(damping)
+        assert backward_error(H, damping, inverse @ gradient, gradient) <= 1e-14, damping
+        assert inverse.inertia() == inertia(H, damping), damping
 
 
 @pytest.mark.parametrize("method", ["riccati", "banded", "dense"])

@@ -25,7 +25,7 @@ CASES: dict[str, Callable[[int], Case]] = {}
 
 
 def case(build: Callable[[int], Case]) -> Callable[[int], Case]:
-    """Register a builder by its name, with a seed of its own, and no effect on torch's generator.."""
+    """Register a builder by its name, with a seed of its own, and no effect on torch's generator."""
 
     def seeded(samples: int) -> Case:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
