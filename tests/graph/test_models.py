@@ -98,7 +98,11 @@ def test_float32(name, samples):
     for damping in DAMPINGS:
         inverse = lin.inverse(damping)
         for g in right_hand_sides(gradient).astype(np.float32).T:
-            solution = inverse.solve(g)
+            try:
+                solution = inverse.solve(g)
+            except lh.errors.FactorizationError:  # only what is singular to the precision may be refused
+                assert distance_to_singular(truth_H, damping) <= np.finfo(np.float32).eps, damping
+                continue
             assert solution.x.dtype == np.float32
             assert backward_error(H, damping, solution.x, g) <= 1e-6, damping
             assert backward_error(truth_H, damping, solution.x, g) <= 4e-6, damping
