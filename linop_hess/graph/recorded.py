@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -61,7 +61,11 @@ def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | No
     groups = grouped(nodes, trace.parameters)
     makers = {g: group.rule.linearize(group.op).to(like.dtype) for g, group in enumerate(groups)}
     parts = [max(1, makers[g].samples) for g in range(len(groups))]
-    rank = state_order(groups, parts, trace.ids, target, 1 if objective is None else objective.samples)
+    rank, orders = state_order(groups, parts, trace.ids, target, 1 if objective is None else objective.samples)
+    for g, parts_order in enumerate(orders):
+        if parts_order is not None:
+            groups[g] = group = replace(groups[g], op=replace(groups[g].op, order=parts_order))
+            makers[g] = group.rule.linearize(group.op).to(like.dtype)
     plan = schedule(groups, trace.parameters, trace.ids, target, rank, objective is not None)
     order = plan.order
     slopes = [_stage(stack, makers, objective, like) for stack in plan.stacks]

@@ -17,8 +17,8 @@ _NONE = -1
 
 def state_order(
     groups: Sequence[Group], parts: Sequence[int], ids: int, target: np.ndarray, samples: int
-) -> np.ndarray:
-    """Rank of each element in a state, shape (ids + 2,): sample after sample, else as they were computed.
+) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    """Rank of each element in a state: sample after sample, else as they were computed.
 
     Parameters
     ----------
@@ -31,15 +31,31 @@ def state_order(
         What the loss reads, sample after sample.
     samples : int
         How many samples the loss falls into.
+
+    Returns
+    -------
+    rank : ndarray of int, shape (ids + 2,)
+    orders : list of ndarray of int or None
+        For each group the order of its parts that makes them, too, stand sample after sample; None: they do.
     """
     rank = np.arange(ids + 2)
+    orders: list[np.ndarray | None] = [None] * len(groups)
     if samples == 1:
-        return rank
+        return rank, orders
     label = _by_first_axis(groups, ids, samples)
     if not _agree(groups, parts, label, target, samples):
         label = _by_use(groups, parts, ids, target, samples)
+        orders = [_order_of_parts(group, count, label) for group, count in zip(groups, parts, strict=True)]
     rank[np.lexsort((rank, label))] = np.arange(ids + 2)
-    return rank
+    return rank, orders
+
+
+def _order_of_parts(group: Group, count: int, label: np.ndarray) -> np.ndarray | None:
+    """The parts of a stage by the sample they write, where every node of the group has them alike."""
+    of_parts = label[_written(group)].reshape(group.nodes.size, count, -1)
+    first = of_parts[0, :, 0]
+    alike = bool((of_parts == first[:, None]).all()) and bool((first != _NONE).all())
+    return np.argsort(first, kind="stable") if alike and bool((np.diff(first) < 0).any()) else None
 
 
 def _by_first_axis(groups: Sequence[Group], ids: int, samples: int) -> np.ndarray:

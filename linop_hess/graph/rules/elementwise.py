@@ -102,21 +102,24 @@ class ScaleShift(Rule):
         roles = self._roles(op)
         assert roles is not None and roles[0] is not None
         z, w, b = roles
-        read = np.arange(op.bounds[z].start, op.bounds[z].stop) if op.role(z) != CONSTANT else NOTHING
+        entries = np.arange(op.bounds[z].start, op.bounds[z].stop) if op.role(z) != CONSTANT else NOTHING
+        read = op.ordered(entries) if entries.size else entries
         mine = [np.arange(op.bounds[i].start, op.bounds[i].stop) for i in (w, b) if i is not None and op.role(i) == CONTROL]
-        return Placement(read, np.concatenate(mine))
+        written = None if op.order is None else op.order
+        return Placement(read, np.concatenate(mine), written)
 
     def linearize(self, op: Operation) -> Stage:
         roles = self._roles(op)
         assert roles is not None and roles[0] is not None
         z, w, b = roles
         K, shape = op.count, op.flat[z].shape
-        state = op.stacked(z).reshape(K, -1)
+        state = op.in_order(op.stacked(z).reshape(K, -1))
         ones = torch.ones_like(state)
-        scale = ones if w is None else _spread(op, w, shape)
+        scale = ones if w is None else op.in_order(_spread(op, w, shape))
         controlled = next(i for i in (w, b) if i is not None and op.role(i) == CONTROL)
         like = op.flat[controlled]
-        index = torch.arange(like.numel(), device=like.device).view(like.shape).expand(shape).reshape(-1)
+        index = torch.arange(like.numel(), device=like.device).view(like.shape).expand(shape).reshape(1, -1)
+        index = op.in_order(index)[0]
         stage = ScaleShiftStage(
             state,
             ones,

@@ -46,6 +46,8 @@ class Operation:
         `CONSTANT`, `STATE` or `CONTROL`, of each slot.
     title : str
         The first node, for messages.
+    order : ndarray of int or None
+        In which order a rule is to take the equal parts that it finds; None: as they come. Kinds that have none ignore it.
     """
 
     func: Any
@@ -56,6 +58,7 @@ class Operation:
     ids: np.ndarray
     roles: np.ndarray
     title: str
+    order: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -72,6 +75,14 @@ class Operation:
         """The slots of each active argument."""
         edges = np.cumsum([0, *(self.flat[i].numel() for i in self.active)])
         return {i: slice(int(a), int(b)) for i, a, b in zip(self.active, edges[:-1], edges[1:], strict=True)}
+
+    def ordered(self, parts: np.ndarray) -> np.ndarray:
+        """Entries of parts, the first axis, in `order`, flat."""
+        return (parts if self.order is None else parts[self.order]).reshape(-1)
+
+    def in_order(self, parts: Tensor) -> Tensor:
+        """The same for the second axis of arrays of all nodes, (K, R, …)."""
+        return parts if self.order is None else parts[:, torch.from_numpy(self.order).to(parts.device)]
 
     def role(self, position: int) -> int:
         """The role of all entries of an argument, −1 where they differ; numbers and tensors that are not active are constant."""

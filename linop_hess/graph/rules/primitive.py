@@ -168,9 +168,10 @@ class ByRows(Rule):
 
     def placement(self, op: Operation) -> Placement:
         rows = self._of(op)
-        written = rows.output(torch.arange(rows.shape.numel()).view(rows.shape)).reshape(-1).numpy()
+        outputs = rows.output(torch.arange(rows.shape.numel()).view(rows.shape))
+        written = op.ordered(outputs.reshape(outputs.shape[0], -1).numpy())
         in_order = bool((written == np.arange(written.size)).all())
-        return Placement(self._reads(op, rows).reshape(-1), NOTHING, None if in_order else written)
+        return Placement(op.ordered(self._reads(op, rows)), NOTHING, None if in_order else written)
 
     def _of(self, op: Operation) -> Rows:
         rows = self.rows(op)
@@ -181,7 +182,7 @@ class ByRows(Rule):
         """Leaves, each (K·R, *local), and the output (K·R, o)."""
         tensors = {}
         for i in op.tensors:
-            arranged = torch.vmap(rows.arranged[i])(in_double(op.stacked(i)))
+            arranged = op.in_order(torch.vmap(rows.arranged[i])(in_double(op.stacked(i))))
             tensors[i] = arranged.reshape(-1, *arranged.shape[2:])
         leaves = [tensors[i].clone().requires_grad_() for i in op.active]
         for i, leaf in zip(op.active, leaves, strict=True):

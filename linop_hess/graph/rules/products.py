@@ -76,23 +76,33 @@ class Affine(Rule):
 
     def placement(self, op: Operation) -> Placement:
         form = self._of(op)
-        read = _slots(op, form.rows, form.rows_transposed) if op.role(form.rows) != CONSTANT else NOTHING
+        rows, (outputs, inputs) = op.flat[form.rows], self._sizes(op, form)
+        read = NOTHING
+        if op.role(form.rows) != CONSTANT:
+            read = op.ordered(_slots(op, form.rows, form.rows_transposed).reshape(-1, inputs))
         controls = [NOTHING]
         if op.role(form.weight) == CONTROL:
             controls.append(_slots(op, form.weight, form.weight_transposed))
         if form.bias is not None and op.role(form.bias) == CONTROL:
             controls.append(_slots(op, form.bias, False))
+        count = rows.numel() // max(inputs, 1)
         written = None
-        rows = op.flat[form.rows]
         if form.rows_transposed and rows.ndim == 2:
-            count, outputs = rows.shape[1], op.flat[form.weight].shape[0]
-            written = np.arange(outputs * count).reshape(outputs, count).T.reshape(-1)
+            written = op.ordered(np.arange(outputs * count).reshape(outputs, count).T)
+        elif op.order is not None:
+            written = op.ordered(np.arange(outputs * count).reshape(count, outputs))
         return Placement(read, np.concatenate(controls), written)
 
     def _of(self, op: Operation) -> _Form:
         form = self._form(op)
         assert form is not None
         return form
+
+    @staticmethod
+    def _sizes(op: Operation, form: _Form) -> tuple[int, int]:
+        """Outputs and inputs of a row."""
+        outputs, inputs = op.flat[form.weight].shape[::-1] if form.weight_transposed else op.flat[form.weight].shape
+        return outputs, inputs
 
     def linearize(self, op: Operation) -> Stage:
         form, K = self._of(op), op.count
@@ -104,7 +114,7 @@ class Affine(Rule):
         elif form.rows_transposed:
             rows = rows.mT
         bias = form.bias is not None and op.role(form.bias) == CONTROL
-        stage = AffineStage(W.contiguous(), rows.contiguous(), None, op.role(form.weight) == CONTROL, bias)
+        stage = AffineStage(W.contiguous(), op.in_order(rows).contiguous(), None, op.role(form.weight) == CONTROL, bias)
         assert K == stage.count
         return InitialStage(stage) if op.role(form.rows) == CONSTANT else stage
 

@@ -132,10 +132,10 @@ class Standardization(Rule):
         return frozenset() if op.active == (0,) else None
 
     def placement(self, op: Operation) -> Placement:
-        return Placement(np.arange(op.roles.size), NOTHING)
+        return Placement(op.ordered(np.arange(op.roles.size)), NOTHING, op.order)
 
     def linearize(self, op: Operation) -> Stage:
         x = op.flat[0]
         shape = [1, -1] + [1] * (x.ndim - 2)
         slopes = [(flat[2].view(shape) + flat[3]).rsqrt().expand(x.shape).reshape(-1) for flat in op.flats]
-        return DiagonalStage(torch.stack(slopes))
+        return DiagonalStage(op.in_order(torch.stack(slopes)))
