@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.graph.rules.elementwise import scale_shift
-from linop_hess.graph.rules.operation import flattened
+from linop_hess.graph.rules.elementwise import is_elementwise, scale_shift
+from linop_hess.graph.rules.operation import flattened, out_of_place
 from linop_hess.graph.rules.reductions import normalize, standardize
 from linop_hess.graph.trace import Ids, Node, Strided, Trace, contiguous_strides, named_arguments
 
@@ -144,3 +145,86 @@ for _name, _part in (
 ):
     if hasattr(aten, _name):
         _PARTS[getattr(aten, _name).default] = _part
+
+
+def split_late(nodes: Sequence[Node], ids: int) -> list[Node]:
+    """Compute rows of products and elementwise operations when they are first read, where that keeps less alive.
+
+    Recurrent layers project the inputs of all steps at once. Row by row, the weight is alive from step to step in place of all that it
+    has projected.
+
+    Parameters
+    ----------
+    nodes : sequence of Node
+        In order.
+    ids : int
+        The largest element id.
+
+    Returns
+    -------
+    list of Node
+    """
+    never = float(len(nodes))
+    first = np.full(ids + 1, never)
+    placed: list[tuple[float, int, Node]] = []
+    for k in range(len(nodes) - 1, -1, -1):
+        pieces = _pieces(nodes[k], first, never) or [(float(k), nodes[k])]
+        for time, piece in pieces:
+            placed.append((time, k, piece))
+            for argument in piece.arguments:
+                mine = argument.ids() if isinstance(argument, Strided) else argument
+                first[mine] = np.minimum(first[mine], time)
+    placed.sort(key=lambda entry: entry[:2])
+    return [node for _, _, node in placed]
+
+
+# What rows read may be alive in place of what they compute: a little more, since what computed that may be split in turn.
+_WORTH = 1.1
+
+
+def _pieces(node: Node, first: np.ndarray, never: float) -> list[tuple[float, Node]] | None:
+    """A node in runs of rows that are first read at one time, each with the time just before; None where it stays whole."""
+    if len(node.outputs) != 1 or not _by_first_axis(node):
+        return None
+    output = node.outputs[0][1]
+    if not output.shape or output.shape[0] < 2 or output.stride != contiguous_strides(output.shape) or output.offset:
+        return None
+    rows = output.shape[0]
+    each = int(np.prod(output.shape[1:], dtype=np.int64))
+    when = first[output.start : output.start + rows * each].reshape(rows, each).min(1)
+    edges = [0, *(np.flatnonzero(np.diff(when)) + 1).tolist(), rows]
+    read = sum(int(np.prod(a.shape)) if isinstance(a, Strided) else a.size for a in node.arguments)
+    if len(edges) < 3 or bool((when >= never).any()) or read > _WORTH * rows * each:
+        return None
+    return [(when[a] - 0.5, _rows(node, output, a, b, each)) for a, b in pairwise(edges)]
+
+
+def _by_first_axis(node: Node) -> bool:
+    """Whether a node's rows, along the first axis, are computed alike from rows of its arguments or from all of them."""
+    if node.func in (aten.mm.default, aten.addmm.default):
+        return True
+    return is_elementwise(node.func)
+
+
+def _rows(node: Node, output: Strided, a: int, b: int, each: int) -> Node:
+    """Rows a..b of a node, as a node."""
+    product = {aten.mm.default: (0,), aten.addmm.default: (1,)}.get(node.func)
+    flat, arguments = list(node.flat), []
+    sliced = []
+    for i, value in enumerate(flat):
+        if isinstance(value, Tensor):
+            alike = value.ndim == len(output.shape) and value.shape[0] == output.shape[0]
+            if i in product if product is not None else alike:
+                flat[i] = value[a:b]
+                sliced.append(i)
+    for i, argument in zip(node.active, node.arguments, strict=True):
+        if i not in sliced:
+            arguments.append(argument)
+        elif isinstance(argument, Strided):
+            offset = argument.offset + a * argument.stride[0]
+            arguments.append(Strided(argument.start, (b - a, *argument.shape[1:]), argument.stride, offset))
+        else:
+            arguments.append(argument.reshape(output.shape[0], -1)[a:b].reshape(-1))
+    part = Strided(output.start + a * each, (b - a, *output.shape[1:]), output.stride, 0)
+    func = out_of_place(node.func)
+    return Node(func, flat, node.spec, node.active, arguments, [(0, part)], node.path, node.in_loss, node.operation)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.graph.grouping import Group, grouped, live_nodes
-from linop_hess.graph.lowering import lower
+from linop_hess.graph.lowering import lower, split_late
 from linop_hess.graph.samples import state_order
 from linop_hess.graph.trace import Trace
 from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Schedule, Stack, schedule
@@ -58,6 +58,7 @@ def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | No
         If a derivative is NaN or Inf (the message names the operation).
     """
     nodes = live_nodes(lower(trace), target[target > 0], trace.ids)
+    nodes = split_late(nodes, trace.ids)
     groups = grouped(nodes, trace.parameters)
     makers = {g: group.rule.linearize(group.op).to(like.dtype) for g, group in enumerate(groups)}
     parts = [max(1, makers[g].samples) for g in range(len(groups))]

@@ -33,11 +33,16 @@ _LINEAR = frozenset({"add", "sub", "neg", "rsub", "deg2rad", "rad2deg", "relu", 
 _NAMES = frozenset(ELEMENTWISE.split())
 
 
+def is_elementwise(func: Any) -> bool:
+    """Whether an operation is one of `ELEMENTWISE`, in place or not."""
+    return base_name(func) in _NAMES
+
+
 class Elementwise(ByRows):
     """Rows of one entry of each argument."""
 
     def knows(self, func: Any) -> bool:
-        return base_name(func) in _NAMES
+        return is_elementwise(func)
 
     def rows(self, op: Operation) -> Rows | None:
         func = out_of_place(op.func)
