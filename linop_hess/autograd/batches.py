@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 from linop_hess.autograd.calling import takes_parameters
+
+# Losses whose weights are factors of a sum that is divided by the number of entries all the same.
+_WEIGHTED_SUMS = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn.MultiMarginLoss)
 
 _ONE_BATCH = "pass one batch as a tuple (inputs, targets), several as a list of such tuples or a DataLoader"
 
@@ -124,7 +127,7 @@ class Batches:
                 "which counts a penalty once a batch: join the batches, or add the penalty's Hessian by itself"
             )
         if self.reduction == "mean":
-            if getattr(loss_fn, "weight", None) is not None:
+            if getattr(loss_fn, "weight", None) is not None and not isinstance(loss_fn, _WEIGHTED_SUMS):
                 raise ValueError(
                     "expected a mean over samples, got that of a class-weighted loss, which divides by the weights in "
                     'each batch, not those in the data: use reduction="sum" in the loss and scale the operator'

@@ -135,7 +135,7 @@ def joined(derivatives: Gradients, by: Sequence[Tensor]) -> Tensor:
     return torch.cat([(torch.zeros_like(b) if d is None else d).reshape(-1) for d, b in pairs])
 
 
-def vjps(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
+def vjps(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor, at_once: int = _ROWS_AT_ONCE) -> list[Tensor]:
     """Pull k cotangents back through a recorded graph.
 
     Parameters
@@ -144,13 +144,15 @@ def vjps(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> list[
     sources : sequence of Tensor
         What to differentiate with respect to.
     cotangents : Tensor, shape (k, *s)
+    at_once : int
+        How many in one batched backward pass, each of which takes about as much memory as the graph.
 
     Returns
     -------
     list of Tensor
         For each source its (k, source.numel()) derivatives; zeros where `output` does not depend on it.
     """
-    parts = [_vjps_at_once(output, sources, chunk) for chunk in cotangents.split(_ROWS_AT_ONCE)]
+    parts = [_vjps_at_once(output, sources, chunk) for chunk in cotangents.split(at_once)]
     return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
 

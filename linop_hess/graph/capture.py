@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map
 
 from linop_hess._validate import checked_loss
@@ -75,7 +74,7 @@ def capture(
     named = dict(model.named_parameters())
     leaves = {name: _leaf(named[name]) for name in names}
     others = {name: p.detach().clone() for name, p in named.items() if name not in leaves}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    buffers = dict(model.named_buffers())
     inputs, targets = as_data((inputs, targets))
     device = next(iter(leaves.values())).device
     recorder = Recorder(list(leaves.values()))
@@ -84,7 +83,7 @@ def capture(
     def evaluated(output: Any) -> Tensor:
         return checked_loss(call_loss(loss_fn, output, targets, leaves))
 
-    def recorded(model: nn.Module) -> Tensor:
+    def recorded() -> Tensor:
         with recorder:
             output = call_model(model, inputs)
         tensors = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
@@ -95,18 +94,14 @@ def capture(
         with recorder:
             return evaluated(output)
 
-    def called(work: Callable[[nn.Module], Tensor]) -> Tensor:
-        private = {name: b.clone() for name, b in buffers.items()}
-        mine = {f"model.{name}": t for name, t in {**leaves, **others, **private}.items()}
-        with _attributes_restored(model):
-            value = functional_call(_Holder(model), mine, (work,))
-        _require_unchanged(private, buffers)
-        return value
-
-    with twice_differentiable("the model", device, model):
+    stand_ins = {id(named[name]): tensor for name, tensor in {**leaves, **others}.items()}
+    private = {name: b.detach().clone() for name, b in buffers.items()}
+    stand_ins |= {id(buffers[name]): copy for name, copy in private.items()}
+    with twice_differentiable("the model", device, model), _standing_in(model, stand_ins):
         with _without_collector(), module_paths(model, recorder.path):
-            value = called(recorded)
-        again = called(lambda model: evaluated(call_model(model, inputs)))
+            value = recorded()
+        _require_unchanged(private, buffers)
+        again = evaluated(call_model(model, inputs))
     loss_ids = recorder.ids_of(value)
     if not loss_ids.any():
         raise ValueError(
@@ -129,17 +124,6 @@ def capture(
         [g.detach() for g in gradient],
         _reads_alone(recorder.trace, modelled, ids, int(loss_ids[0])),
     )
-
-
-class _Holder(nn.Module):
-    """Holds a model, so that `functional_call` replaces its parameters while some work is done with it, the loss included."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, work: Callable[[nn.Module], Tensor]) -> Tensor:
-        return work(self.model)
 
 
 def _leaf(parameter: Tensor) -> Tensor:
@@ -172,16 +156,28 @@ def _reads_alone(trace: Trace, modelled: int, outputs: np.ndarray, loss: int) ->
 
 
 @contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Give modules back the attributes that they set while they run."""
-    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
+def _standing_in(model: nn.Module, stand_ins: dict[int, Tensor]) -> Iterator[None]:
+    """Put other tensors in the places of parameters and buffers, and give modules back all that they had afterwards.
+
+    Tied ones are replaced by one tensor, and attributes that modules set while they run are reset.
+    """
+    modules = list(model.modules())
+    saved = [(vars(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
     try:
+        for module in modules:
+            for own in (module._parameters, module._buffers):
+                for key, tensor in own.items():
+                    if tensor is not None:
+                        own[key] = stand_ins.get(id(tensor), tensor)  # type: ignore[assignment]
         yield
     finally:
-        for now, before in saved:
+        for now, before, parameters, buffers in saved:
             if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
                 now.clear()
                 now.update(before)
+            for key, kept in (("_parameters", parameters), ("_buffers", buffers)):
+                now[key].clear()
+                now[key].update(kept)
 
 
 @contextmanager

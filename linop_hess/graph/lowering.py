@@ -82,7 +82,7 @@ def _layer_norm(trace: Trace, node: Node) -> list[Node]:
     get, ids = _reader(node)
     x, shape, weight, bias, eps = get("input", "normalized_shape", "weight", "bias", "eps")
     run = torch.Size(shape).numel()
-    value = normalize(x, run, eps)
+    value = aten.native_layer_norm.default(x, shape, None, None, eps)[0]
     first = _derived(trace, node, normalize, (x, run, eps), ids, None)
     return _then_affine(trace, node, ids, first, value, weight, bias)
 

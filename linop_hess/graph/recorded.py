@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linop_hess.graph.grouping import Group, grouped, live_nodes
 from linop_hess.graph.lowering import lower
+from linop_hess.graph.samples import state_order
 from linop_hess.graph.trace import Trace
 from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Schedule, Stack, schedule
 from linop_hess.lq.problem import Problem
@@ -58,9 +59,11 @@ def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | No
     """
     nodes = live_nodes(lower(trace), target[target > 0], trace.ids)
     groups = grouped(nodes, trace.parameters)
-    plan = schedule(groups, trace.parameters, trace.ids, target, objective is not None)
-    order = plan.order
     makers = {g: group.rule.linearize(group.op).to(like.dtype) for g, group in enumerate(groups)}
+    parts = [max(1, makers[g].samples) for g in range(len(groups))]
+    rank = state_order(groups, parts, trace.ids, target, 1 if objective is None else objective.samples)
+    plan = schedule(groups, trace.parameters, trace.ids, target, rank, objective is not None)
+    order = plan.order
     slopes = [_stage(stack, makers, objective, like) for stack in plan.stacks]
     places = np.concatenate(
         [plan.stacks[b].controls[k] for b, k in order.tolist()] or [np.zeros(0, dtype=np.int64)]

@@ -69,7 +69,9 @@ class Schedule:
         return order
 
 
-def schedule(groups: list[Group], parameters: int, ids: int, target: np.ndarray, has_objective: bool) -> Schedule:
+def schedule(
+    groups: list[Group], parameters: int, ids: int, target: np.ndarray, rank: np.ndarray, has_objective: bool
+) -> Schedule:
     """Lay out a network as a chain of events on live sets.
 
     Parameters
@@ -81,6 +83,8 @@ def schedule(groups: list[Group], parameters: int, ids: int, target: np.ndarray,
         The largest element id.
     target : ndarray of int
         The elements that the loss reads, in its order; without an objective the loss itself.
+    rank : ndarray of int, shape (ids + 2,)
+        In which order elements stand in a state.
     has_objective : bool
         Whether the loss is one last stage that reads `target`.
     """
@@ -124,7 +128,7 @@ def schedule(groups: list[Group], parameters: int, ids: int, target: np.ndarray,
     birth = event_of(birth)
     if has_objective:
         birth[ids + 1], last[ids + 1] = times.size - 1, times.size  # the loss
-    live = live_sets(birth, last, times.size, np.arange(ids + 2))
+    live = live_sets(birth, last, times.size, rank)
     events = _Events(live, ids + 1)
     if idle.size:
         events.add(IDLE, _NONE, np.zeros(1, dtype=np.int64), _NONE, idle[None])

@@ -148,3 +148,12 @@ def test_data_that_shrink_are_noticed():
     data.pop()
     with pytest.raises(ValueError, match="2 batches"):
         H @ np.ones(H.shape[0])
+
+
+@pytest.mark.parametrize("loss", [nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss])
+def test_weights_that_a_mean_does_not_divide_by_are_exact(loss):
+    model, (x, _) = mlp_and_batch()
+    y = (x[:, :3] > 0).double()
+    weighted = loss(weight=torch.tensor([2.0, 3.0, 0.5]).double())
+    H = Hessian(model, weighted, [(x[:2], y[:2]), (x[2:], y[2:])])
+    assert worst(H, oracle_hessian(model, weighted, x, y)) <= 1e-14

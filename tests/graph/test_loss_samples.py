@@ -249,7 +249,7 @@ def test_random_losses_are_refused_and_draw_nothing():
 
 def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
     output = normal(300, 10)
-    monkeypatch.setattr(_memory, "available_on", lambda device: 4 * 8 * 300 * 10**2)
+    monkeypatch.setattr(_memory, "available_on", lambda device: 5 * 8 * 300 * 10**2)
     assert linearize_loss(f.mse_loss, output, torch.zeros_like(output)).stage.samples == 300
     with pytest.raises(MemoryError, match="3000 outputs, whose samples interact.*MiB"):
         linearize_loss(lambda o, t: o.var(0).sum(), output, None)

@@ -12,7 +12,6 @@ from linop_hess.graph.rules.operation import (
     CONSTANT,
     CONTROL,
     NOTHING,
-    STATE,
     Operation,
     Placement,
     Rule,
@@ -99,7 +98,7 @@ class ScaleShift(Rule):
         z, w, b = roles
         shape = op.flat[z].shape
         parts = [i for i in (w, b) if i is not None]
-        if op.role(z) in (CONTROL, -1) or any(op.role(i) not in (CONTROL, CONSTANT) for i in parts):
+        if op.is_controlled(z) or any(op.role(i) not in (CONTROL, CONSTANT) for i in parts):
             return None
         taken = [i for i in parts if op.role(i) == CONTROL]
         if not taken or any(not op.are_distinct(i) for i in taken):
@@ -114,7 +113,7 @@ class ScaleShift(Rule):
         roles = self._roles(op)
         assert roles is not None
         z, w, b = roles
-        read = np.arange(op.bounds[z].start, op.bounds[z].stop) if op.role(z) == STATE else NOTHING
+        read = np.arange(op.bounds[z].start, op.bounds[z].stop) if op.role(z) != CONSTANT else NOTHING
         mine = [
             np.arange(op.bounds[i].start, op.bounds[i].stop) for i in (w, b) if i is not None and op.role(i) == CONTROL
         ]
@@ -140,7 +139,7 @@ class ScaleShift(Rule):
             w is not None and op.role(w) == CONTROL,
             b is not None and op.role(b) == CONTROL,
         )
-        return stage if op.role(z) == STATE else InitialStage(stage)
+        return InitialStage(stage) if op.role(z) == CONSTANT else stage
 
 
 def _spread(op: Operation, position: int, shape: torch.Size) -> Tensor:

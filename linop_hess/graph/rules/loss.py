@@ -25,6 +25,7 @@ from linop_hess.autograd.differentiate import (
     unit_cotangents,
     vjps,
 )
+from linop_hess.autograd.recording import saved_bytes
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.stages.objective import ObjectiveStage
 
@@ -32,7 +33,10 @@ from linop_hess.lq.stages.objective import ObjectiveStage
 _DENSE_UP_TO = 16
 
 # Arrays of the Hessian's size that exist at once while it is made symmetric.
-_COPIES = 4
+_COPIES = 5
+
+# What backward passes done at once may take, where that is more than the Hessian.
+_AT_ONCE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ def _hessian_blocks(gradient: Tensor, u: Tensor, samples: int) -> Tensor:
         if not small:
             coupled = ", whose samples interact through the loss," if samples > 1 else ""
             _require(n**2, f"the loss's Hessian by {n} outputs{coupled}", u)
-        whole = vjps(gradient, [u], unit_cotangents(u))[0]
+        whole = vjps(gradient, [u], unit_cotangents(u), n if small else _rows_at_once(gradient, n))[0]
         if samples == 1 or not small:
             return whole[None, None]
         blocks = whole.view(samples, width, samples, width).permute(0, 2, 1, 3)
@@ -222,8 +226,16 @@ def _hessian_blocks(gradient: Tensor, u: Tensor, samples: int) -> Tensor:
         return whole[None, None] if bool((blocks[between] != 0).any()) else blocks[~between][None].contiguous()
     _require(n * width, f"the loss's Hessian of {samples} samples by {width} outputs each", u)
     probes = torch.eye(width, dtype=u.dtype, device=u.device)
-    rows = vjps(gradient, [u], probes[:, None].expand(width, samples, width).reshape(width, n))[0]
+    rows = vjps(
+        gradient, [u], probes[:, None].expand(width, samples, width).reshape(width, n), _rows_at_once(gradient, width)
+    )[0]
     return rows.reshape(width, samples, width).transpose(0, 1)[None].contiguous()
+
+
+def _rows_at_once(gradient: Tensor, rows: int) -> int:
+    """How many backward passes may be done at once: those that take no more memory together than the Hessian does."""
+    budget = max(rows * gradient.numel() * gradient.element_size(), _AT_ONCE_BYTES)
+    return max(1, min(256, budget // max(1, saved_bytes([gradient]))))
 
 
 def _require(entries: int, what: str, like: Tensor) -> None:

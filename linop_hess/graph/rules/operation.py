@@ -80,6 +80,10 @@ class Operation:
         roles = self.roles[self.bounds[position]]
         return int(roles[0]) if bool((roles == roles[0]).all()) else -1
 
+    def is_controlled(self, position: int) -> bool:
+        """Whether some entry of an argument is a control."""
+        return position in self.bounds and bool((self.roles[self.bounds[position]] == CONTROL).any())
+
     def are_distinct(self, position: int) -> bool:
         """Whether no element occurs twice in an argument of any node."""
         ids = np.sort(self.ids[:, self.bounds[position]], axis=1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.graph.rules.convolution import patch_sources
-from linop_hess.graph.rules.operation import CONSTANT, CONTROL, NOTHING, STATE, Operation, Placement, Rule
+from linop_hess.graph.rules.operation import CONSTANT, CONTROL, NOTHING, Operation, Placement, Rule
 from linop_hess.graph.rules.primitive import ByRows, Rows
 from linop_hess.lq.stages.affine import AffineStage
 from linop_hess.lq.stages.base import Stage
@@ -55,7 +55,7 @@ class Affine(Rule):
 
     def _fits(self, op: Operation, form: _Form) -> bool:
         weight = op.role(form.weight)
-        if weight not in (CONTROL, CONSTANT) or op.role(form.rows) not in (STATE, CONSTANT):
+        if weight not in (CONTROL, CONSTANT) or op.is_controlled(form.rows):
             return False
         if weight == CONTROL and not op.are_distinct(form.weight):
             return False
@@ -76,7 +76,7 @@ class Affine(Rule):
 
     def placement(self, op: Operation) -> Placement:
         form = self._of(op)
-        read = _slots(op, form.rows, form.rows_transposed) if op.role(form.rows) == STATE else NOTHING
+        read = _slots(op, form.rows, form.rows_transposed) if op.role(form.rows) != CONSTANT else NOTHING
         controls = [NOTHING]
         if op.role(form.weight) == CONTROL:
             controls.append(_slots(op, form.weight, form.weight_transposed))
@@ -106,7 +106,7 @@ class Affine(Rule):
         bias = form.bias is not None and op.role(form.bias) == CONTROL
         stage = AffineStage(W.contiguous(), rows.contiguous(), None, op.role(form.weight) == CONTROL, bias)
         assert K == stage.count
-        return stage if op.role(form.rows) == STATE else InitialStage(stage)
+        return InitialStage(stage) if op.role(form.rows) == CONSTANT else stage
 
 
 def _slots(op: Operation, position: int, transposed: bool) -> np.ndarray:
@@ -127,8 +127,7 @@ class Convolution(Rule):
         input, weight, bias = (op.argument(name) for name in ("input", "weight", "bias"))
         if transposed or groups != 1 or input.ndim != weight.ndim:
             return False
-        first = 0
-        if op.role(first) not in (STATE, CONSTANT) or op.role(1) not in (CONTROL, CONSTANT):
+        if op.is_controlled(0) or op.role(1) not in (CONTROL, CONSTANT):
             return False
         parts = [1] + ([2] if isinstance(bias, Tensor) else [])
         return all(op.role(i) in (CONTROL, CONSTANT) and (op.role(i) == CONSTANT or op.are_distinct(i)) for i in parts)
@@ -139,7 +138,7 @@ class Convolution(Rule):
         return frozenset(i for i in (1, 2) if isinstance(op.flat[i], Tensor) and op.role(i) == CONTROL)
 
     def placement(self, op: Operation) -> Placement:
-        read = _slots(op, 0, False) if op.role(0) == STATE else NOTHING
+        read = _slots(op, 0, False) if op.role(0) != CONSTANT else NOTHING
         mine = [_slots(op, i, False) for i in (1, 2) if isinstance(op.flat[i], Tensor) and op.role(i) == CONTROL]
         return Placement(read, np.concatenate([NOTHING, *mine]))
 
@@ -162,7 +161,7 @@ class Convolution(Rule):
         rows = arrangement.unfold(input.reshape(K, -1, 1)).reshape(K, samples * gather.shape[0], -1)
         bias = isinstance(op.flat[2], Tensor) and op.role(2) == CONTROL
         stage = ConvolutionStage(op.stacked(1).flatten(2), rows, None, op.role(1) == CONTROL, bias, arrangement)
-        return stage if op.role(0) == STATE else InitialStage(stage)
+        return InitialStage(stage) if op.role(0) == CONSTANT else stage
 
 
 class BatchedProduct(ByRows):
