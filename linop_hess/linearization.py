@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from linop_hess._validate import finite_real
 from linop_hess.autograd.calling import as_module, explained, refuse_empty, refuse_sparse, refuse_unusable_model
 from linop_hess.autograd.snapshot import select_parameters
+from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.curvature import ChainCurvature
 from linop_hess.graph.build import Chain, build_chain
 from linop_hess.graph.verification import Reference
@@ -22,6 +23,7 @@ from linop_hess.lq.methods.plan import Plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
+from linop_hess.operators.convert import plain_arithmetic
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import Named, ParameterTable
@@ -92,7 +94,9 @@ def linearize(
     for what, value in (("inputs", inputs), ("targets", targets)):
         refuse_sparse(value, what)
         refuse_empty(value, what)
-    with explained(inputs, dict(model.named_parameters())[names[0]]):
+    parameter = dict(model.named_parameters())[names[0]]
+    device = parameter.device
+    with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device):
         chain = build_chain(model, loss_fn, inputs, targets, names)
     lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names))
     if verify or (verify is None and chain.unverified):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_unflatten
 
 from linop_hess.graph.rules.elementwise import scale_shift
 from linop_hess.graph.rules.operation import flattened
 from linop_hess.graph.rules.reductions import normalize, standardize
-from linop_hess.graph.trace import Ids, Node, Strided, Trace, contiguous_strides, named_arguments
+from linop_hess.graph.trace import Ids, Node, Strided, Trace, contiguous_strides
 
 aten = torch.ops.aten
 
@@ -72,9 +73,15 @@ def _then_affine(
     return [first, second] if first.active else [second]
 
 
+def _named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any]:
+    """The flattened arguments of an operation by their names in its schema, those that were given."""
+    args, kwargs = tree_unflatten(list(flat), spec) if spec is not None else (flat, {})
+    return {**{a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}, **kwargs}
+
+
 def _reader(node: Node) -> tuple[Callable[..., Any], dict[int, Ids]]:
     ids = {id(node.flat[i]): a for i, a in zip(node.active, node.arguments, strict=True)}
-    arguments = named_arguments(node.func, node.flat, node.spec)
+    arguments = _named_arguments(node.func, node.flat, node.spec)
     return lambda *names: [arguments.get(name) for name in names], ids
 
 

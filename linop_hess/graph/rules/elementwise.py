@@ -37,7 +37,8 @@ ELEMENTWISE = (
 """Operations whose every output entry depends on the entries of the arguments in its place alone."""
 
 _LINEAR = frozenset(
-    {"add", "sub", "neg", "rsub", "deg2rad", "rad2deg", "relu", "leaky_relu", "threshold", "hardtanh", "abs", "sign"}
+    "add sub neg rsub deg2rad rad2deg relu leaky_relu threshold hardtanh abs sign hardsigmoid hardshrink softshrink clamp clamp_max "
+    "clamp_min".split()
 )
 
 
