@@ -16,7 +16,7 @@ from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.curvature import ChainCurvature
 from linop_hess.graph.build import Chain, build_chain
-from linop_hess.graph.verification import Reference
+from linop_hess.graph.verification import PrimitiveNorms, Reference
 from linop_hess.lq.accuracy import VERIFIED
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.plan import Plan
@@ -280,11 +280,12 @@ class Linearization(Named):
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64)
         v = v.to(self.problem.dtype).to(self.problem.device)
-        reference = self._reference.hessian()
-        theirs = reference @ v
+        with PrimitiveNorms():
+            reference = self._reference.hessian()
+            theirs = reference @ v
+            moved = reference.moved_by_rounding(v, theirs)
         gap = self.H @ v - theirs
         scale, worst = float(theirs.abs().max()), float(gap.abs().max())
-        moved = reference.moved_by_rounding(v, theirs)
         if _is_rounding(gap, theirs, moved, [p.numel() for p in reference.parameters], reference.coarsest_eps):
             return worst / scale if scale else 0.0
         gap = gap.abs()

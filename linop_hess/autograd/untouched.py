@@ -50,7 +50,7 @@ class StandIns:
                 for key, tensor in own.items():
                     if tensor is not None:
                         own[key] = self._others.get(id(tensor), tensor)  # type: ignore[assignment]
-            without_backward_hooks(module)
+            as_a_function(module)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -58,10 +58,12 @@ class StandIns:
             attributes.restore()
 
 
-def without_backward_hooks(module: nn.Module) -> None:
-    """Take a module's backward hooks off: they change gradients, and no loss."""
+def as_a_function(module: nn.Module) -> None:
+    """Take off a module what changes gradients and no loss: backward hooks, and sparse gradients, which have no second derivative."""
     module._backward_hooks.clear()
     module._backward_pre_hooks.clear()
+    if getattr(module, "sparse", None) is True:
+        module.sparse = False  # type: ignore[assignment]
 
 
 class _Attributes:

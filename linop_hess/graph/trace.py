@@ -257,8 +257,9 @@ class Recorder(TorchDispatchMode):
             return
         if tensor.is_leaf:
             raise UnsupportedModelError(
-                f"expected the parameters of the model alone, got one of shape {tuple(tensor.shape)} in {self._where(func)} that is "
-                "no parameter of it: make it one, or .detach() it"
+                f"expected parameters that the model, or loss_fn(output, target, params), is given, got one of shape "
+                f"{tuple(tensor.shape)} in {self._where(func)} that came in another way (a penalty on the weights?): take it from "
+                "params there, make it a parameter of the model, or .detach() it if it is a constant"
             )
         custom = getattr(tensor.grad_fn, "_forward_cls", None)
         origin = "another library" if custom is None else f"the custom autograd.Function {custom.__name__}"
