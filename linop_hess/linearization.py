@@ -280,7 +280,7 @@ class Linearization(Named):
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64)
         v = v.to(self.problem.dtype).to(self.problem.device)
-        with PrimitiveNorms():
+        with untouched_randomness(self.problem.device), PrimitiveNorms():
             reference = self._reference.hessian()
             theirs = reference @ v
             moved = reference.moved_by_rounding(v, theirs)

@@ -30,8 +30,9 @@ def untouched_randomness(device: torch.device) -> Iterator[None]:
 class StandIns:
     """Other tensors in the places of a model's parameters and buffers, tied ones replaced by one; no backward hooks.
 
-    As a context: on leaving, modules have all that they had before, the attributes that they set while they ran and the lists, dicts and
-    sets that they changed among it. What objects of other classes hold is not followed.
+    Other tensors that modules hold as attributes are replaced by copies. As a context: on leaving, modules have all that they had before,
+    the attributes that they set while they ran and the lists, dicts and sets that they changed among it. What objects of other classes
+    hold is not followed.
 
     Parameters
     ----------
@@ -45,7 +46,12 @@ class StandIns:
         self._before = [_Attributes(module) for module in self._modules]
 
     def __enter__(self) -> StandIns:
+        copies: dict[int, Tensor] = {}
         for module in self._modules:
+            for key, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and not value.requires_grad:
+                    copies.setdefault(id(value), value.detach().clone())
+                    vars(module)[key] = copies[id(value)]
             for own in (module._parameters, module._buffers):
                 for key, tensor in own.items():
                     if tensor is not None:

@@ -132,6 +132,10 @@ class Trace:
     parameters: int = 0
     ids: int = 0
 
+    def dtypes(self) -> set[torch.dtype]:
+        """Dtypes of all arguments that depend on parameters."""
+        return {node.flat[i].dtype for node in self.nodes for i in node.active}
+
 
 class Recorder(TorchDispatchMode):
     """Record what runs inside; see `Trace`.
@@ -211,10 +215,7 @@ class Recorder(TorchDispatchMode):
             )
         if not active:
             return self._constant(func, how, flat, args, kwargs)
-        if any(flat[i].is_complex() for i in tensors):
-            raise UnsupportedModelError(
-                f"expected real numbers, got complex ones in {self._where(func)}: write it with real and imaginary parts"
-            )
+        self._refuse_complex(func, flat)
         held = self._before_writing(func, how, flat) if how.writes else None
         if not recording:
             return self.memory.note(func(*args, **kwargs))
@@ -223,6 +224,7 @@ class Recorder(TorchDispatchMode):
             before = {id(flat[i]): as_tensor(a, flat[i].shape) for i, a in zip(active, arguments, strict=True)}
         out = self.memory.note(func(*args, **kwargs))
         results = out if isinstance(out, (tuple, list)) else (out,)
+        self._refuse_complex(func, results)
         if before is not None:
             moved = moved_ids(func, args, kwargs, before, results)
             if moved is not None:
@@ -246,6 +248,12 @@ class Recorder(TorchDispatchMode):
         node.outputs = [(j, self._new(o)) for j, o in fresh]
         self.trace.nodes.append(node)
         return out
+
+    def _refuse_complex(self, func: Any, values: Sequence[Any]) -> None:
+        if any(isinstance(value, Tensor) and value.is_complex() for value in values):
+            raise UnsupportedModelError(
+                f"expected real numbers, got complex ones in {self._where(func)}: write it with real and imaginary parts"
+            )
 
     def _where(self, func: Any) -> str:
         return f"{operation_name(func)} in module {self.path[-1]!r}" if self.path[-1] else operation_name(func)
