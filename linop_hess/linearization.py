@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from linop_hess._validate import finite_real
 from linop_hess.autograd.calling import as_module, explained, refuse_empty, refuse_sparse, refuse_unusable_model
 from linop_hess.autograd.snapshot import select_parameters
+from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.curvature import ChainCurvature
 from linop_hess.graph.build import Chain, build_chain
-from linop_hess.graph.verification import Reference
+from linop_hess.graph.verification import PrimitiveNorms, Reference
 from linop_hess.lq.accuracy import VERIFIED
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.plan import Plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
+from linop_hess.operators.convert import plain_arithmetic
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import Named, ParameterTable
@@ -82,7 +84,9 @@ def linearize(
     if not isinstance(model, nn.Module):
         model, params = as_module(model, params), None
     if isinstance(params, Mapping):
-        raise TypeError("expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model")
+        raise TypeError(
+            "expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model"
+        )
     refuse_unusable_model(model)
     names = select_parameters(model, params)
     if not callable(loss_fn):
@@ -90,7 +94,9 @@ def linearize(
     for what, value in (("inputs", inputs), ("targets", targets)):
         refuse_sparse(value, what)
         refuse_empty(value, what)
-    with explained(inputs, dict(model.named_parameters())[names[0]]):
+    parameter = dict(model.named_parameters())[names[0]]
+    device = parameter.device
+    with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device):
         chain = build_chain(model, loss_fn, inputs, targets, names)
     lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names))
     if verify or (verify is None and chain.unverified):
@@ -274,11 +280,12 @@ class Linearization(Named):
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64)
         v = v.to(self.problem.dtype).to(self.problem.device)
-        reference = self._reference.hessian()
-        theirs = reference @ v
+        with untouched_randomness(self.problem.device), PrimitiveNorms():
+            reference = self._reference.hessian()
+            theirs = reference @ v
+            moved = reference.moved_by_rounding(v, theirs)
         gap = self.H @ v - theirs
         scale, worst = float(theirs.abs().max()), float(gap.abs().max())
-        moved = reference.moved_by_rounding(v, theirs)
         if _is_rounding(gap, theirs, moved, [p.numel() for p in reference.parameters], reference.coarsest_eps):
             return worst / scale if scale else 0.0
         gap = gap.abs()

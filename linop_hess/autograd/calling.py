@@ -80,8 +80,12 @@ def as_module(function: Any, params: Any) -> nn.Module:
         If it is no function, or `params` is no dict of floating tensors.
     """
     if not callable(function):
-        raise TypeError(f"expected model to be a torch.nn.Module or a function, got {type(function).__name__}: wrap it in one")
-    if not isinstance(params, Mapping) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in params.items()):
+        raise TypeError(
+            f"expected model to be a torch.nn.Module or a function, got {type(function).__name__}: wrap it in one"
+        )
+    if not isinstance(params, Mapping) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in params.items()
+    ):
         raise TypeError(
             "expected params={name: tensor} with a function as the model, which is called as model(params, inputs), got "
             f"{type(params).__name__}: pass its parameters, or a torch.nn.Module"
@@ -160,7 +164,7 @@ def refuse_empty(value: Any, what: str) -> None:
             )
 
 
-def as_data(value: Any, device: torch.device | None = None) -> Any:
+def as_data(value: Any, device: torch.device | None = None, copy: bool = False) -> Any:
     """Return data with every tensor, also inside tuples, lists and dicts, such that autograd can use it as data.
 
     Tensors of inference mode are copied; graphs that lead to parameters are cut off. Other leaves that require a gradient, and
@@ -171,6 +175,8 @@ def as_data(value: Any, device: torch.device | None = None) -> Any:
     value : object
     device : torch.device, optional
         Where to move tensors.
+    copy : bool
+        Whether to copy those that require no gradient, so that they may be changed in place.
     """
     seen: dict[int, Any] = {}
 
@@ -183,20 +189,21 @@ def as_data(value: Any, device: torch.device | None = None) -> Any:
                 data = leaf.detach().requires_grad_(leaf.requires_grad)
             elif leaf.grad_fn is not None and _leads_to_a_parameter(leaf):
                 data = leaf.detach()
-            seen[id(leaf)] = data.to(device or leaf.device, copy=leaf.is_inference())
+            anew = leaf.is_inference() or copy and not data.requires_grad
+            seen[id(leaf)] = data.to(device or leaf.device, copy=anew)
         return seen[id(leaf)]
 
     with torch.inference_mode(False):
         return _mapped(convert, value)
 
 
-def constant(value: Any) -> Any:
-    """Return data with no graph in it: every tensor detached, those of inference mode copied."""
+def constant(value: Any, copy: bool = False) -> Any:
+    """Return data with no graph in it: every tensor detached, those of inference mode, or all, copied."""
 
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.detach().clone() if leaf.is_inference() else leaf.detach()
+        return leaf.detach().clone() if copy or leaf.is_inference() else leaf.detach()
 
     with torch.inference_mode(False):
         return _mapped(convert, value)

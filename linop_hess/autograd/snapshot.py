@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from linop_hess._validate import require_dtype
 from linop_hess.autograd.calling import refuse_unusable_model
+from linop_hess.autograd.untouched import as_a_function
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators.parameters import matching, patterns_of
 
@@ -76,7 +77,7 @@ def select_parameters(model: Any, params: str | Iterable[str] | None) -> list[st
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that shares no parameter or buffer with it and keeps its training mode.
+    """Return a copy of a model that shares no parameter or buffer with it, keeps its training mode, and has no backward hooks.
 
     Raises
     ------
@@ -99,8 +100,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__}: {error}: make the model deep-copyable"
         ) from error
     for module in twin.modules():
-        if getattr(module, "sparse", None) is True:  # an embedding's sparse gradient has no second derivative
-            module.sparse = False  # type: ignore[assignment]
+        as_a_function(module)
     return twin
 
 

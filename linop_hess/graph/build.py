@@ -96,7 +96,8 @@ def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str]) -> Non
     """Raise unless the gradient through the stages is autograd's of the same run."""
     theirs = torch.cat([g.reshape(-1) for g in seen.gradient])
     gap = (ours - theirs).abs()
-    bound = GRADIENTS_AGREE * torch.finfo(ours.dtype).eps ** 0.5 * float(theirs.abs().max())
+    eps = max(torch.finfo(dtype).eps for dtype in {ours.dtype, *seen.trace.dtypes()})
+    bound = GRADIENTS_AGREE * eps**0.5 * float(theirs.abs().max())
     if bool((gap <= bound).all()):
         return
     parts = zip(names, gap.split([g.numel() for g in seen.gradient]), strict=True)
@@ -107,5 +108,6 @@ def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str]) -> Non
     )
 
 
-# In √eps of the largest entry: by so much a gradient may differ from autograd's, where large terms cancel in it.
+# In √eps of the coarsest precision on the way, relative to the largest entry: by so much a gradient may differ from autograd's, where
+# large terms cancel in it.
 GRADIENTS_AGREE = 1.0

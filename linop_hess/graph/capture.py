@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map
 
 from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.untouched import StandIns
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.trace import Recorder, Strided, Trace, module_paths
+from linop_hess.graph.trace import Recorder, Strided, Trace
 
 
 @dataclass(frozen=True)
@@ -75,45 +78,57 @@ def capture(
     leaves = {name: _leaf(named[name]) for name in names}
     others = {name: p.detach().clone() for name, p in named.items() if name not in leaves}
     buffers = dict(model.named_buffers())
-    inputs, targets = as_data((inputs, targets))
+    private = {name: b.detach().clone() for name, b in buffers.items()}
+    stand_ins = {id(named[name]): tensor for name, tensor in {**leaves, **others}.items()}
+    stand_ins |= {id(buffers[name]): copy for name, copy in private.items()}
     device = next(iter(leaves.values())).device
-    recorder = Recorder(list(leaves.values()))
+    own_inputs, own_targets = as_data((inputs, targets), copy=True)
+    ours = [t for t in tree_leaves((own_inputs, own_targets)) if isinstance(t, Tensor)]
+    recorder = Recorder(list(leaves.values()), [*ours, *others.values(), *private.values()])
     between: list[Any] = []
 
-    def evaluated(output: Any) -> Tensor:
+    def evaluated(output: Any, targets: Any) -> Tensor:
         return checked_loss(call_loss(loss_fn, output, targets, leaves))
 
     def recorded() -> Tensor:
         with recorder:
-            output = call_model(model, inputs)
-        tensors = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+            output = call_model(model, own_inputs)
+        _require_unchanged(model, private, buffers)
+        tensors = _floating(output)
         ids = np.concatenate([recorder.ids_of(t) for t in tensors] or [np.zeros(0, dtype=np.int64)])
         kept = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, output)
         between.extend((kept, ids, len(recorder.trace.nodes)))
         recorder.in_loss = True
         with recorder:
-            return evaluated(output)
+            return evaluated(output, own_targets)
 
-    stand_ins = {id(named[name]): tensor for name, tensor in {**leaves, **others}.items()}
-    private = {name: b.detach().clone() for name, b in buffers.items()}
-    stand_ins |= {id(buffers[name]): copy for name, copy in private.items()}
-    with twice_differentiable("the model", device, model), _standing_in(model, stand_ins):
-        with _without_collector(), module_paths(model, recorder.path):
+    def once_more() -> tuple[list[Tensor], Tensor]:
+        again, targets_again = as_data((inputs, targets), copy=True)
+        output = call_model(model, again)
+        kept = [t.detach().clone() for t in _floating(output)]
+        return kept, evaluated(output, targets_again)
+
+    with twice_differentiable("the model", device, model), recorder.memory.restored(), ExitStack() as of_loss:
+        if isinstance(loss_fn, nn.Module):
+            of_loss.enter_context(StandIns(loss_fn, {}))
+        with StandIns(model, stand_ins), _without_collector(), _module_paths(model, recorder.path):
             value = recorded()
-        _require_unchanged(private, buffers)
-        again = evaluated(call_model(model, inputs))
-    loss_ids = recorder.ids_of(value)
-    if not loss_ids.any():
-        raise ValueError(
-            "the loss does not depend on the model's output: loss_fn(output, target) must compute it from output, "
-            "without detach() or .item()"
-        )
-    if not torch.equal(again.detach(), value.detach()):
+        loss_ids = recorder.ids_of(value)
+        if not loss_ids.any():
+            raise ValueError(
+                "the loss does not depend on the model's output: loss_fn(output, target) must compute it from output, "
+                "without detach() or .item()"
+            )
+        gradient = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        recorder.memory.restore()
+        with StandIns(model, stand_ins):
+            outputs, again = once_more()
+    pairs = zip([*_floating(between[0]), value], [*outputs, again], strict=True)
+    if not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs):
         raise UnsupportedModelError(
             "expected a model and a loss that give the same value each time, got two values for the same input: call "
             "model.eval(), or remove the randomness"
         )
-    gradient = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     kept, ids, modelled = between
     return Capture(
         recorder.trace,
@@ -130,8 +145,20 @@ def _leaf(parameter: Tensor) -> Tensor:
     return parameter.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
 
 
-def _require_unchanged(private: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-    changed = [name for name, b in private.items() if not torch.allclose(b, before[name], rtol=0, atol=0, equal_nan=True)]
+def _floating(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _require_unchanged(model: nn.Module, ours: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    """Raise if a buffer, one of ours or another in its place, differs from the model's own."""
+    now = {**ours, **dict(model.named_buffers())}
+    changed = [
+        name
+        for name, b in now.items()
+        if name not in before
+        or b.shape != before[name].shape
+        or not torch.allclose(b, before[name], rtol=0, atol=0, equal_nan=True)
+    ]
     if changed:
         raise UnsupportedModelError(
             f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: call "
@@ -154,28 +181,26 @@ def _reads_alone(trace: Trace, modelled: int, outputs: np.ndarray, loss: int) ->
 
 
 @contextmanager
-def _standing_in(model: nn.Module, stand_ins: dict[int, Tensor]) -> Iterator[None]:
-    """Put other tensors in the places of parameters and buffers, and give modules back all that they had afterwards.
+def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
+    """Keep the path of the module that runs in this thread on top of `path`."""
+    names = {id(module): name for name, module in model.named_modules()}
+    mine = threading.get_ident()
 
-    Tied ones are replaced by one tensor, and attributes that modules set while they run are reset.
-    """
-    modules = list(model.modules())
-    saved = [(vars(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
+    def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == mine:
+            path.append(names.get(id(module), path[-1]))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == mine:
+            path.pop()
+
+    before = register_module_forward_pre_hook(enter)
+    after = register_module_forward_hook(leave, always_call=True)
     try:
-        for module in modules:
-            for own in (module._parameters, module._buffers):
-                for key, tensor in own.items():
-                    if tensor is not None:
-                        own[key] = stand_ins.get(id(tensor), tensor)  # type: ignore[assignment]
         yield
     finally:
-        for now, before, parameters, buffers in saved:
-            if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
-                now.clear()
-                now.update(before)
-            for key, kept in (("_parameters", parameters), ("_buffers", buffers)):
-                now[key].clear()
-                now[key].update(kept)
+        before.remove()
+        after.remove()
 
 
 @contextmanager

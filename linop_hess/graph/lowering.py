@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_unflatten
 
 from linop_hess.graph.rules.elementwise import is_elementwise, scale_shift
 from linop_hess.graph.rules.operation import flattened, out_of_place
 from linop_hess.graph.rules.reductions import normalize, standardize
-from linop_hess.graph.trace import Ids, Node, Strided, Trace, contiguous_strides, named_arguments
+from linop_hess.graph.trace import Ids, Node, Strided, Trace, contiguous_strides
 
 aten = torch.ops.aten
 
@@ -39,7 +40,9 @@ def lower(trace: Trace) -> list[Node]:
     return nodes
 
 
-def _derived(trace: Trace, node: Node, func: Any, args: tuple[Any, ...], ids: dict[int, Ids], output: Strided | None) -> Node:
+def _derived(
+    trace: Trace, node: Node, func: Any, args: tuple[Any, ...], ids: dict[int, Ids], output: Strided | None
+) -> Node:
     """A node with the same place and name; without `output` one with new ids."""
     flat, spec = flattened(args)
     active = [i for i, a in enumerate(flat) if isinstance(a, Tensor) and id(a) in ids]
@@ -47,7 +50,9 @@ def _derived(trace: Trace, node: Node, func: Any, args: tuple[Any, ...], ids: di
         value = args[0]
         output = Strided(trace.ids + 1, tuple(value.shape), contiguous_strides(tuple(value.shape)), 0)
         trace.ids += value.numel()
-    return Node(func, flat, spec, active, [ids[id(flat[i])] for i in active], [(0, output)], node.path, node.in_loss, node.name)
+    return Node(
+        func, flat, spec, active, [ids[id(flat[i])] for i in active], [(0, output)], node.path, node.in_loss, node.name
+    )
 
 
 def _then_affine(
@@ -69,9 +74,15 @@ def _then_affine(
     return [first, second] if first.active else [second]
 
 
+def _named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any]:
+    """The flattened arguments of an operation by their names in its schema, those that were given."""
+    args, kwargs = tree_unflatten(list(flat), spec) if spec is not None else (flat, {})
+    return {**{a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}, **kwargs}
+
+
 def _reader(node: Node) -> tuple[Callable[..., Any], dict[int, Ids]]:
     ids = {id(node.flat[i]): a for i, a in zip(node.active, node.arguments, strict=True)}
-    arguments = named_arguments(node.func, node.flat, node.spec)
+    arguments = _named_arguments(node.func, node.flat, node.spec)
     return lambda *names: [arguments.get(name) for name in names], ids
 
 

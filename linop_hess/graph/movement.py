@@ -20,7 +20,7 @@ def _overloads(names: str) -> frozenset[Any]:
 
 # New tensors with the shape of an argument, whose values they do not read.
 _CREATES = _overloads(
-    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided scalar_tensor"
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided scalar_tensor lift_fresh"
 )
 
 # In place, but only of shape and strides.
@@ -65,7 +65,7 @@ _ADDS_UP = _overloads("index_put index_put_")
 @cache
 def only_relabels(func: Any) -> bool:
     """Whether an operation gives views of its argument and changes nothing."""
-    if func in _RELABELS_IN_PLACE or func in (aten._unsafe_view.default, aten.detach.default, aten.lift_fresh.default):
+    if func in _RELABELS_IN_PLACE or func in (aten._unsafe_view.default, aten.detach.default):
         return True
     returns = func._schema.returns
     alias = [r.alias_info is not None and not r.alias_info.is_write for r in returns]

@@ -10,9 +10,7 @@ What is active is autograd's own judgement: a tensor is active where it requires
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -20,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
+from linop_hess.autograd.untouched import Memory
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.movement import is_creation, moved_ids, moves, only_relabels
 
@@ -56,7 +54,8 @@ def places(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> np.n
 
 Ids = Strided | np.ndarray
 
-_CONSTANT = 0  # in place of the first id of a storage: that of a tensor which requires a gradient but depends on no parameter
+# In place of the first id of a storage: that of a tensor which requires a gradient but depends on no parameter.
+_CONSTANT = 0
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -133,6 +132,10 @@ class Trace:
     parameters: int = 0
     ids: int = 0
 
+    def dtypes(self) -> set[torch.dtype]:
+        """Dtypes of all arguments that depend on parameters."""
+        return {node.flat[i].dtype for node in self.nodes for i in node.active}
+
 
 class Recorder(TorchDispatchMode):
     """Record what runs inside; see `Trace`.
@@ -141,15 +144,16 @@ class Recorder(TorchDispatchMode):
     ----------
     parameters : sequence of Tensor
         Contiguous leaves, each in a storage of its own.
+    private : sequence of Tensor
+        Constants that nobody else has. Of other tensors that existed before, what nodes hold is a copy.
 
-    Raises
-    ------
-    UnsupportedModelError
-        From inside, naming module and operation: for random operations, complex numbers, changes of a parameter, and operations that
-        hide from the recorder.
+    Notes
+    -----
+    What runs inside meets `UnsupportedModelError`, naming module and operation, where it draws random numbers, computes with complex
+    ones, changes a parameter, or hides operations.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], private: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.trace = Trace()
         self.path: list[str] = [""]
@@ -158,6 +162,7 @@ class Recorder(TorchDispatchMode):
         self._alive: list[Tensor] = []  # a storage's address stays its own only while it lives
         self._leaves = {parameter.untyped_storage().data_ptr() for parameter in parameters if parameter.numel()}
         self._read: dict[int, list[tuple[Node, int]]] = {}  # by storage: the nodes that hold a tensor of it
+        self.memory = Memory([*parameters, *private])
         for parameter in parameters:
             self._alive.append(parameter)
             if parameter.numel():
@@ -185,8 +190,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         how = _handling(func)
-        if how is _RELABELS:
-            return func(*args, **kwargs)
+        if how is _RELABELS or how is _CREATES:
+            out = func(*args, **kwargs)
+            return out if how is _RELABELS else self.memory.note(out)
         flat, spec = tree_flatten((args, kwargs)) if kwargs or _nested(args) else (list(args), None)
         active: list[int] = []
         arguments: list[Ids] = []
@@ -202,37 +208,38 @@ class Recorder(TorchDispatchMode):
                     elif isinstance(ids, Strided) or ids.any():
                         active.append(i)
                         arguments.append(ids)
-        if how.random:
+        if how.random and _draws(func, args, kwargs):
             raise UnsupportedModelError(
                 f"expected a model and a loss that give the same value each time, got the random operation "
                 f"{self._where(func)}: call model.eval(), or remove it"
             )
         if not active:
             return self._constant(func, how, flat, args, kwargs)
-        if any(flat[i].is_complex() for i in tensors):
-            raise UnsupportedModelError(
-                f"expected real numbers, got complex ones in {self._where(func)}: write it with real and imaginary parts"
-            )
+        self._refuse_complex(func, flat)
         held = self._before_writing(func, how, flat) if how.writes else None
         if not recording:
-            return func(*args, **kwargs)
+            return self.memory.note(func(*args, **kwargs))
         before = None
         if how.moves:
             before = {id(flat[i]): as_tensor(a, flat[i].shape) for i, a in zip(active, arguments, strict=True)}
-        out = func(*args, **kwargs)
+        out = self.memory.note(func(*args, **kwargs))
         results = out if isinstance(out, (tuple, list)) else (out,)
+        self._refuse_complex(func, results)
         if before is not None:
             moved = moved_ids(func, args, kwargs, before, results)
             if moved is not None:
-                for output, ids in zip(results, moved, strict=False):
-                    if isinstance(output, Tensor) and ids is not None and output.numel():
-                        self._write(output, ids)
+                for output, new in zip(results, moved, strict=False):
+                    if isinstance(output, Tensor) and new is not None and output.numel():
+                        self._write(output, new)
                 return out
         fresh = [(j, o) for j, o in enumerate(results) if isinstance(o, Tensor) and o.dtype in _DTYPES and o.numel()]
         if not how.writes and all(o.untyped_storage().data_ptr() in self._ids for _, o in fresh):
             return out  # views that do not say so
         if held is None:
             held = [a.detach() if isinstance(a, Tensor) else a for a in flat]
+        for i in tensors:
+            if i not in active:
+                held[i] = self.memory.kept(held[i])
         node = Node(func, held, spec, active, arguments, [], self.path[-1], self.in_loss)
         for i in tensors:
             a = held[i]
@@ -241,6 +248,12 @@ class Recorder(TorchDispatchMode):
         node.outputs = [(j, self._new(o)) for j, o in fresh]
         self.trace.nodes.append(node)
         return out
+
+    def _refuse_complex(self, func: Any, values: Sequence[Any]) -> None:
+        if any(isinstance(value, Tensor) and value.is_complex() for value in values):
+            raise UnsupportedModelError(
+                f"expected real numbers, got complex ones in {self._where(func)}: write it with real and imaginary parts"
+            )
 
     def _where(self, func: Any) -> str:
         return f"{operation_name(func)} in module {self.path[-1]!r}" if self.path[-1] else operation_name(func)
@@ -252,13 +265,15 @@ class Recorder(TorchDispatchMode):
             return
         if tensor.is_leaf:
             raise UnsupportedModelError(
-                f"expected the parameters of the model alone, got one of shape {tuple(tensor.shape)} in {self._where(func)} that is "
-                "no parameter of it: make it one, or .detach() it"
+                f"expected parameters that the model, or loss_fn(output, target, params), is given, got one of shape "
+                f"{tuple(tensor.shape)} in {self._where(func)} that came in another way (a penalty on the weights?): take it from "
+                "params there, make it a parameter of the model, or .detach() it if it is a constant"
             )
+        custom = getattr(tensor.grad_fn, "_forward_cls", None)
+        origin = "another library" if custom is None else f"the custom autograd.Function {custom.__name__}"
         raise UnsupportedModelError(
             f"expected operations that torch shows, got a tensor of shape {tuple(tensor.shape)} in {self._where(func)} that comes from "
-            "a custom autograd.Function, a reentrant checkpoint or another library's memory: write it in plain torch operations, "
-            "or use linop_hess.Hessian"
+            f"{origin}: write it in plain torch operations (a checkpoint with use_reentrant=False), or use linop_hess.Hessian"
         )
 
     def _set_constant(self, tensor: Tensor) -> None:
@@ -269,10 +284,12 @@ class Recorder(TorchDispatchMode):
         """Run what depends on no parameter; what it writes into depends on none any more."""
         if how.writes:
             self._save_readers(how, flat)
-        out = func(*args, **kwargs)
+        out = self.memory.note(func(*args, **kwargs))
         for i in how.writes:
             target = flat[i] if i < len(flat) else None
-            if isinstance(target, Tensor) and isinstance(self._ids.get(target.untyped_storage().data_ptr()), (int, Tensor)):
+            if isinstance(target, Tensor) and isinstance(
+                self._ids.get(target.untyped_storage().data_ptr()), (int, Tensor)
+            ):
                 self._write(target, torch.zeros(target.shape, dtype=torch.int64))
         if any(isinstance(a, Tensor) and a.requires_grad for a in flat):  # by tensors that are no parameters of ours
             for output in out if isinstance(out, (tuple, list)) else (out,):
@@ -284,6 +301,7 @@ class Recorder(TorchDispatchMode):
         """Give nodes that hold what is about to be overwritten a copy of it."""
         for i in how.writes:
             if i < len(flat) and isinstance(flat[i], Tensor) and flat[i].numel():
+                self.memory.before_writing(flat[i])
                 for node, k in self._read.pop(flat[i].untyped_storage().data_ptr(), ()):
                     node.flat[k] = node.flat[k].clone()
 
@@ -334,6 +352,7 @@ class Recorder(TorchDispatchMode):
             self._alive.append(tensor)
         buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
 
+
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
     return tuple(int(np.prod(shape[k + 1 :], dtype=np.int64)) for k in range(len(shape)))
@@ -352,42 +371,23 @@ class _Handling:
     random: bool = False
 
 
-_RELABELS = _Handling()
+_RELABELS, _CREATES = _Handling(), _Handling(moves=True)
 
 
 @cache
 def _handling(func: Any) -> _Handling:
-    if only_relabels(func) or is_creation(func):
+    if is_creation(func):
+        return _CREATES
+    if only_relabels(func):
         return _RELABELS
     schema = func._schema
     writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
     return _Handling(writes, moves(func), torch.Tag.nondeterministic_seeded in func.tags)
 
 
-def named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any]:
-    """The flattened arguments of an operation by their names in its schema, those that were given."""
-    args, kwargs = tree_unflatten(list(flat), spec) if spec is not None else (flat, {})
-    return {**{a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}, **kwargs}
-
-
-@contextmanager
-def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
-    """Keep the path of the module that runs in this thread on top of `path`."""
-    names = {id(module): name for name, module in model.named_modules()}
-    mine = threading.get_ident()
-
-    def enter(module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == mine:
-            path.append(names.get(id(module), path[-1]))
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == mine:
-            path.pop()
-
-    before = register_module_forward_pre_hook(enter)
-    after = register_module_forward_hook(leave, always_call=True)
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
+def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a random operation draws: some do so in training alone."""
+    for k, argument in enumerate(func._schema.arguments):
+        if argument.name in ("training", "train"):
+            return bool(args[k] if k < len(args) else kwargs.get(argument.name, argument.default_value))
+    return True

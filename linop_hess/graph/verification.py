@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as f
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from linop_hess._validate import checked_loss
+from linop_hess.autograd.calling import as_data, as_module, call_loss, call_model
+from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.autograd.hessian import Hessian
+from linop_hess.autograd.untouched import StandIns
+from linop_hess.graph.rules.elementwise import scale_shift
+from linop_hess.graph.rules.reductions import normalize
 
 
 class Reference:
@@ -51,9 +59,53 @@ class Reference:
                 "expected the model and data of linearize() to compare with, got some that changed since linearize(): the "
                 "linearization is still right for what they were; verify before changing them"
             )
-        return Hessian(
-            self.model, self.loss_fn, (self.inputs, self.targets), params=self.names, check_deterministic=False
-        )
+        named = dict(self.model.named_parameters())
+
+        def value(
+            params: dict[str, Tensor], data: Any
+        ) -> Tensor:  # not the method, which would be copied with its model
+            return self._value(params, data)
+
+        function = as_module(value, {name: named[name] for name in self.names})
+        return Hessian(function, lambda value, _: value, ((self.inputs, self.targets), None), check_deterministic=False)
+
+    def _value(self, params: dict[str, Tensor], data: Any) -> Tensor:
+        """The loss with other parameters in the model, which a loss may refer to as well."""
+        named = dict(self.model.named_parameters())
+        stand_ins = {id(p): params.get(name, p.detach()) for name, p in named.items()}
+        stand_ins |= {id(b): b.detach().clone() for b in self.model.buffers()}
+        device = next(iter(params.values())).device
+        inputs, targets = as_data(data, copy=True)
+        with twice_differentiable("the model", device, self.model), StandIns(self.model, stand_ins):
+            return checked_loss(call_loss(self.loss_fn, call_model(self.model, inputs), targets, params))
+
+
+class PrimitiveNorms(TorchFunctionMode):
+    """Layer and group norms in primitive operations: torch's second derivative of the fused ones loses up to three digits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return scale_shift(normalize(input, torch.Size(normalized_shape).numel(), eps), weight, bias)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    shape = [-1] + [1] * (input.ndim - 2)
+    by_channel = (None if parameter is None else parameter.view(shape) for parameter in (weight, bias))
+    return scale_shift(normalize(input, input[0].numel() // num_groups, eps), *by_channel)
+
+
+_INSTEAD: dict[Any, Callable[..., Tensor]] = {f.layer_norm: _layer_norm, f.group_norm: _group_norm}
 
 
 def _place(tensor: Tensor) -> int:

@@ -69,7 +69,9 @@ class Schedule:
         return order
 
 
-def schedule(groups: list[Group], parameters: int, ids: int, target: np.ndarray, rank: np.ndarray, has_objective: bool) -> Schedule:
+def schedule(
+    groups: list[Group], parameters: int, ids: int, target: np.ndarray, rank: np.ndarray, has_objective: bool
+) -> Schedule:
     """Lay out a network as a chain of events on live sets.
 
     Parameters
@@ -174,7 +176,8 @@ class _Events:
     def __init__(self, live: LiveSets, ids: int) -> None:
         self._live = live
         self._kinds: list[_Kind] = []
-        self._place = np.zeros(ids + 1, dtype=np.int64)  # of each element among the outputs of the stage that computes it
+        # Of each element among the outputs of the stage that computes it.
+        self._place = np.zeros(ids + 1, dtype=np.int64)
 
     def add(self, group: int, read: np.ndarray, events: np.ndarray, outputs: np.ndarray, controls: np.ndarray) -> None:
         """Add K events with elements that are read (K, r), computed (K, o), and controlled (K, p)."""

@@ -181,7 +181,11 @@ def end_to_end(names: list[str]) -> None:
 def methods(names: list[str]) -> None:
     """Each method against what "auto" picks, and the plan's estimates."""
     rows = []
-    for name in ("transformer d=16, 8 tokens, 2 layers, batch 4", "GRU hidden 8, 10 steps, batch 4", "pre-LN residual blocks, 500"):
+    for name in (
+        "transformer d=16, 8 tokens, 2 layers, batch 4",
+        "GRU hidden 8, 10 steps, batch 4",
+        "pre-LN residual blocks, 500",
+    ):
         make, batch, shape = CASES[name]
         if names and not any(n in name for n in names):
             continue
@@ -217,7 +221,15 @@ def classes() -> None:
         model = drawn(Wrapped(*widths))
         x, y = data(batch, widths[0])
         theirs, ours = measure(sequential(model), x, y), measure(model, x, y)
-        rows.append([name, f"{theirs.total:.3g} s", f"{ours.total:.3g} s", f"{ours.total / theirs.total:.2f}", f"{ours.linearize / theirs.linearize:.2f}"])
+        rows.append(
+            [
+                name,
+                f"{theirs.total:.3g} s",
+                f"{ours.total:.3g} s",
+                f"{ours.total / theirs.total:.2f}",
+                f"{ours.linearize / theirs.linearize:.2f}",
+            ]
+        )
     print_table(["network", "nn.Sequential", "class", "total, ratio", "linearize, ratio"], rows)
 
 

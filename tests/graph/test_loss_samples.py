@@ -258,26 +258,32 @@ def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
         linearize_loss(f.mse_loss, output, torch.zeros_like(output))
 
 
+class Inverse(nn.Module):
+    def forward(self, x):
+        return torch.linalg.inv(x.view(-1, 6, 6) + 5 * torch.eye(6, dtype=x.dtype)).flatten(1)
+
+
+class Softmaxes(nn.Module):
+    """A softmax over all that a sample has, twice."""
+
+    def forward(self, x):
+        return x.softmax(1) * x.log_softmax(1)
+
+
 @pytest.mark.parametrize(
-    ("layers", "words"),
+    ("layers", "bytes", "words"),
     [
-        ([nn.Linear(3, 64), nn.LayerNorm(64), nn.Linear(64, 2)], "LayerNorm.*runs of 64 entries"),
-        ([nn.Linear(3, 8), nn.Bilinear(8, 8, 2)], "Net.*structure is not known"),
+        ([nn.Linear(3, 64), nn.LayerNorm(64), nn.Linear(64, 2)], 30_000, "LayerNorm.*runs of 64 entries"),
+        ([nn.Linear(3, 36), Inverse()], 400_000, "aten.linalg_inv_ex in module '1', 180 outputs by 180 inputs, dense"),
+        ([nn.Linear(3, 64), Softmaxes(), nn.Linear(64, 2)], 30_000, "aten._softmax in module '1'"),
     ],
 )
-def test_norms_and_unknown_layers_ask_for_memory(layers, words, monkeypatch):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = layers
-
-        def forward(self, x):
-            return self.second(self.first(x), self.first(x))
-
-    model = (Net() if len(layers) == 2 else nn.Sequential(*layers)).double()
-    monkeypatch.setattr(_memory, "available_on", lambda device: 30_000)
+def test_norms_and_other_operations_ask_for_memory(layers, bytes, words, monkeypatch):
+    model = nn.Sequential(*layers).double()
+    x = normal(5, 3)
+    monkeypatch.setattr(_memory, "available_on", lambda device: bytes)
     with pytest.raises(MemoryError, match=words):
-        lh.linearize(model, f.mse_loss, normal(5, 3), normal(5, 2))
+        lh.linearize(model, f.mse_loss, x, torch.zeros_like(model(x)))
 
 
 def neighbours(o, t):

@@ -34,7 +34,7 @@ class Layer:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module computes what its class says: no hooks, no parametrizations, no forward of its own."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not (hooked or hasattr(module, "parametrizations") or "forward" in vars(module))
 
 

@@ -26,6 +26,7 @@ from linop_hess.autograd.differentiate import (
     vjps,
 )
 from linop_hess.autograd.recording import saved_bytes
+from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.stages.objective import ObjectiveStage
 
@@ -101,7 +102,7 @@ def linearize_loss(
         )
     state = _State(output)
     with (
-        _untouched_randomness(state.device),
+        untouched_randomness(state.device),
         twice_differentiable("the loss", state.device),
         of_the_output_alone(),
     ):
@@ -177,10 +178,6 @@ def _is_real(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _untouched_randomness(device: torch.device) -> Any:
-    return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=device.type in ("cpu", "cuda"))
-
-
 def _first_derivative(loss_fn: Callable[..., Any], state: _State, target: Any) -> tuple[float, Tensor, Tensor]:
     """The loss, its gradient with a graph, and the flat state it is a function of; in float64 where the loss can."""
     u = state.flat()
@@ -196,14 +193,14 @@ def _evaluate(
     loss_fn: Callable[..., Any], state: _State, target: Any, u: Tensor, dtype: torch.dtype | None
 ) -> tuple[float, Tensor, Tensor]:
     u.requires_grad_()
-    value = checked_loss(loss_fn(state.output(u, dtype), target))
+    value = checked_loss(loss_fn(state.output(u, dtype), constant(target, copy=True)))
     if not value.requires_grad:
         raise ValueError(
             "the loss does not depend on the model's output: loss_fn(output, target) must compute it from output, "
             "without detach() or .item()"
         )
     refuse_direct_parameters(value)
-    if not torch.equal(value, loss_fn(state.output(u, dtype), target).reshape(())):
+    if not torch.equal(value, loss_fn(state.output(u, dtype), constant(target, copy=True)).reshape(())):
         raise UnsupportedModelError("loss_fn gives another value each time; remove its randomness")
     (gradient,) = torch.autograd.grad(value, u, create_graph=True, allow_unused=True, materialize_grads=True)
     return float(value.detach()), gradient, u

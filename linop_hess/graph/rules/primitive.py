@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess._memory import require
+from linop_hess import _memory
 from linop_hess.autograd.differentiate import symmetric, twice_differentiable, vjps
 from linop_hess.graph.rules.operation import CONTROL, NOTHING, STATE, Operation, Placement, Rule, out_of_place
 from linop_hess.lq.stages.base import Stage
@@ -60,9 +60,10 @@ class Whole(Rule):
         with twice_differentiable(op.title, op.flat[op.active[0]].device):
             leaves, y = self._recorded(op)
             o, item = y.shape[1], y.element_size()
-            require(
+            _memory.require(
                 2.0 * item * K * (o * slots + slots**2),
                 f"the derivatives of {op.title}, {o} outputs by {slots} inputs, dense",
+                _memory.available_on(y.device),
             )
             units = torch.eye(o, dtype=y.dtype, device=y.device)[:, None].expand(o, K, o)
             rows = vjps(y, leaves, units)
@@ -196,7 +197,8 @@ class ByRows(Rule):
             leaves, y = self._recorded(op, rows)
             R, o = y.shape[0] // K, y.shape[1]
             d = sum(leaf[0].numel() for leaf in leaves)
-            require(2.0 * y.element_size() * y.shape[0] * d * max(d, o), f"the derivatives of {op.title}")
+            nbytes = 2.0 * y.element_size() * y.shape[0] * d * max(d, o)
+            _memory.require(nbytes, f"the derivatives of {op.title}", _memory.available_on(y.device))
             units = torch.eye(o, dtype=y.dtype, device=y.device)[:, None].expand(o, K * R, o)
             J = torch.cat([row.view(o, K * R, -1) for row in vjps(y, leaves, units)], 2).transpose(0, 1)
         if o == 1 and d == 1:
@@ -212,7 +214,12 @@ class ByRows(Rule):
             if not y.requires_grad:
                 return stage
             grads = torch.autograd.grad(
-                y, leaves, beta.reshape(y.shape).to(y.dtype), create_graph=True, allow_unused=True, materialize_grads=True
+                y,
+                leaves,
+                beta.reshape(y.shape).to(y.dtype),
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
             first = torch.cat([grad.reshape(y.shape[0], -1) for grad in grads], 1)
             if not first.requires_grad:

@@ -183,7 +183,11 @@ def _controls_of_stages(layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndar
     """For each place of a flat vector the stage it belongs to, of those with controls, and its position there; and their sizes."""
     sizes = layout.p[layout.p > 0]
     stage = np.repeat(np.arange(sizes.size), sizes)
-    return stage, np.arange(layout.size) - np.repeat(np.cumsum(sizes) - sizes, sizes), sizes
+    position = np.arange(layout.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    if layout.places is None:
+        return stage, position, sizes
+    chain_order = np.argsort(layout.places)  # of each place
+    return stage[chain_order], position[chain_order], sizes
 
 
 def _selected(entries: Callable[[RiccatiFactorization], _Entries], factors: Factors, attempt: int) -> _Entries:

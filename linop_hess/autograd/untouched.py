@@ -1,0 +1,156 @@
+"""Run a model and leave nothing behind: tensors stand in for its own, and attributes and random states are put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_CONTAINERS = (dict, list, set)
+
+
+@contextmanager
+def untouched_randomness(device: torch.device) -> Iterator[None]:
+    """Put the random states of torch, NumPy and Python back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices, enabled=device.type in ("cpu", "cuda")):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+class StandIns:
+    """Other tensors in the places of a model's parameters and buffers, tied ones replaced by one; no backward hooks.
+
+    Other tensors that modules hold as attributes are replaced by copies. As a context: on leaving, modules have all that they had before,
+    the attributes that they set while they ran and the lists, dicts and sets that they changed among it. What objects of other classes
+    hold is not followed.
+
+    Parameters
+    ----------
+    model : nn.Module
+    others : mapping of int to Tensor
+        By the `id` of the parameter or buffer.
+    """
+
+    def __init__(self, model: nn.Module, others: Mapping[int, Tensor]) -> None:
+        self._modules, self._others = list(model.modules()), others
+        self._before = [_Attributes(module) for module in self._modules]
+
+    def __enter__(self) -> StandIns:
+        copies: dict[int, Tensor] = {}
+        for module in self._modules:
+            for key, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and not value.requires_grad:
+                    copies.setdefault(id(value), value.detach().clone())
+                    vars(module)[key] = copies[id(value)]
+            for own in (module._parameters, module._buffers):
+                for key, tensor in own.items():
+                    if tensor is not None:
+                        own[key] = self._others.get(id(tensor), tensor)  # type: ignore[assignment]
+            as_a_function(module)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for attributes in self._before:
+            attributes.restore()
+
+
+def as_a_function(module: nn.Module) -> None:
+    """Take off a module what changes gradients and no loss: backward hooks, and sparse gradients, which have no second derivative."""
+    module._backward_hooks.clear()
+    module._backward_pre_hooks.clear()
+    if getattr(module, "sparse", None) is True:
+        module.sparse = False  # type: ignore[assignment]
+
+
+class _Attributes:
+    """A module's attributes, and the contents of those that are containers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._contents: list[tuple[Any, Any]] = []
+        self._keep(vars(module))
+
+    def _keep(self, value: Any) -> None:
+        copy = dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else set(value)
+        self._contents.append((value, copy))
+        for inner in copy.values() if isinstance(copy, dict) else copy:
+            if isinstance(inner, _CONTAINERS):
+                self._keep(inner)
+
+    def restore(self) -> None:
+        for value, before in self._contents:
+            if isinstance(value, dict):
+                if list(value) != list(before) or any(value[key] is not kept for key, kept in before.items()):
+                    value.clear()
+                    value.update(before)
+            elif isinstance(value, list):
+                if len(value) != len(before) or any(a is not b for a, b in zip(value, before, strict=True)):
+                    value[:] = before
+            elif value != before:
+                value.clear()
+                value.update(before)
+
+
+class Memory:
+    """Which memory is of a run, and what other memory held before the run overwrote it.
+
+    Parameters
+    ----------
+    private : sequence of Tensor
+        Made for the run.
+    """
+
+    def __init__(self, private: Sequence[Tensor]) -> None:
+        self._made = {_address(tensor) for tensor in private}
+        self._copies: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._overwritten: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def note(self, out: Any) -> Any:
+        """Note that what an operation gave is of the run, and return it."""
+        for output in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(output, Tensor) and (key := _address(output)) not in self._overwritten:
+                self._made.add(key)
+        return out
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that nobody else changes: a copy where it is not of the run; the same tensor is copied once."""
+        if not tensor.numel() or _address(tensor) in self._made:
+            return tensor
+        version = 0 if tensor.is_inference() else tensor._version
+        key = _address(tensor), tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, version
+        if key not in self._copies:
+            self._copies[key] = tensor, tensor.clone()
+        return self._copies[key][1]
+
+    def before_writing(self, tensor: Tensor) -> None:
+        """Save what a tensor holds that is not of the run."""
+        key = _address(tensor)
+        if key not in self._made and key not in self._overwritten:
+            storage = tensor.untyped_storage()
+            self._overwritten[key] = storage, storage.clone()
+
+    def restore(self) -> None:
+        """Put back what was overwritten."""
+        for storage, before in self._overwritten.values():
+            storage.copy_(before)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put back, on leaving, what was overwritten."""
+        try:
+            yield
+        finally:
+            self.restore()
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
