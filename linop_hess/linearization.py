@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linop_hess._validate import finite_real
-from linop_hess.autograd.calling import as_module, explained, refuse_empty, refuse_sparse, refuse_unusable_model
+from linop_hess.autograd.calling import as_module, explained, refuse_empty, refuse_sparse
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.curvature import ChainCurvature
@@ -87,14 +87,13 @@ def linearize(
         raise TypeError(
             "expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model"
         )
-    refuse_unusable_model(model)
     names = select_parameters(model, params)
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
     for what, value in (("inputs", inputs), ("targets", targets)):
         refuse_sparse(value, what)
         refuse_empty(value, what)
-    parameter = dict(model.named_parameters())[names[0]]
+    parameter = model.get_parameter(names[0])
     device = parameter.device
     with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device):
         chain = build_chain(model, loss_fn, inputs, targets, names)

@@ -111,26 +111,38 @@ def refuse_unusable_model(model: nn.Module) -> None:
     ValueError
         If parameters or buffers are on the meta device.
     """
+    plain: set[type] = set()
     for path, module in model.named_modules():
-        where = f"model.{path}" if path else "model"
-        kind = type(module).__name__
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            instead = f"{where}.module, the model inside"
-        elif kind in _SHARDED:
-            instead = "the model before it was sharded, with all parameters on one device"
-        elif kind == "OptimizedModule" and hasattr(module, "_orig_mod"):
-            instead = f"{where}._orig_mod, the uncompiled model (torch.compile gives no second derivatives)"
-        elif isinstance(module, torch.jit.ScriptModule):
-            instead = "the model before torch.jit.script or torch.jit.trace (a scripted one cannot be looked into)"
-        else:
-            continue
-        raise UnsupportedModelError(f"expected a plain torch model, got {where}, a {kind}: pass {instead}")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise ValueError(
-                f"expected a model with data, got {name!r} on the meta device, which holds none: load the weights, as by "
-                "model.to_empty(device=...) and load_state_dict(...)"
-            )
+        if type(module) not in plain:
+            where = f"model.{path}" if path else "model"
+            instead = _instead_of(module, where)
+            if instead is not None:
+                raise UnsupportedModelError(
+                    f"expected a plain torch model, got {where}, a {type(module).__name__}: pass {instead}"
+                )
+            plain.add(type(module))
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                if tensor is not None and tensor.is_meta:
+                    name = f"{path}.{key}" if path else key
+                    raise ValueError(
+                        f"expected a model with data, got {name!r} on the meta device, which holds none: load the weights, as by "
+                        "model.to_empty(device=...) and load_state_dict(...)"
+                    )
+
+
+def _instead_of(module: nn.Module, where: str) -> str | None:
+    """What to pass instead of a wrapped module; None where it is plain."""
+    kind = type(module).__name__
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return f"{where}.module, the model inside"
+    if kind in _SHARDED:
+        return "the model before it was sharded, with all parameters on one device"
+    if kind == "OptimizedModule" and hasattr(module, "_orig_mod"):
+        return f"{where}._orig_mod, the uncompiled model (torch.compile gives no second derivatives)"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "the model before torch.jit.script or torch.jit.trace (a scripted one cannot be looked into)"
+    return None
 
 
 def refuse_sparse(value: Any, what: str) -> None:

@@ -72,8 +72,8 @@ def build_chain(
     ValueError
         If a value or derivative is NaN or Inf (the message names the layer), or the loss depends on no parameter.
     """
-    named = dict(model.named_parameters())
-    shapes = tuple(tuple(named[name].shape) for name in names)
+    parameters = [model.get_parameter(name) for name in names]
+    shapes = tuple(tuple(p.shape) for p in parameters)
     layers = None if takes_parameters(loss_fn) else known_layers(model, inputs, names)
     if layers is not None:
         try:
@@ -82,7 +82,7 @@ def build_chain(
         except UnsupportedModelError:  # a loss that reads more than the output: the recording knows what
             pass
     seen = capture(model, loss_fn, inputs, targets, names)
-    parameter = named[names[0]]
+    parameter = parameters[0]
     if seen.reads_output_alone:
         parts = linearize_loss(loss_fn, seen.output, targets, parameter.dtype)
         graph = build_graph(seen.trace, seen.output_ids[parts.order.cpu().numpy()], parts.stage, parameter)

@@ -53,10 +53,10 @@ def known_layers(model: nn.Module, inputs: Any, names: Sequence[str]) -> list[La
     if layers is None or any(isinstance(la.kind, Embedding) for la in layers[1:]):
         return None
     starts_by_index = bool(layers) and isinstance(layers[0].kind, Embedding)
-    dtype = dict(model.named_parameters())[names[0]].dtype
+    dtype = model.get_parameter(names[0]).dtype
     if inputs.dtype != dtype and not starts_by_index or not inputs.numel():
         return None
-    if any(p.dtype != dtype for p in model.parameters()):
+    if any(p.dtype != dtype for la in layers for p in la.module._parameters.values() if p is not None):
         return None
     in_order = [f"{la.name}.{p}" if la.name else p for la in layers for p in la.params]
     return layers if in_order == list(names) else None

@@ -47,10 +47,13 @@ def flatten(model: nn.Module, params: Iterable[str]) -> list[Layer] | None:
             pending.extend((path, sub) for path, sub in reversed(inside) if sub is not None)
             continue
         mine = []
-        for key, parameter in module.named_parameters():
-            memory.append((*_memory_of(parameter), name))
-            if (f"{name}.{key}" if name else key) in wanted:
-                mine.append(key)
+        if module._modules and not isinstance(module, nn.Sequential):
+            return None
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                memory.append((*_memory_of(parameter), name))
+                if (f"{name}.{key}" if name else key) in wanted:
+                    mine.append(key)
         parts = _parts(module, tuple(mine))
         if parts is None:
             return None

@@ -43,8 +43,9 @@ class Reference:
 
     def _versions(self) -> list[tuple[int, ...]]:
         data = [t for t in pytree.tree_leaves((self.inputs, self.targets)) if isinstance(t, Tensor)]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *data]
-        return [(_place(t), _version(t)) for t in tensors] + [(m.training,) for m in self.model.modules()]
+        modules = list(self.model.modules())
+        own = [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
+        return [(_place(t), _version(t)) for t in [*own, *data]] + [(m.training,) for m in modules]
 
     def hessian(self) -> Hessian:
         """Return the Hessian by double backward.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import difflib
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Self
@@ -120,7 +121,7 @@ class ParameterTable:
                 f"expected a shape for each of several different names, got {len(self.names)} names, "
                 f"{len(self._position)} of them different, and {len(self.shapes)} shapes: name each parameter once"
             )
-        sizes = [int(np.prod(shape, dtype=np.int64)) for shape in self.shapes]
+        sizes = [math.prod(shape) for shape in self.shapes]
         self._edges = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
 
     @classmethod
