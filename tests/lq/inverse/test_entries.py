@@ -42,15 +42,14 @@ def test_against_the_dense_inverse(shape, dtype, few, monkeypatch):
 
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("method", ["riccati", "dense"])
-@pytest.mark.parametrize("shape", [*SHAPES, *MIXED])
+@pytest.mark.parametrize("shape", [*SHAPES, *MIXED, *WIRED])
 def test_blocks_at_any_places(shape, method, few, monkeypatch):
     """Of a whole stage, inside one, across stages and empty; columns of those across stages a few at a time."""
     truth = setting(shape)
     N, layout = len(truth.H), truth.analysis.problem.layout
     monkeypatch.setattr(entries, "SOLVED_UP_TO", N if few else -1)
     monkeypatch.setattr(entries, "_COLUMNS_BYTES", 8 * 3 * N)
-    edges = np.unique(layout.x_offsets)
-    stages = [np.arange(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    stages = [np.sort(layout.controls(l)) for l in np.flatnonzero(layout.p).tolist()]
     sets = [*stages, *(one[1::2] for one in stages), np.arange(0, N, 3), np.arange(N), np.arange(0)]
     for damping in (0.5, -0.3):
         expected, condition = np.linalg.inv(truth.shifted(damping)), np.linalg.cond(truth.shifted(damping))
