@@ -144,8 +144,12 @@ class DiagonalEntries:
             if not is_single:
                 out.append(self._solved_block(torch.from_numpy(one).to(device)))
             elif one.size:
-                block, inside = of_stages[stage[one[0]]], torch.from_numpy(position[one]).to(device)
-                out.append(block if one.size == sizes[stage[one[0]]] else block[inside[:, None], inside])
+                block, inside = of_stages[stage[one[0]]], position[one]
+                if np.array_equal(inside, np.arange(sizes[stage[one[0]]])):
+                    out.append(block)
+                else:
+                    at = torch.from_numpy(inside).to(device)
+                    out.append(block[at[:, None], at])
             else:
                 out.append(self.diagonal.new_zeros(0, 0))
         return out
@@ -182,8 +186,13 @@ class DiagonalEntries:
 def _controls_of_stages(layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each place of a flat vector the stage it belongs to, of those with controls, and its position there; and their sizes."""
     sizes = layout.p[layout.p > 0]
-    stage = np.repeat(np.arange(sizes.size), sizes)
-    return stage, np.arange(layout.size) - np.repeat(np.cumsum(sizes) - sizes, sizes), sizes
+    of_chain = np.repeat(np.arange(sizes.size), sizes)
+    inside = np.arange(layout.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    if layout.places is None:
+        return of_chain, inside, sizes
+    stage, position = np.empty_like(of_chain), np.empty_like(inside)
+    stage[layout.places], position[layout.places] = of_chain, inside
+    return stage, position, sizes
 
 
 def _selected(entries: Callable[[RiccatiFactorization], _Entries], factors: Factors, attempt: int) -> _Entries:
