@@ -281,7 +281,8 @@ class NetworkPlan(Plan):
             ]
             more = [f"{len(self.shared) - _NAMED} more"] if len(self.shared) > _NAMED else []
             parts.append(
-                "used several times, and so part of the state from the first use to the last: " + ", ".join(named + more)
+                "used several times, and so part of the state from the first use to the last: "
+                + ", ".join(named + more)
             )
         return "\n\n".join(parts)
 

@@ -133,7 +133,8 @@ def capture(
         float(value.detach()),
         [g.detach() for g in gradient],
         not beyond and bool(known[int(loss_ids[0])]),
-        beyond and _first_beyond(recorder.trace, modelled, np.append(ids, np.arange(1, recorder.trace.parameters + 1)))[0],
+        beyond
+        and _first_beyond(recorder.trace, modelled, np.append(ids, np.arange(1, recorder.trace.parameters + 1)))[0],
     )
 
 
@@ -153,7 +154,9 @@ def _leaf(parameter: Tensor) -> Tensor:
 
 
 def _require_unchanged(private: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-    changed = [name for name, b in private.items() if not torch.allclose(b, before[name], rtol=0, atol=0, equal_nan=True)]
+    changed = [
+        name for name, b in private.items() if not torch.allclose(b, before[name], rtol=0, atol=0, equal_nan=True)
+    ]
     if changed:
         raise UnsupportedModelError(
             f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: call "

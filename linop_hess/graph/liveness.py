@@ -121,7 +121,7 @@ def live_sets(birth: np.ndarray, last: np.ndarray, events: int, rank: np.ndarray
     chosen = np.flatnonzero(last > birth)
     counts = last[chosen] - birth[chosen]
     total = int(counts.sum())
-    require(64.0 * total, f"the live sets of {events} operations, {total} entries")
+    require(64.0 * total, f"the list of what is live after each of {events} operations, {total} entries,")
     ids = np.repeat(chosen, counts)
     begins = np.cumsum(counts) - counts
     event = np.arange(total) - np.repeat(begins - birth[chosen], counts)
@@ -136,7 +136,9 @@ def live_sets(birth: np.ndarray, last: np.ndarray, events: int, rank: np.ndarray
     return LiveSets(starts, ids, event, is_new, before, keys, rank)
 
 
-def _positions(keys: np.ndarray, starts: np.ndarray, rank: np.ndarray, event: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _positions(
+    keys: np.ndarray, starts: np.ndarray, rank: np.ndarray, event: np.ndarray, ids: np.ndarray
+) -> np.ndarray:
     at = np.searchsorted(keys, event * rank.size + rank[ids]) - starts[event]
     return np.where(ids > 0, at, -1)
 

@@ -142,7 +142,9 @@ def schedule(
         birth[ids + 1], last[ids + 1] = times.size - 1, times.size  # the loss
     what = np.full((times.size, 2), (INJECTION, 0), dtype=np.int64)
     for g, group in enumerate(groups):
-        what[event_of(2 * group.nodes + 1)] = np.column_stack([np.full(group.nodes.size, g), np.arange(group.nodes.size)])
+        what[event_of(2 * group.nodes + 1)] = np.column_stack(
+            [np.full(group.nodes.size, g), np.arange(group.nodes.size)]
+        )
     if idle.size:
         what[0, 0] = IDLE
     if has_objective:
@@ -197,7 +199,9 @@ class _Events:
     def __init__(self, live: LiveSets, ids: int) -> None:
         self._live = live
         self._kinds: list[_Kind] = []
-        self._place = np.zeros(ids + 1, dtype=np.int64)  # of each element among the outputs of the stage that computes it
+        self._place = np.zeros(
+            ids + 1, dtype=np.int64
+        )  # of each element among the outputs of the stage that computes it
 
     def add(self, group: int, read: np.ndarray, events: np.ndarray, outputs: np.ndarray, controls: np.ndarray) -> None:
         """Add K events with elements that are read (K, r), computed (K, o), and controlled (K, p)."""

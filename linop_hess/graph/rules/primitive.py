@@ -195,7 +195,8 @@ class ByRows(Rule):
             leaves, y = self._recorded(op, rows)
             R, o = y.shape[0] // K, y.shape[1]
             d = sum(leaf[0].numel() for leaf in leaves)
-            require(2.0 * y.element_size() * y.shape[0] * d * max(d, o), f"the derivatives of {op.title}")
+            entries = y.shape[0] * d * (o if rows.linear else max(d, o))
+            require(2.0 * y.element_size() * entries, f"the derivatives of {op.title}")
             units = torch.eye(o, dtype=y.dtype, device=y.device)[:, None].expand(o, K * R, o)
             J = torch.cat([row.view(o, K * R, -1) for row in vjps(y, leaves, units)], 2).transpose(0, 1)
         if o == 1 and d == 1:
@@ -211,7 +212,12 @@ class ByRows(Rule):
             if not y.requires_grad:
                 return stage
             grads = torch.autograd.grad(
-                y, leaves, beta.reshape(y.shape).to(y.dtype), create_graph=True, allow_unused=True, materialize_grads=True
+                y,
+                leaves,
+                beta.reshape(y.shape).to(y.dtype),
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
             first = torch.cat([grad.reshape(y.shape[0], -1) for grad in grads], 1)
             if not first.requires_grad:
