@@ -82,7 +82,7 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
             If H + damping·I is singular to working precision, or rounding leaves its inertia open.
         """
         damping = finite_real(damping, "damping")
-        with torch.no_grad():
+        with torch.no_grad(), self._cuts.told():
             return inertia(self.analysis, damping)
 
     def count_eigenvalues(self, a: float, b: float) -> int:
@@ -103,7 +103,7 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
         a, b = finite_real(a, "a"), finite_real(b, "b")
         if a > b:
             raise ValueError(f"an interval (a, b] needs a <= b, got a={a!r}, b={b!r}")
-        with torch.no_grad():
+        with torch.no_grad(), self._cuts.told():
             return count_up_to(self.analysis, b) - count_up_to(self.analysis, a) if a < b else 0
 
     def smallest_convex_damping(self, margin: float = 0.0, rtol: float = 1e-3) -> float:
@@ -133,7 +133,7 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
             raise ValueError(
                 f"margin must be at least 0 and rtol between 0 and 1, got margin={margin!r}, rtol={rtol!r}"
             )
-        with torch.no_grad():
+        with torch.no_grad(), self._cuts.told():
             return (1.0 + margin) * smallest_convex_damping(self.analysis, rtol)
 
     def extreme_eigenvalues(self, rtol: float = 1e-8) -> tuple[float, float]:
