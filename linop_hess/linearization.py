@@ -15,11 +15,11 @@ from linop_hess.autograd.calling import as_module, explained, refuse_empty, refu
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.curvature import ChainCurvature
+from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.build import Chain, build_chain
 from linop_hess.graph.verification import PrimitiveNorms, Reference
 from linop_hess.lq.accuracy import VERIFIED
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.methods.plan import Plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
@@ -28,6 +28,7 @@ from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import Named, ParameterTable
 from linop_hess.operators.permutation import Permutation
+from linop_hess.tables import NetworkPlan, StageTable
 
 
 def linearize(
@@ -175,22 +176,43 @@ class Linearization(Named):
     @cached_property
     def H(self) -> ChainCurvature:
         """The Hessian, shape (N, N)."""
-        return ChainCurvature(self.analysis, self.parameter_table)
+        return ChainCurvature(self.analysis, self.parameter_table, self._chain.cuts)
 
     @cached_property
     def _gauss_newton(self) -> ChainCurvature:
-        return ChainCurvature(self.analysis.gauss_newton(), self.parameter_table)
+        return ChainCurvature(self.analysis.gauss_newton(), self.parameter_table, self._chain.cuts)
 
     def gauss_newton(self) -> ChainCurvature:
-        """Return the generalized Gauss-Newton matrix, shape (N, N): of all curvature only the loss's is kept."""
+        """Return the generalized Gauss-Newton matrix, shape (N, N): of all curvature only the loss's is kept.
+
+        The loss counts as a function of the model's output and, where it reads them, of the parameters, so that a penalty has its full
+        Hessian, as in `linop_hess.GaussNewton`.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the loss reads what the model computed before its output, as one that differentiates the output does: then no output
+            tells model and loss apart.
+        """
+        if self._chain.looks_inside:
+            raise UnsupportedModelError(
+                "expected a loss of the model's output and the parameters for a Gauss-Newton matrix, got one that reads what the model "
+                f"computed before its output, in {self._chain.looks_inside}, as losses do that differentiate the output: use H, or "
+                "return from the model what the loss needs"
+            )
         return self._gauss_newton
 
     def damped(self, damping: float) -> Operator:
         """H + damping·I; see `ChainCurvature.damped`."""
         return self.H.damped(damping)
 
-    def plan(self, damping: float) -> Plan:
-        """Cost of each method; see `ChainCurvature.plan`."""
+    @cached_property
+    def stages(self) -> StageTable:
+        """The stages, a row each: name in the model, operation, sizes, samples, live entries after it, and where derivatives come from."""
+        return StageTable(self.problem)
+
+    def plan(self, damping: float = 1.0) -> NetworkPlan:
+        """Cost of each method, the widest cuts and what lives there; see `ChainCurvature.plan`."""
         return self.H.plan(damping)
 
     def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
@@ -296,10 +318,13 @@ class Linearization(Named):
     def _suspects(self, gap: Tensor) -> str:
         if self._chain.unverified:
             return ", ".join(map(repr, self._chain.unverified))
-        layout = self.problem.layout
-        by_control = np.append(layout.in_chain_order(gap).max(1).values.cpu().numpy(), 0.0)
+        layout, table = self.problem.layout, self.parameter_table
+        largest = gap.max(1).values
+        by_control = np.append(layout.in_chain_order(largest).cpu().numpy(), 0.0)
         by_stage = np.add.reduceat(by_control, layout.x_offsets[:-1]) * (layout.p > 0)
-        return f"at or after stage {self.problem.name(int(by_stage.argmax()))}"
+        parts = table.unflatten(largest)
+        parameter = max(parts, key=lambda name: float(parts[name].sum()))
+        return f"at or after stage {self.problem.name(int(by_stage.argmax()))}, where parameter {parameter} is used"
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model, which may not pickle; everything but `verify` survives."""

@@ -17,6 +17,7 @@ from linop_hess.graph.layers import known_layers, linearize_layers
 from linop_hess.graph.recorded import build_graph
 from linop_hess.graph.rules.loss import linearize_loss
 from linop_hess.lq.problem import Problem
+from linop_hess.tables import Cuts
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Chain:
         Theirs.
     unverified : tuple of str
         Operations whose derivatives are torch's own second derivatives of whole operations.
+    cuts : Cuts
+        What lives in the states.
+    looks_inside : str
+        An operation of the loss that reads what the model computed before its output; empty if none does.
     """
 
     problem: Problem
@@ -43,6 +48,8 @@ class Chain:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     unverified: tuple[str, ...]
+    cuts: Cuts
+    looks_inside: str = ""
 
 
 def build_chain(
@@ -71,6 +78,8 @@ def build_chain(
         If the model is random, changes its buffers, or has operations without a second derivative.
     ValueError
         If a value or derivative is NaN or Inf (the message names the layer), or the loss depends on no parameter.
+    MemoryError
+        If derivatives or states do not fit in memory.
     """
     parameters = [model.get_parameter(name) for name in names]
     shapes = tuple(tuple(p.shape) for p in parameters)
@@ -78,18 +87,23 @@ def build_chain(
     if layers is not None:
         try:
             chain = linearize_layers(layers, loss_fn, constant(inputs), targets)
-            return Chain(chain.problem, chain.loss, chain.gradient, tuple(names), shapes, ())
+            problem = chain.problem
+            cuts = Cuts(problem.names, problem.layout.n_out, problem.dtype.itemsize)
+            return Chain(problem, chain.loss, chain.gradient, tuple(names), shapes, (), cuts)
         except UnsupportedModelError:  # a loss that reads more than the output: the recording knows what
             pass
     seen = capture(model, loss_fn, inputs, targets, names)
     parameter = parameters[0]
+    sizes = {name: p.numel() for name, p in zip(names, parameters, strict=True)}
     if seen.reads_output_alone:
         parts = linearize_loss(loss_fn, seen.output, targets, parameter.dtype)
-        graph = build_graph(seen.trace, seen.output_ids[parts.order.cpu().numpy()], parts.stage, parameter)
+        graph = build_graph(seen.trace, seen.output_ids[parts.order.cpu().numpy()], parts.stage, parameter, sizes)
     else:
-        graph = build_graph(seen.trace, np.array([seen.loss_id]), None, parameter)
+        graph = build_graph(seen.trace, np.array([seen.loss_id]), None, parameter, sizes)
     _compare_gradients(seen, graph.gradient, names)
-    return Chain(graph.problem, seen.loss, graph.gradient, tuple(names), shapes, graph.generic)
+    return Chain(
+        graph.problem, seen.loss, graph.gradient, tuple(names), shapes, graph.generic, graph.cuts, seen.looks_inside
+    )
 
 
 def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str]) -> None:

@@ -41,6 +41,9 @@ class Capture:
         By autograd, of each parameter.
     reads_output_alone : bool
         Whether the loss depends on the parameters through the output alone.
+    looks_inside : str
+        The first operation of the loss, if any, that reads what the model computed on the way to the output, as one that differentiates
+        the output does; empty where the loss is a function of output and parameters.
     """
 
     trace: Trace
@@ -50,6 +53,7 @@ class Capture:
     loss: float
     gradient: list[Tensor]
     reads_output_alone: bool
+    looks_inside: str
 
 
 def capture(
@@ -130,6 +134,7 @@ def capture(
             "model.eval(), or remove the randomness"
         )
     kept, ids, modelled = between
+    beyond, known = _first_beyond(recorder.trace, modelled, ids)
     return Capture(
         recorder.trace,
         kept,
@@ -137,7 +142,9 @@ def capture(
         int(loss_ids[0]),
         float(value.detach()),
         [g.detach() for g in gradient],
-        _reads_alone(recorder.trace, modelled, ids, int(loss_ids[0])),
+        not beyond and bool(known[int(loss_ids[0])]),
+        beyond
+        and _first_beyond(recorder.trace, modelled, np.append(ids, np.arange(1, recorder.trace.parameters + 1)))[0],
     )
 
 
@@ -166,18 +173,18 @@ def _require_unchanged(model: nn.Module, ours: Mapping[str, Tensor], before: Map
         )
 
 
-def _reads_alone(trace: Trace, modelled: int, outputs: np.ndarray, loss: int) -> bool:
-    """Whether operations of the loss read nothing that depends on parameters but the output, and what they computed themselves."""
+def _first_beyond(trace: Trace, modelled: int, given: np.ndarray) -> tuple[str, np.ndarray]:
+    """The first operation of the loss that reads what depends on parameters and is neither given nor computed by the loss, or ""."""
     known = np.zeros(trace.ids + 1, dtype=bool)
     known[0] = True
-    known[outputs] = True
+    known[given] = True
     for node in trace.nodes[modelled:]:
         for ids in node.arguments:
             if not bool(known[ids.ids() if isinstance(ids, Strided) else ids].all()):
-                return False
+                return node.title, known
         for _, output in node.outputs:
             known[output.ids()] = True
-    return bool(known[loss])
+    return "", known
 
 
 @contextmanager

@@ -101,9 +101,9 @@ class Operation:
         return bool((ids[:, 1:] != ids[:, :-1]).all())
 
     def stacked(self, position: int) -> Tensor:
-        """The argument of all nodes, shape (K, *shape)."""
+        """The argument of all nodes, shape (K, *shape), in memory of its own: what a model was given may change later."""
         if self.count == 1:
-            return self.flat[position][None]
+            return self.flat[position][None].clone()
         return torch.stack([flat[position] for flat in self.flats])
 
     @cached_property

@@ -197,7 +197,8 @@ class ByRows(Rule):
             leaves, y = self._recorded(op, rows)
             R, o = y.shape[0] // K, y.shape[1]
             d = sum(leaf[0].numel() for leaf in leaves)
-            nbytes = 2.0 * y.element_size() * y.shape[0] * d * max(d, o)
+            entries = y.shape[0] * d * (o if rows.linear else max(d, o))
+            nbytes = 2.0 * y.element_size() * entries
             _memory.require(nbytes, f"the derivatives of {op.title}", _memory.available_on(y.device))
             units = torch.eye(o, dtype=y.dtype, device=y.device)[:, None].expand(o, K * R, o)
             J = torch.cat([row.view(o, K * R, -1) for row in vjps(y, leaves, units)], 2).transpose(0, 1)

@@ -144,8 +144,12 @@ class DiagonalEntries:
             if not is_single:
                 out.append(self._solved_block(torch.from_numpy(one).to(device)))
             elif one.size:
-                block, inside = of_stages[stage[one[0]]], torch.from_numpy(position[one]).to(device)
-                out.append(block if one.size == sizes[stage[one[0]]] else block[inside[:, None], inside])
+                block, inside = of_stages[stage[one[0]]], position[one]
+                if np.array_equal(inside, np.arange(sizes[stage[one[0]]])):
+                    out.append(block)
+                else:
+                    at = torch.from_numpy(inside).to(device)
+                    out.append(block[at[:, None], at])
             else:
                 out.append(self.diagonal.new_zeros(0, 0))
         return out
