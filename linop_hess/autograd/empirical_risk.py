@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import checked_loss, require_loss_fn
+from linop_hess._validate import checked_loss, finite_real, require_loss_fn
 from linop_hess.autograd.batches import Batches, to_device
 from linop_hess.autograd.differentiate import (
     differentiate,
@@ -19,16 +20,26 @@ from linop_hess.autograd.differentiate import (
     refuse_once_differentiable,
     twice_differentiable,
 )
-from linop_hess.autograd.recording import Recording, Recordings
+from linop_hess.autograd.kinks import KinkWatch
+from linop_hess.autograd.recording import Product, Recordings
 from linop_hess.autograd.snapshot import (
     buffers_of,
     changed_buffers,
     frozen_copy,
     select_parameters,
 )
+from linop_hess.autograd.surrogates import DEFAULT_SHARPNESS
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators.convert import all_finite, plain_arithmetic
 from linop_hess.operators.operator import Operator, damped
+
+
+@dataclass(frozen=True)
+class Computation:
+    """A loss still to be computed, by `run`, and the tensors whose kinks on the way to it matter."""
+
+    run: Callable[[], Any]
+    sources: Sequence[Tensor]
 
 
 class RiskCurvature(Operator):
@@ -61,8 +72,11 @@ class RiskCurvature(Operator):
         check_deterministic: bool = True,
         check_symmetric: bool = True,
         retain_graph: bool | None = None,
+        nonsmooth: str = "generalized",
+        sharpness: float | None = None,
     ) -> None:
         require_loss_fn(loss_fn)
+        self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
         self.names = tuple(select_parameters(model, params))
         self.batches = Batches(data, loss_fn, reduction, progress)
         with torch.inference_mode(False):
@@ -78,8 +92,10 @@ class RiskCurvature(Operator):
             self.loss, self._gradient, scale = self._evaluate(first=True)
             if check_deterministic:
                 self._check_deterministic(before, scale)
+            if nonsmooth == "error":
+                self._refuse_kinks()
             if check_symmetric:
-                self._check_symmetric()
+                self._check_symmetric(scale)
 
     @property
     def gradient(self) -> np.ndarray:
@@ -114,15 +130,38 @@ class RiskCurvature(Operator):
         """Free the memory of the graphs that are kept; the next product records them anew."""
         self._recordings.release()
 
-    def _record(self, inputs: Any, targets: Any) -> Recording:
+    def _record(self, inputs: Any, targets: Any) -> Product:
         """Record the graph of one batch's matrix."""
         raise NotImplementedError
 
-    def _record_batch(self, batch: Any) -> Recording:
-        with self._twice_differentiable():
+    def _computation(self, inputs: Any, targets: Any) -> Computation:
+        """What the matrix takes second derivatives of."""
+        raise NotImplementedError
+
+    def _smoothed(self, computation: Computation) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Compute a loss; return it with the points and slopes that give its gradient the curvature of surrogates."""
+        if self.sharpness is None:
+            return checked_loss(computation.run()), [], []
+        loss, watch = self._watched(computation)
+        return loss, *watch.corrections(loss, self.sharpness)
+
+    def _refuse_kinks(self) -> None:
+        for inputs, targets, _ in self.batches.tracked("kinks"):
+            with self._differentiable():
+                loss, watch = self._watched(self._computation(*to_device((inputs, targets), self.device)))
+                watch.refuse(loss)
+
+    def _watched(self, computation: Computation) -> tuple[Tensor, KinkWatch]:
+        watch = KinkWatch(computation.sources, self.model)
+        with watch.watching():
+            value = computation.run()
+        return checked_loss(value), watch
+
+    def _record_batch(self, batch: Any) -> Product:
+        with self._differentiable():
             return self._record(*to_device(batch, self.device))
 
-    def _twice_differentiable(self) -> Any:
+    def _differentiable(self) -> Any:
         return twice_differentiable("the model and the loss", self.device, self.model)
 
     def _apply(self, X: Tensor) -> Tensor:
@@ -136,7 +175,7 @@ class RiskCurvature(Operator):
             try:
                 part = recording(X)
             except RuntimeError:  # such as that of a checkpoint, whose forward pass runs within the backward pass
-                with self._twice_differentiable():
+                with self._differentiable():
                     part = recording(X)
             if weight != 1.0:
                 part *= weight
@@ -144,6 +183,14 @@ class RiskCurvature(Operator):
         assert total is not None  # there is a batch at least
         self._require_finite(total, "a product")
         return total
+
+    def _refuse_graph(self, loss: Tensor) -> None:
+        """Raise where the graph of a loss is not one to differentiate twice, or has parameters of its own."""
+        refuse_once_differentiable(loss)
+        self._refuse_direct(loss)
+
+    def _refuse_direct(self, loss: Tensor) -> None:
+        refuse_direct_parameters(loss, self.parameters)
 
     def _output(self, inputs: Any) -> Any:
         return self.model(inputs)
@@ -170,16 +217,19 @@ class RiskCurvature(Operator):
                 "Dropout does that, or keep a DataLoader that shuffles from dropping the last batch"
             )
 
-    def _check_symmetric(self) -> None:
-        """Raise where uᵀHv and vᵀHu differ, for random u and v, by more than rounding explains."""
+    def _probes(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype).to(self.device)
+        return torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype).to(self.device)
+
+    def _check_symmetric(self, scale: float) -> None:
+        """Raise where uᵀHv and vᵀHu differ, for random u and v, by more than rounding explains."""
+        probes = self._probes()
         products = self._apply(probes)
         asymmetry = float((probes[:, 0] @ products[:, 1] - probes[:, 1] @ products[:, 0]).abs())
         if asymmetry <= torch.finfo(self.torch_dtype).eps ** (2 / 3) * _crossed_norms(probes, products):
             return
         # A saturated network's Hessian is itself all rounding: see how far an ulp in the parameters moves it.
-        noise = _crossed_norms(probes, self._apply_perturbed(probes, generator) - products)
+        noise = _crossed_norms(probes, self._apply_perturbed(probes) - products)
         if asymmetry > 10 * noise:
             raise UnsupportedModelError(
                 f"expected uᵀHv and vᵀHu to agree, got a difference of {asymmetry:.3g}, where rounding explains "
@@ -188,8 +238,9 @@ class RiskCurvature(Operator):
                 "to leave its parameters out"
             )
 
-    def _apply_perturbed(self, X: Tensor, generator: torch.Generator) -> Tensor:
+    def _apply_perturbed(self, X: Tensor) -> Tensor:
         """Return the product at parameters changed by a few units in the last place."""
+        generator = torch.Generator().manual_seed(1)
         saved = [parameter.detach().clone() for parameter in self.parameters]
         ulp = torch.finfo(self.torch_dtype).eps
         self.release()  # the graphs are those of the parameters before the change
@@ -211,12 +262,11 @@ class RiskCurvature(Operator):
         total, scale, used = 0.0, 0.0, False
         gradient = torch.zeros(self.shape[0], dtype=self.torch_dtype, device=self.device)
         for inputs, targets, weight in self.batches.tracked("loss and gradient"):
-            with self._twice_differentiable():
+            with self._differentiable():
                 inputs, targets = to_device((inputs, targets), self.device)
                 loss = self._loss(self._output(inputs), targets)
                 if first:
-                    refuse_once_differentiable(loss)
-                    refuse_direct_parameters(loss, self.parameters)
+                    self._refuse_graph(loss)
                 gradients = differentiate([loss], self.parameters)
             used = used or any(g is not None for g in gradients)
             part = weight * joined(gradients, self.parameters)
@@ -248,3 +298,36 @@ def _crossed_norms(probes: Tensor, products: Tensor) -> float:
     """Return ‖u‖‖Hv‖ + ‖v‖‖Hu‖ for columns u, v and their products."""
     lengths, images = torch.linalg.vector_norm(probes, dim=0), torch.linalg.vector_norm(products, dim=0)
     return float(lengths[0] * images[1] + lengths[1] * images[0])
+
+
+def checked_sharpness(nonsmooth: str, sharpness: float | None) -> float | None:
+    """Return the sharpness of the surrogates, None where there are none.
+
+    Parameters
+    ----------
+    nonsmooth : str
+    sharpness : float, optional
+        By default `DEFAULT_SHARPNESS`.
+
+    Raises
+    ------
+    ValueError
+        If `nonsmooth` is unknown, or `sharpness` is given without surrogates or is not positive and finite.
+    TypeError
+        If it is no real number.
+    """
+    if nonsmooth not in ("generalized", "smooth", "error"):
+        raise ValueError(
+            f'expected nonsmooth to be "generalized", "smooth" or "error", got {nonsmooth!r}: pass one of the three'
+        )
+    if nonsmooth != "smooth":
+        if sharpness is not None:
+            raise ValueError(
+                f'expected sharpness with nonsmooth="smooth" only, got it with {nonsmooth!r}: leave sharpness out, or pass '
+                'nonsmooth="smooth"'
+            )
+        return None
+    value = DEFAULT_SHARPNESS if sharpness is None else finite_real(sharpness, "sharpness")
+    if value <= 0:
+        raise ValueError(f"expected sharpness to be positive, got {value}: pass a positive number")
+    return value
