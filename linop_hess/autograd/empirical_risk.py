@@ -147,7 +147,7 @@ class RiskCurvature(Operator):
 
     def _refuse_kinks(self) -> None:
         for inputs, targets, _ in self.batches.tracked("kinks"):
-            with self._differentiable():
+            with RiskCurvature._differentiable(self):  # unfused kernels show what they do
                 loss, watch = self._watched(self._computation(*to_device((inputs, targets), self.device)))
                 watch.refuse(loss)
 

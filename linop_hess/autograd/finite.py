@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 
-def step_size(origin: Tensor) -> float:
-    """Return h for steps of length one from a point: 0.3 eps^(1/5) (1 + ‖point‖)."""
-    return 0.3 * torch.finfo(origin.dtype).eps ** 0.2 * (1.0 + float(torch.linalg.vector_norm(origin)))
+def step_size(origin: Tensor, direction: Tensor) -> float:
+    """Return h along a direction v from a point θ: 0.3 eps^(1/5) (1 + ‖θ‖)/‖v‖.
+
+    Shorter where few entries would take the whole step: none moves by more than three times what all move by where v is even.
+    """
+    length, largest = torch.linalg.vector_norm(direction), direction.abs().max()
+    size = torch.linalg.vector_norm(origin)
+    even = (1.0 + size) / length
+    single = 3.0 * (1.0 + size / max(1, origin.numel()) ** 0.5) / largest
+    return 0.3 * torch.finfo(origin.dtype).eps ** 0.2 * float(torch.minimum(even, single))
 
 
 class Differenced:
@@ -32,8 +39,7 @@ class Differenced:
     """
 
     def __init__(self, gradient: Callable[[Tensor], Tensor], origin: Tensor, shrink: float = 1.0) -> None:
-        self.gradient, self.origin = gradient, origin
-        self.step = step_size(origin) * shrink
+        self.gradient, self.origin, self.shrink = gradient, origin, shrink
 
     def __call__(self, X: Tensor) -> Tensor:
         """Return the product with a block, both of shape (n, k), four gradients a column."""
@@ -46,7 +52,8 @@ class Differenced:
         scaled = v / largest  # its norm neither overflows nor vanishes
         length = torch.linalg.vector_norm(scaled)
         direction = scaled / length
-        near, far = (self._slope(direction, self.step * factor) for factor in (1.0, 2.0))
+        step = self.shrink * step_size(self.origin, direction)
+        near, far = (self._slope(direction, step * factor) for factor in (1.0, 2.0))
         return (near + (near - far) / 3) * length * largest
 
     def _slope(self, direction: Tensor, step: float) -> Tensor:

@@ -190,8 +190,11 @@ class Hessian(RiskCurvature):
                 loss = self._loss(twin(inputs), targets)
                 return joined(differentiate([loss], moved), moved).detach()
 
-        origin = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
-        return Differenced(gradient, origin, self._shrink)
+        return Differenced(gradient, self._origin, self._shrink)
+
+    @property
+    def _origin(self) -> Tensor:
+        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
 
     def _differentiable(self) -> Any:
         return once_differentiable_graphs(self.device) if self._is_finite else super()._differentiable()
@@ -207,11 +210,11 @@ class Hessian(RiskCurvature):
             super()._check_symmetric(scale)
             return
         eps = torch.finfo(self.torch_dtype).eps
-        origin = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
+        step = step_size(self._origin, self._probes()[:, 0])
         found = {}
         for shrink in (1.0, 2.0**-4, 2.0**-8):
             self._shrink = shrink
-            found[shrink] = self._differences_agree(1e3 * eps * scale / (step_size(origin) * shrink))
+            found[shrink] = self._differences_agree(1e3 * eps * scale / (step * shrink))
             if found[shrink] <= eps**0.6:
                 return
         self._shrink = min(found, key=lambda shrink: found[shrink])
@@ -232,7 +235,7 @@ class Hessian(RiskCurvature):
         gap = torch.linalg.vector_norm(products - halved, dim=0)
         asymmetry = (probes[:, 0] @ products[:, 1] - probes[:, 1] @ products[:, 0]).abs()
         lengths, images = torch.linalg.vector_norm(probes, dim=0), torch.linalg.vector_norm(products, dim=0)
-        sizes = images + floor * lengths
+        sizes = images + floor
         return float(torch.maximum((gap / sizes).max(), asymmetry / (lengths * sizes.flip(0)).sum()))
 
 

@@ -31,10 +31,11 @@ from torch.overrides import TorchFunctionMode, enable_reentrant_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from linop_hess.autograd.surrogates import is_curved, is_kinked, operation_name, surrogate
+from linop_hess.autograd.surrogates import is_curved, is_kinked, jumps, operation_name, surrogate
 from linop_hess.errors import UnsupportedModelError
 
-_READS = frozenset({"_local_scalar_dense", "equal"})
+_OWN_BACKWARD = "(within an operation that has a backward pass of its own)"
+_READS = {"_local_scalar_dense": "item", "equal": "equal"}
 _READING_METHODS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__})
 
 
@@ -108,9 +109,18 @@ class _Output:
 
 @dataclass(frozen=True)
 class _Taint:
-    """What is known of values that depend on the parameters: which operation made them step, which hid a kink."""
+    """What is known of values that depend on the parameters.
 
-    step: str | None = None
+    Attributes
+    ----------
+    jump : str or None
+        The operation that makes them jump.
+    hidden : str or None
+        The operation whose kink autograd has not seen. Where a tensor with a graph has such values, the kink is inside an
+        operation with a backward pass of its own.
+    """
+
+    jump: str | None = None
     hidden: str | None = None
 
 
@@ -130,7 +140,7 @@ class KinkWatch(TorchDispatchMode):
         self.kinks: list[Kink] = []
         self._names = {} if model is None else {id(module): name for name, module in model.named_modules()}
         self._path: list[str] = []
-        self._taints: dict[int, _Taint] = {}
+        self._taints: dict[int, _Taint | None] = {}  # by storage; None: does not depend on the sources
         self._alive: list[Any] = []
         self._pending: tuple[Kink, Any, bool] | None = None
         for source in sources:
@@ -206,8 +216,8 @@ class KinkWatch(TorchDispatchMode):
         """Kinks that lead to a loss, with the adjoints of their outputs."""
         self._settle()
         taint = self._taint(loss)
-        if taint is not None and (taint.step or taint.hidden):
-            self.kinks.append(Kink(self._titled(str(taint.hidden or taint.step)), outputs=None))
+        if taint is not None and taint.hidden:
+            self.kinks.append(Kink(f"{taint.hidden} {_OWN_BACKWARD}", outputs=None))
         edges = [output.edge for kink in self.kinks for output in kink.outputs or ()]
         gradients: Sequence[Tensor | None] = []
         if edges and loss.requires_grad:
@@ -225,23 +235,28 @@ class KinkWatch(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         taints = [self._taint(tensor) for tensor in tensors]
         if not any(taint is not None for taint in taints):
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if any(tensor.requires_grad for tensor in tensors):  # such as inputs that the loss differentiates by
+                for tensor in tree_leaves(result):
+                    if isinstance(tensor, Tensor):
+                        self._mark(tensor, None)
+            return result
         name = operation_name(func)
         if name in _READS:
-            self._saw_read(name, tensors)
+            self._saw_read(_READS[name], tensors)
         active = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        kinked = is_kinked(func, *args, **kwargs)
+        # A backward operation is linear in what it takes first, and has its kinks in what it has kept.
+        bent = taints[1:] if name.endswith("_backward") else taints
+        kinked = is_kinked(func, *args, **kwargs) and any(taint is not None for taint in bent)
         kink = self._kink(func, args, kwargs, tensors, taints, kinked) if active else None
         result = func(*args, **kwargs)
         known = [taint for taint in taints if taint is not None]
-        step = next((taint.step for taint in known if taint.step), None)
-        hidden = next((taint.hidden for taint in known if taint.hidden), None)
+        jump = next((taint.jump for taint in known if taint.jump), name if jumps(func) else None)
+        hidden = next((taint.hidden for taint in known if taint.hidden), jump or (name if kinked else None))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                if not tensor.is_floating_point():
-                    self._mark(tensor, _Taint(step or name))
-                else:
-                    self._mark(tensor, _Taint() if active else _Taint(step, hidden or (name if kinked else None)))
+                here = jump if tensor.is_floating_point() else jump or name
+                self._mark(tensor, _Taint(here, None if active else hidden))
         if kink is not None:
             self._pending = kink, result, func._schema.is_mutable
         return result
@@ -267,12 +282,10 @@ class KinkWatch(TorchDispatchMode):
         for tensor, taint in zip(tensors, taints, strict=True):
             if taint is None or any(tensor is other for other in overwritten):
                 continue
-            if tensor.requires_grad and (taint.hidden or taint.step):
-                return Kink(
-                    self._titled(f"{taint.hidden or taint.step} inside an operation with a backward of its own")
-                )
-            if taint.step:
-                return Kink(self._titled(f"{name}, driven by {taint.step},"))
+            if tensor.requires_grad and taint.hidden:
+                return Kink(self._titled(f"{taint.hidden} {_OWN_BACKWARD}"))
+            if taint.jump and not tensor.requires_grad:
+                return Kink(self._titled(f"{name} (driven by {taint.jump})"))
         return None
 
     def _settle(self) -> None:
@@ -287,15 +300,19 @@ class KinkWatch(TorchDispatchMode):
     def _taint(self, tensor: Tensor) -> _Taint | None:
         if tensor.layout != torch.strided:
             return _Taint() if tensor.requires_grad else None
-        known = self._taints.get(tensor.untyped_storage().data_ptr())
-        return _Taint() if known is None and tensor.requires_grad and not tensor.is_leaf else known
+        storage = tensor.untyped_storage().data_ptr()
+        if storage not in self._taints and tensor.requires_grad and not tensor.is_leaf and tensor.numel():
+            return _Taint(hidden="what cannot be seen")  # a compiled function, say
+        return self._taints.get(storage)
 
-    def _mark(self, tensor: Tensor, taint: _Taint) -> None:
+    def _mark(self, tensor: Tensor, taint: _Taint | None) -> None:
         if tensor.layout == torch.strided and tensor.numel():
             storage = tensor.untyped_storage()
             self._alive.append(storage)  # that its address is not another's before the end
-            known = self._taints.get(storage.data_ptr(), taint)
-            self._taints[storage.data_ptr()] = _Taint(taint.step or known.step, taint.hidden or known.hidden)
+            known = self._taints.get(storage.data_ptr())
+            if known is not None:
+                taint = known if taint is None else _Taint(taint.jump or known.jump, taint.hidden or known.hidden)
+            self._taints[storage.data_ptr()] = taint
 
     def _saw_read(self, name: str, tensors: Sequence[Tensor]) -> None:
         if any(self._taint(tensor) is not None for tensor in tensors):

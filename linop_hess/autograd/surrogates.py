@@ -79,6 +79,11 @@ def is_curved(func: Any) -> bool:
     return operation_name(func) in _CURVED
 
 
+def jumps(func: Any) -> bool:
+    """Tell whether the value of an operation, and not its slope alone, jumps."""
+    return operation_name(func) in _JUMPING
+
+
 def operation_name(func: Any) -> str:
     """Return the name of an ATen operation without overload, and without the underscore of those in place."""
     packet = getattr(func, "overloadpacket", func)
@@ -289,6 +294,12 @@ _SURROGATES: dict[str, Smooth] = {
     "linalg_vector_norm": _vector_norm,
     "norm": _norm,
 }
+
+_JUMPING = frozenset(
+    """
+    sign sgn round floor ceil trunc frac fmod remainder heaviside floor_divide copysign fake_quantize_per_tensor_affine_cachemask
+    """.split()
+)
 
 _CURVED = frozenset({"_prelu_kernel", "elu", "hardswish"})
 
