@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import checked_loss, finite_real, require_loss_fn
+from linop_hess._validate import checked_loss, require_loss_fn
 from linop_hess.autograd.batches import Batches, to_device
 from linop_hess.autograd.differentiate import (
     differentiate,
@@ -28,7 +28,7 @@ from linop_hess.autograd.snapshot import (
     frozen_copy,
     select_parameters,
 )
-from linop_hess.autograd.surrogates import DEFAULT_SHARPNESS
+from linop_hess.autograd.surrogates import checked_sharpness
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators.convert import all_finite, plain_arithmetic
 from linop_hess.operators.operator import Operator, damped
@@ -298,36 +298,3 @@ def _crossed_norms(probes: Tensor, products: Tensor) -> float:
     """Return ‖u‖‖Hv‖ + ‖v‖‖Hu‖ for columns u, v and their products."""
     lengths, images = torch.linalg.vector_norm(probes, dim=0), torch.linalg.vector_norm(products, dim=0)
     return float(lengths[0] * images[1] + lengths[1] * images[0])
-
-
-def checked_sharpness(nonsmooth: str, sharpness: float | None) -> float | None:
-    """Return the sharpness of the surrogates, None where there are none.
-
-    Parameters
-    ----------
-    nonsmooth : str
-    sharpness : float, optional
-        By default `DEFAULT_SHARPNESS`.
-
-    Raises
-    ------
-    ValueError
-        If `nonsmooth` is unknown, or `sharpness` is given without surrogates or is not positive and finite.
-    TypeError
-        If it is no real number.
-    """
-    if nonsmooth not in ("generalized", "smooth", "error"):
-        raise ValueError(
-            f'expected nonsmooth to be "generalized", "smooth" or "error", got {nonsmooth!r}: pass one of the three'
-        )
-    if nonsmooth != "smooth":
-        if sharpness is not None:
-            raise ValueError(
-                f'expected sharpness with nonsmooth="smooth" only, got it with {nonsmooth!r}: leave sharpness out, or pass '
-                'nonsmooth="smooth"'
-            )
-        return None
-    value = DEFAULT_SHARPNESS if sharpness is None else finite_real(sharpness, "sharpness")
-    if value <= 0:
-        raise ValueError(f"expected sharpness to be positive, got {value}: pass a positive number")
-    return value

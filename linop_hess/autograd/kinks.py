@@ -36,6 +36,7 @@ from linop_hess.errors import UnsupportedModelError
 
 _OWN_BACKWARD = "(within an operation that has a backward pass of its own)"
 _READS = {"_local_scalar_dense": "item", "equal": "equal"}
+_SELECTIONS = frozenset({"masked_select", "repeat_interleave"})
 _READING_METHODS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__})
 
 
@@ -192,8 +193,7 @@ class KinkWatch(TorchDispatchMode):
         reads = [kink.title for kink, _ in relevant if kink.outputs is None]
         if reads:
             warnings.warn(
-                f"the loss depends on parameters through {_listed(reads)}: where that decides on a branch, its kink has no "
-                "surrogate",
+                f"the loss depends on parameters through {_listed(reads)}: a kink that comes of it has no surrogate",
                 stacklevel=2,
             )
         missing = [kink.title for kink, _ in relevant if kink.call is None and kink.outputs is not None]
@@ -232,31 +232,30 @@ class KinkWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._settle()
+        name = operation_name(func)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         taints = [self._taint(tensor) for tensor in tensors]
-        if not any(taint is not None for taint in taints):
+        if _is_shape_alone(name) or not any(taint is not None for taint in taints):
             result = func(*args, **kwargs)
             if any(tensor.requires_grad for tensor in tensors):  # such as inputs that the loss differentiates by
-                for tensor in tree_leaves(result):
-                    if isinstance(tensor, Tensor):
-                        self._mark(tensor, None)
+                self._mark_all(result, None)
             return result
-        name = operation_name(func)
         if name in _READS:
             self._saw_read(_READS[name], tensors)
         active = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        # A backward operation is linear in what it takes first, and has its kinks in what it has kept.
-        bent = taints[1:] if name.endswith("_backward") else taints
-        kinked = is_kinked(func, *args, **kwargs) and any(taint is not None for taint in bent)
+        # A backward operation is linear in what it takes first, as what selects is, and has its kinks in the rest.
+        is_linear_first = name.endswith("_backward") or name in _SELECTIONS
+        is_bent = any(taint is not None for taint in taints[is_linear_first:])
+        kinked = is_bent and is_kinked(func, *args, **kwargs)
+        if is_bent and torch.Tag.dynamic_output_shape in func.tags and name != "index":
+            self.kinks.append(Kink(self._titled(f"a shape that depends on values ({name})"), outputs=None))
         kink = self._kink(func, args, kwargs, tensors, taints, kinked) if active else None
         result = func(*args, **kwargs)
         known = [taint for taint in taints if taint is not None]
         jump = next((taint.jump for taint in known if taint.jump), name if jumps(func) else None)
         hidden = next((taint.hidden for taint in known if taint.hidden), jump or (name if kinked else None))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                here = jump if tensor.is_floating_point() else jump or name
-                self._mark(tensor, _Taint(here, None if active else hidden))
+        hidden = None if active else hidden
+        self._mark_all(result, _Taint(jump, hidden), _Taint(jump or name, hidden))
         if kink is not None:
             self._pending = kink, result, func._schema.is_mutable
         return result
@@ -273,7 +272,7 @@ class KinkWatch(TorchDispatchMode):
         """Describe the kink of an operation that autograd records, before it runs; None where it has none."""
         name = operation_name(func)
         if kinked:
-            if surrogate(func, 1.0) is None or torch._C._functorch.peek_interpreter_stack() is not None:
+            if surrogate(func, 1.0) is None:
                 return Kink(self._titled(name))
             points: list[Tensor] = []
             args, kwargs = tree_map(partial(_private, points), (tuple(args), kwargs))
@@ -305,6 +304,11 @@ class KinkWatch(TorchDispatchMode):
             return _Taint(hidden="what cannot be seen")  # a compiled function, say
         return self._taints.get(storage)
 
+    def _mark_all(self, result: Any, floats: _Taint | None, others: _Taint | None = None) -> None:
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._mark(tensor, floats if tensor.is_floating_point() or tensor.is_complex() else others)
+
     def _mark(self, tensor: Tensor, taint: _Taint | None) -> None:
         if tensor.layout == torch.strided and tensor.numel():
             storage = tensor.untyped_storage()
@@ -334,6 +338,11 @@ class _Reads(TorchFunctionMode):
         if func in _READING_METHODS:
             self.saw(func.__name__, args[:1])
         return func(*args, **(kwargs or {}))
+
+
+def _is_shape_alone(name: str) -> bool:
+    """Tell whether an operation takes no more than the shape of its argument."""
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def _private(points: list[Tensor], value: Any) -> Any:

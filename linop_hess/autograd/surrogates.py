@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linop_hess._validate import finite_real
 from linop_hess.autograd.windows import adaptive_windows, pooling_windows
 
 DEFAULT_SHARPNESS = 5.0
@@ -29,6 +30,39 @@ estimate of it with a kernel of standard deviation 1.8/β: for n inputs of scale
 
 Smooth = Callable[..., Any]
 _aten = torch.ops.aten
+
+
+def checked_sharpness(nonsmooth: str, sharpness: float | None) -> float | None:
+    """Return the sharpness of the surrogates, None where there are none.
+
+    Parameters
+    ----------
+    nonsmooth : str
+    sharpness : float, optional
+        By default `DEFAULT_SHARPNESS`.
+
+    Raises
+    ------
+    ValueError
+        If `nonsmooth` is unknown, or `sharpness` is given without surrogates or is not positive and finite.
+    TypeError
+        If it is no real number.
+    """
+    if nonsmooth not in ("generalized", "smooth", "error"):
+        raise ValueError(
+            f'expected nonsmooth to be "generalized", "smooth" or "error", got {nonsmooth!r}: pass one of the three'
+        )
+    if nonsmooth != "smooth":
+        if sharpness is not None:
+            raise ValueError(
+                f'expected sharpness with nonsmooth="smooth" only, got it with {nonsmooth!r}: leave sharpness out, or pass '
+                'nonsmooth="smooth"'
+            )
+        return None
+    value = DEFAULT_SHARPNESS if sharpness is None else finite_real(sharpness, "sharpness")
+    if value <= 0:
+        raise ValueError(f"expected sharpness to be positive, got {value}: pass a positive number")
+    return value
 
 
 def surrogate(func: Any, sharpness: float) -> Smooth | None:
@@ -321,6 +355,7 @@ _DEPENDS: dict[str, Callable[..., bool]] = {
     "_cdist_forward": _is_distance_kinked,
     "_pdist_forward": _is_norm_kinked,
     "elu": _is_elu_kinked,
+    "abs": lambda self: not self.is_complex(),  # a complex number's is a norm
     "multi_margin_loss": _is_margin_kinked,
     "scatter_reduce": lambda self, dim, index, src, reduce="", **_: reduce in ("amax", "amin"),
     "index_reduce": lambda self, dim, index, source, reduce="", **_: reduce in ("amax", "amin"),

@@ -126,6 +126,8 @@ SPELLINGS = {
             overwritten_later,
             lambda x: checkpoint(F.relu, x, use_reentrant=False),
             lambda x: -torch.minimum(-x, torch.zeros_like(x)),
+            torch.vmap(torch.relu),
+            torch.compile(torch.relu, backend="eager"),
         ],
     ),
     "abs": (ABS, [torch.abs, lambda x: x.abs(), abs, lambda x: x.abs_(), torch.absolute]),
@@ -351,6 +353,12 @@ def test_recurrent_layers_with_relu():
     assert np.abs(to_dense(H) - truth).max() < 1e-14 * np.abs(truth).max()
 
 
+def test_single_precision():
+    truth = oracle_hessian(residual(RELU), CE_MEAN, X, Y)
+    H = Hessian(residual(F.relu).float(), CE_MEAN, (X.float(), Y), nonsmooth="smooth", sharpness=BETA)
+    assert H.dtype == np.float32 and np.abs(to_dense(H) - truth).max() < 2e-6 * np.abs(truth).max()
+
+
 def test_batches_and_weights():
     x, y = make_batch(4, 3, 7)
     whole = to_dense(Hessian(residual(F.relu), CE_MEAN, (x, y), nonsmooth="smooth"))
@@ -431,6 +439,8 @@ HIDDEN = {
     "numpy": (lambda u: u * float(u.detach().numpy().sum()), "read into Python .numpy"),
     "array": (lambda u: u * float(np.asarray(u.detach()).sum()), "read into Python"),
     "list": (lambda u: u * u.detach().tolist()[0][0], "read into Python .tolist"),
+    "shape": (lambda u: u * (u > 0).nonzero().shape[0], "a shape that depends on values .nonzero"),
+    "masked select": (lambda u: u * X.masked_select(u[:, :4] > 0).shape[0], "a shape that depends on values"),
     "custom": (Once.apply, "clamp .within an operation"),
     "reentrant": (lambda u: checkpoint(F.relu, u, use_reentrant=True), "relu .within an operation"),
     "backward": (lambda u: u * slope_of_relu(u), "threshold_backward|driven by"),
@@ -460,9 +470,26 @@ def test_hidden_kinks_are_found_and_named(name):
         return
     with pytest.raises(UnsupportedModelError, match=named):
         Hessian(residual(function), CE_MEAN, (X, Y), nonsmooth="error")
-    if "read" not in named:
+    if "read" not in named and "shape" not in named:
         with pytest.raises(UnsupportedModelError, match="surrogate"):
             Hessian(residual(function), CE_MEAN, (X, Y), nonsmooth="smooth")
+
+
+class Scripted(nn.Module):
+    def forward(self, u):
+        return torch.relu(u).sin()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inside_scripts_kinks_are_seen():
+    scripted = torch.jit.script(Scripted())
+    for _ in range(3):  # then it has a backward pass of its own
+        scripted(X.clone().requires_grad_()).sum().backward()
+    for nonsmooth in ("smooth", "error"):
+        with pytest.raises(
+            UnsupportedModelError, match="relu .within an operation that has a backward pass of its own"
+        ):
+            Hessian(residual(scripted), CE_MEAN, (X, Y), nonsmooth=nonsmooth)
 
 
 @pytest.mark.filterwarnings("ignore:Converting")
@@ -494,6 +521,9 @@ NO_KINKS = {
     "celu": nn.CELU(1.3),
     "gelu": nn.GELU(),
     "norm": lambda u: u / u.norm(dim=1, keepdim=True),
+    "ones": lambda u: torch.where(torch.ones_like(u) > 0, u, 0.0) * (u.new_zeros(6) >= 0),
+    "selected": lambda u: u + u.masked_select(torch.arange(6) > 2).sum(),
+    "complex": lambda u: torch.fft.fft(u).abs(),
     "gather": lambda u: u + u.gather(1, torch.zeros(len(u), 1, dtype=torch.long)),
 }
 
