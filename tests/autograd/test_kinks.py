@@ -488,7 +488,7 @@ def test_inside_scripts_kinks_are_seen():
         with pytest.raises(
             UnsupportedModelError, match="relu .within an operation that has a backward pass of its own"
         ):
-            Hessian(residual(scripted), CE_MEAN, (X, Y), nonsmooth=nonsmooth)
+            Hessian(residual(lambda u: scripted(u)), CE_MEAN, (X, Y), nonsmooth=nonsmooth)
 
 
 @pytest.mark.filterwarnings("ignore:Converting")
