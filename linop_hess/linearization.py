@@ -82,7 +82,9 @@ def linearize(
     if not isinstance(model, nn.Module):
         model, params = as_module(model, params), None
     if isinstance(params, Mapping):
-        raise TypeError("expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model")
+        raise TypeError(
+            "expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model"
+        )
     refuse_unusable_model(model)
     names = select_parameters(model, params)
     if not callable(loss_fn):

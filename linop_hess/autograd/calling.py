@@ -80,8 +80,12 @@ def as_module(function: Any, params: Any) -> nn.Module:
         If it is no function, or `params` is no dict of floating tensors.
     """
     if not callable(function):
-        raise TypeError(f"expected model to be a torch.nn.Module or a function, got {type(function).__name__}: wrap it in one")
-    if not isinstance(params, Mapping) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in params.items()):
+        raise TypeError(
+            f"expected model to be a torch.nn.Module or a function, got {type(function).__name__}: wrap it in one"
+        )
+    if not isinstance(params, Mapping) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in params.items()
+    ):
         raise TypeError(
             "expected params={name: tensor} with a function as the model, which is called as model(params, inputs), got "
             f"{type(params).__name__}: pass its parameters, or a torch.nn.Module"

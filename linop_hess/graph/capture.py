@@ -147,7 +147,9 @@ def _leaf(parameter: Tensor) -> Tensor:
 
 
 def _require_unchanged(private: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-    changed = [name for name, b in private.items() if not torch.allclose(b, before[name], rtol=0, atol=0, equal_nan=True)]
+    changed = [
+        name for name, b in private.items() if not torch.allclose(b, before[name], rtol=0, atol=0, equal_nan=True)
+    ]
     if changed:
         raise UnsupportedModelError(
             f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: call "

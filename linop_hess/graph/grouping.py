@@ -115,7 +115,9 @@ def grouped(nodes: Sequence[Node], parameters: int) -> list[Group]:
     count = uses(parameters, reads)
     groups: list[Group] = []
     for (members, chosen), ids in zip(batches, slots, strict=True):
-        outputs = np.concatenate([_stacked_ids([n.outputs[j][1] for n in chosen]) for j in range(len(chosen[0].outputs))], 1)
+        outputs = np.concatenate(
+            [_stacked_ids([n.outputs[j][1] for n in chosen]) for j in range(len(chosen[0].outputs))], 1
+        )
         is_parameter = (ids > 0) & (ids <= parameters)
         once = is_parameter & (count[np.where(is_parameter, ids, 0)] == 1)
         roles = np.where(ids == 0, CONSTANT, np.where(once, CONTROL, STATE))
@@ -205,4 +207,3 @@ def _distinct_reads(nodes: Sequence[Node], ids: np.ndarray) -> list[np.ndarray]:
         mine[:, 1:][mine[:, 1:] == mine[:, :-1]] = 0
         parts.append(mine)
     return parts
-

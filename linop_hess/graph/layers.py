@@ -62,7 +62,9 @@ def known_layers(model: nn.Module, inputs: Any, names: Sequence[str]) -> list[La
     return layers if in_order == list(names) else None
 
 
-def linearize_layers(layers: Sequence[Layer], loss_fn: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any) -> Layers:
+def linearize_layers(
+    layers: Sequence[Layer], loss_fn: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any
+) -> Layers:
     """Linearize a chain of layers at their current parameters.
 
     Parameters

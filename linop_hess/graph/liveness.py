@@ -86,7 +86,9 @@ def live_sets(birth: np.ndarray, last: np.ndarray, events: int, rank: np.ndarray
     return LiveSets(starts, ids, event, is_new, before, keys, rank)
 
 
-def _positions(keys: np.ndarray, starts: np.ndarray, rank: np.ndarray, event: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _positions(
+    keys: np.ndarray, starts: np.ndarray, rank: np.ndarray, event: np.ndarray, ids: np.ndarray
+) -> np.ndarray:
     at = np.searchsorted(keys, event * rank.size + rank[ids]) - starts[event]
     return np.where(ids > 0, at, -1)
 

@@ -123,4 +123,6 @@ def _require_finite(problem: Problem) -> None:
         bad = block.first_not_finite()
         if bad is not None:
             l = int(np.flatnonzero((problem.order[:, 0] == b) & (problem.order[:, 1] == bad))[0])
-            raise ValueError(f"NaN or Inf in the derivatives of layer {problem.name(l)}: check inputs and parameters there")
+            raise ValueError(
+                f"NaN or Inf in the derivatives of layer {problem.name(l)}: check inputs and parameters there"
+            )

@@ -56,7 +56,8 @@ def places(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> np.n
 
 Ids = Strided | np.ndarray
 
-_CONSTANT = 0  # in place of the first id of a storage: that of a tensor which requires a gradient but depends on no parameter
+# In place of the first id of a storage: that of a tensor which requires a gradient but depends on no parameter.
+_CONSTANT = 0
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -224,9 +225,9 @@ class Recorder(TorchDispatchMode):
         if before is not None:
             moved = moved_ids(func, args, kwargs, before, results)
             if moved is not None:
-                for output, ids in zip(results, moved, strict=False):
-                    if isinstance(output, Tensor) and ids is not None and output.numel():
-                        self._write(output, ids)
+                for output, new in zip(results, moved, strict=False):
+                    if isinstance(output, Tensor) and new is not None and output.numel():
+                        self._write(output, new)
                 return out
         fresh = [(j, o) for j, o in enumerate(results) if isinstance(o, Tensor) and o.dtype in _DTYPES and o.numel()]
         if not how.writes and all(o.untyped_storage().data_ptr() in self._ids for _, o in fresh):
@@ -272,7 +273,9 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         for i in how.writes:
             target = flat[i] if i < len(flat) else None
-            if isinstance(target, Tensor) and isinstance(self._ids.get(target.untyped_storage().data_ptr()), (int, Tensor)):
+            if isinstance(target, Tensor) and isinstance(
+                self._ids.get(target.untyped_storage().data_ptr()), (int, Tensor)
+            ):
                 self._write(target, torch.zeros(target.shape, dtype=torch.int64))
         if any(isinstance(a, Tensor) and a.requires_grad for a in flat):  # by tensors that are no parameters of ours
             for output in out if isinstance(out, (tuple, list)) else (out,):
@@ -333,6 +336,7 @@ class Recorder(TorchDispatchMode):
             self._ids[key] = buffer
             self._alive.append(tensor)
         buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
+
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""

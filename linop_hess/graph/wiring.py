@@ -172,7 +172,8 @@ class _Events:
     def __init__(self, live: LiveSets, ids: int) -> None:
         self._live = live
         self._kinds: list[_Kind] = []
-        self._place = np.zeros(ids + 1, dtype=np.int64)  # of each element among the outputs of the stage that computes it
+        # Of each element among the outputs of the stage that computes it.
+        self._place = np.zeros(ids + 1, dtype=np.int64)
 
     def add(self, group: int, read: np.ndarray, events: np.ndarray, outputs: np.ndarray, controls: np.ndarray) -> None:
         """Add K events with elements that are read (K, r), computed (K, o), and controlled (K, p)."""

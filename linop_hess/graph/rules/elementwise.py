@@ -8,7 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.graph.rules.operation import CONSTANT, CONTROL, NOTHING, STATE, Operation, Placement, Rule, base_name, out_of_place
+from linop_hess.graph.rules.operation import (
+    CONSTANT,
+    CONTROL,
+    NOTHING,
+    STATE,
+    Operation,
+    Placement,
+    Rule,
+    base_name,
+    out_of_place,
+)
 from linop_hess.graph.rules.primitive import ByRows, Rows
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.initial import InitialStage
@@ -27,7 +37,9 @@ ELEMENTWISE = (
 )
 """Operations whose every output entry depends on the entries of the arguments in its place alone."""
 
-_LINEAR = frozenset({"add", "sub", "neg", "rsub", "deg2rad", "rad2deg", "relu", "leaky_relu", "threshold", "hardtanh", "abs", "sign"})
+_LINEAR = frozenset(
+    {"add", "sub", "neg", "rsub", "deg2rad", "rad2deg", "relu", "leaky_relu", "threshold", "hardtanh", "abs", "sign"}
+)
 
 
 _NAMES = frozenset(ELEMENTWISE.split())
@@ -66,7 +78,7 @@ class ScaleShift(Rule):
     def knows(self, func: Any) -> bool:
         return func is scale_shift or out_of_place(func) in (aten.mul.Tensor, aten.add.Tensor)
 
-    def _roles(self, op: Operation) -> tuple[int | None, int | None, int | None] | None:
+    def _roles(self, op: Operation) -> tuple[int, int | None, int | None] | None:
         """Positions of z, w and b; None where the rule does not fit."""
         func = out_of_place(op.func)
         if func is scale_shift:
@@ -82,7 +94,7 @@ class ScaleShift(Rule):
 
     def controls(self, op: Operation) -> frozenset[int] | None:
         roles = self._roles(op)
-        if roles is None or roles[0] is None:
+        if roles is None:
             return None
         z, w, b = roles
         shape = op.flat[z].shape
@@ -94,21 +106,23 @@ class ScaleShift(Rule):
             return None
         if any(torch.broadcast_shapes(shape, op.flat[i].shape) != shape for i in parts):
             return None
-        if len(taken) == 2 and op.flat[w].shape != op.flat[b].shape:
+        if len(taken) == 2 and op.flat[taken[0]].shape != op.flat[taken[1]].shape:
             return None
         return frozenset(taken)
 
     def placement(self, op: Operation) -> Placement:
         roles = self._roles(op)
-        assert roles is not None and roles[0] is not None
+        assert roles is not None
         z, w, b = roles
         read = np.arange(op.bounds[z].start, op.bounds[z].stop) if op.role(z) == STATE else NOTHING
-        mine = [np.arange(op.bounds[i].start, op.bounds[i].stop) for i in (w, b) if i is not None and op.role(i) == CONTROL]
+        mine = [
+            np.arange(op.bounds[i].start, op.bounds[i].stop) for i in (w, b) if i is not None and op.role(i) == CONTROL
+        ]
         return Placement(read, np.concatenate(mine))
 
     def linearize(self, op: Operation) -> Stage:
         roles = self._roles(op)
-        assert roles is not None and roles[0] is not None
+        assert roles is not None
         z, w, b = roles
         K, shape = op.count, op.flat[z].shape
         state = op.stacked(z).reshape(K, -1)
@@ -135,6 +149,6 @@ def _spread(op: Operation, position: int, shape: torch.Size) -> Tensor:
 
 
 def scale_shift(u: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """w ∘ u + b, the affine part of normalizations."""
+    """Return w ∘ u + b, the affine part of normalizations."""
     y = u if weight is None else u * weight
     return y if bias is None else y + bias

@@ -50,6 +50,7 @@ _PIECEWISE_LINEAR = (
     nn.Threshold,
 )
 
+
 class Pointwise(Kind):
     """A function applied to every entry by itself."""
 

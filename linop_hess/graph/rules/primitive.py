@@ -211,7 +211,12 @@ class ByRows(Rule):
             if not y.requires_grad:
                 return stage
             grads = torch.autograd.grad(
-                y, leaves, beta.reshape(y.shape).to(y.dtype), create_graph=True, allow_unused=True, materialize_grads=True
+                y,
+                leaves,
+                beta.reshape(y.shape).to(y.dtype),
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
             first = torch.cat([grad.reshape(y.shape[0], -1) for grad in grads], 1)
             if not first.requires_grad:

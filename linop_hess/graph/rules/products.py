@@ -182,4 +182,3 @@ class BatchedProduct(ByRows):
 
         linear = len(op.active) == 1
         return Rows({0: same, 1: same}, function, same, torch.Size((a.shape[0], a.shape[1], b.shape[2])), linear)
-

@@ -86,8 +86,15 @@ def _reducer(op: Operation, name: str) -> Callable[[Tensor], Tensor]:
             correction = 1 if op.argument("unbiased") in (None, True) else 0
         function = torch.var if name == "var" else torch.std
         return lambda t: function(t, 1, correction=correction)
-    plain = {"sum": torch.sum, "mean": torch.mean, "amax": torch.amax, "amin": torch.amin, "logsumexp": torch.logsumexp, "nansum": torch.nansum}[name]
-    return lambda t: plain(t, 1)
+    plain: dict[str, Any] = {
+        "sum": torch.sum,
+        "mean": torch.mean,
+        "amax": torch.amax,
+        "amin": torch.amin,
+        "logsumexp": torch.logsumexp,
+        "nansum": torch.nansum,
+    }
+    return lambda t: plain[name](t, 1)
 
 
 def normalize(x: Tensor, run: int, eps: float, centred: bool = True) -> Tensor:
