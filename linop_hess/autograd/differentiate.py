@@ -79,8 +79,8 @@ def twice_differentiable(what: str, device: torch.device, model: nn.Module | Non
             if any(hint in str(error) for hint in _NOT_TWICE):
                 raise UnsupportedModelError(
                     f"expected {what} to be twice differentiable, got an operation without a second derivative "
-                    f"({error}): replace it by one built from differentiable operations, or take "
-                    'lh.Hessian(..., differentiation="finite") for products by differences of the gradient'
+                    f"({error}): replace it by one built from differentiable operations, or pass "
+                    'differentiation="finite" to linearize or lh.Hessian for differences of first derivatives'
                 ) from error
             raise
 
@@ -253,8 +253,8 @@ def refuse_once_differentiable(output: Tensor) -> None:
         if function is not None and getattr(function.backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
             raise UnsupportedModelError(
                 f"expected operations with a second derivative, got {function.__name__}, whose backward is marked "
-                "once_differentiable: replace it by one built from differentiable operations, or take "
-                'lh.Hessian(..., differentiation="finite") for products by differences of the gradient'
+                "once_differentiable: replace it by one built from differentiable operations, or pass "
+                'differentiation="finite" to lh.Hessian for products by differences of the gradient'
             )
 
 

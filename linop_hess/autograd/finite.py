@@ -13,6 +13,32 @@ import torch
 from torch import Tensor
 
 
+def checked_differentiation(differentiation: str, nonsmooth: str) -> bool:
+    """Return whether second derivatives may come from differences of first ones.
+
+    Parameters
+    ----------
+    differentiation : str
+    nonsmooth : str
+        As in `linop_hess.Hessian`.
+
+    Raises
+    ------
+    ValueError
+        If `differentiation` is unknown, or differences are asked for together with surrogates.
+    """
+    if differentiation not in ("autograd", "finite"):
+        raise ValueError(
+            f'expected differentiation to be "autograd" or "finite", got {differentiation!r}: pass one of the two'
+        )
+    if differentiation == "finite" and nonsmooth == "smooth":
+        raise ValueError(
+            'expected nonsmooth="generalized" or "error" with differentiation="finite", got "smooth": differences of the '
+            "model's gradient know no surrogate"
+        )
+    return differentiation == "finite"
+
+
 def step_size(origin: Tensor, direction: Tensor) -> float:
     """Return h along a direction v from a point θ: 0.3 eps^(1/5) (1 + ‖θ‖)/‖v‖.
 

@@ -189,6 +189,28 @@ class KinkWatch(TorchDispatchMode):
         UnsupportedModelError
             If a kink leads to `loss` that has no surrogate.
         """
+        points: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for kink, adjoints in self._with_surrogates(loss):
+            if kink.call is not None:
+                pairs = zip(kink.points, kink.corrections(adjoints, sharpness), strict=True)
+                for point, slope in ((p, c) for p, c in pairs if c is not None):
+                    points.append(point)
+                    slopes.append(slope)
+        return points, slopes
+
+    def has_surrogates(self, loss: Tensor) -> bool:
+        """Tell whether kinks lead to `loss` that surrogates smooth.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If a kink leads to `loss` that has no surrogate.
+        """
+        return any(kink.call is not None for kink, _ in self._with_surrogates(loss))
+
+    def _with_surrogates(self, loss: Tensor) -> list[tuple[Kink, list[Tensor | None]]]:
+        """Kinks that lead to a loss, with the adjoints of their outputs; each has a surrogate or was warned of."""
         relevant = self._relevant(loss)
         reads = [kink.title for kink, _ in relevant if kink.outputs is None]
         if reads:
@@ -202,15 +224,7 @@ class KinkWatch(TorchDispatchMode):
                 f'expected kinks with a surrogate, as nonsmooth="smooth" needs, got {_listed(missing)}: write it with relu, '
                 'clamp, abs or maximum, or pass nonsmooth="generalized"'
             )
-        points: list[Tensor] = []
-        slopes: list[Tensor] = []
-        for kink, adjoints in relevant:
-            if kink.call is not None:
-                pairs = zip(kink.points, kink.corrections(adjoints, sharpness), strict=True)
-                for point, slope in ((p, c) for p, c in pairs if c is not None):
-                    points.append(point)
-                    slopes.append(slope)
-        return points, slopes
+        return relevant
 
     def _relevant(self, loss: Tensor) -> list[tuple[Kink, list[Tensor | None]]]:
         """Kinks that lead to a loss, with the adjoints of their outputs."""

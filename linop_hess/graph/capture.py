@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.kinks import KinkWatch
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.trace import Recorder, Strided, Trace, module_paths
 
@@ -51,7 +52,12 @@ class Capture:
 
 
 def capture(
-    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    names: Sequence[str],
+    selections_compute: bool = False,
 ) -> Capture:
     """Record loss_fn(model(inputs), targets).
 
@@ -62,6 +68,8 @@ def capture(
     inputs, targets : object
     names : sequence of str
         The parameters that are not constants.
+    selections_compute : bool
+        Whether selections that have a surrogate, as maxima, are operations; else they move entries.
 
     Raises
     ------
@@ -72,41 +80,26 @@ def capture(
     TypeError
         If it is no tensor.
     """
-    named = dict(model.named_parameters())
-    leaves = {name: _leaf(named[name]) for name in names}
-    others = {name: p.detach().clone() for name, p in named.items() if name not in leaves}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    inputs, targets = as_data((inputs, targets))
-    device = next(iter(leaves.values())).device
-    recorder = Recorder(list(leaves.values()))
+    run = _Run(model, loss_fn, inputs, targets, names)
+    leaves = list(run.leaves.values())
+    recorder = Recorder(leaves, selections_compute)
     between: list[Any] = []
-
-    def evaluated(output: Any) -> Tensor:
-        return checked_loss(call_loss(loss_fn, output, targets, leaves))
 
     def recorded(model: nn.Module) -> Tensor:
         with recorder:
-            output = call_model(model, inputs)
+            output = run.output(model)
         tensors = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
         ids = np.concatenate([recorder.ids_of(t) for t in tensors] or [np.zeros(0, dtype=np.int64)])
         kept = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, output)
         between.extend((kept, ids, len(recorder.trace.nodes)))
         recorder.in_loss = True
         with recorder:
-            return evaluated(output)
+            return checked_loss(run.loss(output))
 
-    def called(work: Callable[[nn.Module], Tensor]) -> Tensor:
-        private = {name: b.clone() for name, b in buffers.items()}
-        mine = {f"model.{name}": t for name, t in {**leaves, **others, **private}.items()}
-        with _attributes_restored(model):
-            value = functional_call(_Holder(model), mine, (work,))
-        _require_unchanged(private, buffers)
-        return value
-
-    with twice_differentiable("the model", device, model):
+    with twice_differentiable("the model", leaves[0].device, model):
         with _without_collector(), module_paths(model, recorder.path):
-            value = called(recorded)
-        again = called(lambda model: evaluated(call_model(model, inputs)))
+            value = run.called(recorded)
+        again = run.called(lambda model: checked_loss(run.loss(run.output(model))))
     loss_ids = recorder.ids_of(value)
     if not loss_ids.any():
         raise ValueError(
@@ -118,7 +111,7 @@ def capture(
             "expected a model and a loss that give the same value each time, got two values for the same input: call "
             "model.eval(), or remove the randomness"
         )
-    gradient = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
     kept, ids, modelled = between
     return Capture(
         recorder.trace,
@@ -129,6 +122,67 @@ def capture(
         [g.detach() for g in gradient],
         _reads_alone(recorder.trace, modelled, ids, int(loss_ids[0])),
     )
+
+
+def watched(
+    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
+) -> tuple[KinkWatch, Tensor]:
+    """Compute loss_fn(model(inputs), targets) as `capture` does, and give what was seen of its kinks, and the loss.
+
+    Parameters
+    ----------
+    model : nn.Module
+    loss_fn : callable
+    inputs, targets : object
+    names : sequence of str
+        The parameters whose kinks count.
+    """
+    run = _Run(model, loss_fn, inputs, targets, names)
+    watch = KinkWatch(list(run.leaves.values()), model)
+
+    def seen(model: nn.Module) -> Any:
+        with watch.watching():
+            return run.loss(run.output(model))
+
+    with twice_differentiable("the model", next(iter(run.leaves.values())).device, model):
+        return watch, checked_loss(run.called(seen))
+
+
+class _Run:
+    """Runs of a model and a loss on private copies of parameters and buffers.
+
+    Attributes
+    ----------
+    leaves : dict of str to Tensor
+        The copies of the parameters that are not constants.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
+    ) -> None:
+        named = dict(model.named_parameters())
+        self.leaves = {name: _leaf(named[name]) for name in names}
+        self._model, self._loss_fn = model, loss_fn
+        self._others = {name: p.detach().clone() for name, p in named.items() if name not in self.leaves}
+        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        self._inputs, self._targets = as_data((inputs, targets))
+
+    def output(self, model: nn.Module) -> Any:
+        """What the model returns."""
+        return call_model(model, self._inputs)
+
+    def loss(self, output: Any) -> Any:
+        """What the loss function makes of it."""
+        return call_loss(self._loss_fn, output, self._targets, self.leaves)
+
+    def called(self, work: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Do some work with the model, whose parameters and buffers are the copies meanwhile."""
+        private = {name: b.clone() for name, b in self._buffers.items()}
+        mine = {f"model.{name}": t for name, t in {**self.leaves, **self._others, **private}.items()}
+        with _attributes_restored(self._model):
+            value = functional_call(_Holder(self._model), mine, (work,))
+        _require_unchanged(private, self._buffers)
+        return value
 
 
 class _Holder(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linop_hess.graph.grouping import Group, grouped, live_nodes
 from linop_hess.graph.lowering import lower
+from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.trace import Trace
 from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Schedule, Stack, schedule
 from linop_hess.lq.problem import Problem
@@ -31,14 +32,19 @@ class Graph:
         By the adjoint recursion through the stages.
     generic : tuple of str
         Operations whose derivatives are torch's own second derivatives of operations that no rule knows.
+    differenced : tuple of str
+        Operations whose second derivatives are differences of first ones.
     """
 
     problem: Problem
     gradient: Tensor
     generic: tuple[str, ...]
+    differenced: tuple[str, ...]
 
 
-def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | None, like: Tensor) -> Graph:
+def build_graph(
+    trace: Trace, target: np.ndarray, objective: ObjectiveStage | None, like: Tensor, second: SecondDerivatives
+) -> Graph:
     """Linearize what was recorded.
 
     Parameters
@@ -50,6 +56,8 @@ def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | No
         The loss, where it depends on the model's output alone.
     like : Tensor
         Of the parameters' dtype and device.
+    second : SecondDerivatives
+        Where those come from that autograd does not have, or that kinks hide.
 
     Raises
     ------
@@ -57,7 +65,7 @@ def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | No
         If a derivative is NaN or Inf (the message names the operation).
     """
     nodes = live_nodes(lower(trace), target[target > 0], trace.ids)
-    groups = grouped(nodes, trace.parameters)
+    groups = grouped(nodes, trace.parameters, second)
     plan = schedule(groups, trace.parameters, trace.ids, target, objective is not None)
     order = plan.order
     makers = {g: group.rule.linearize(group.op).to(like.dtype) for g, group in enumerate(groups)}
@@ -84,7 +92,8 @@ def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | No
     problem = problem.with_curvature([_stage(stack, curved, objective, like) for stack in plan.stacks])
     _require_finite(problem)
     generic = tuple(dict.fromkeys(group.op.title for group in groups if group.rule.is_generic))
-    return Graph(problem, gradient, generic)
+    differenced = tuple(dict.fromkeys(group.op.title for group in groups if group.op.by_differences))
+    return Graph(problem, gradient, generic, differenced)
 
 
 def _stage(stack: Stack, makers: dict[int, Stage], objective: ObjectiveStage | None, like: Tensor) -> Stage:

@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from linop_hess.autograd.surrogates import surrogate
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.movement import is_creation, moved_ids, moves, only_relabels
 
@@ -142,6 +143,8 @@ class Recorder(TorchDispatchMode):
     ----------
     parameters : sequence of Tensor
         Contiguous leaves, each in a storage of its own.
+    selections_compute : bool
+        Whether selections that have a surrogate, as maxima, are operations; else they move entries.
 
     Raises
     ------
@@ -150,9 +153,10 @@ class Recorder(TorchDispatchMode):
         hide from the recorder.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], selections_compute: bool = False) -> None:
         super().__init__()
         self.trace = Trace()
+        self._selections_compute = selections_compute
         self.path: list[str] = [""]
         self.in_loss = False
         self._ids: dict[int, int | Tensor] = {}  # by storage: the first of consecutive ids, or the id of each entry
@@ -218,7 +222,7 @@ class Recorder(TorchDispatchMode):
         if not recording:
             return func(*args, **kwargs)
         before = None
-        if how.moves:
+        if how.moves and not (self._selections_compute and surrogate(func, 1.0) is not None):
             before = {id(flat[i]): as_tensor(a, flat[i].shape) for i, a in zip(active, arguments, strict=True)}
         out = func(*args, **kwargs)
         results = out if isinstance(out, (tuple, list)) else (out,)
@@ -320,9 +324,8 @@ class Recorder(TorchDispatchMode):
             self.trace.ids += entries
             return Strided(start, shape, stride, offset)
         # Part of a storage of which the rest has ids of its own.
-        count = output.numel()
-        self.trace.ids += count
-        self._write(output, torch.arange(start, start + count).view(shape))
+        self.trace.ids += output.numel()
+        self._write(output, torch.arange(start, self.trace.ids + 1).view(shape))
         return Strided(start, shape, contiguous_strides(shape), 0)
 
     def _write(self, tensor: Tensor, ids: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from linop_hess.autograd.hessian import Hessian
+from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 
 
 class Reference:
@@ -25,11 +26,20 @@ class Reference:
     targets : object
     names : sequence of str
         The parameters that are differentiated.
+    second : SecondDerivatives
+        At kinks; and whether differences of the gradient are compared with.
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any, names: Any
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Tensor, Any], Tensor],
+        inputs: Tensor,
+        targets: Any,
+        names: Any,
+        second: SecondDerivatives,
     ) -> None:
+        self.second = second
         self.model, self.loss_fn, self.inputs, self.targets, self.names = model, loss_fn, inputs, targets, names
         self.versions = self._versions()
 
@@ -39,7 +49,7 @@ class Reference:
         return [(_place(t), _version(t)) for t in tensors] + [(m.training,) for m in self.model.modules()]
 
     def hessian(self) -> Hessian:
-        """Return the Hessian by double backward.
+        """Return the Hessian by double backward, or by differences where autograd has none.
 
         Raises
         ------
@@ -52,7 +62,14 @@ class Reference:
                 "linearization is still right for what they were; verify before changing them"
             )
         return Hessian(
-            self.model, self.loss_fn, (self.inputs, self.targets), params=self.names, check_deterministic=False
+            self.model,
+            self.loss_fn,
+            (self.inputs, self.targets),
+            params=self.names,
+            check_deterministic=False,
+            nonsmooth=self.second.nonsmooth,
+            sharpness=self.second.sharpness,
+            differentiation="finite" if self.second.finite else "autograd",
         )
 
 

@@ -46,6 +46,10 @@ class Operation:
         `CONSTANT`, `STATE` or `CONTROL`, of each slot.
     title : str
         The first node, for messages.
+    sharpness : float or None
+        That of the surrogate whose second derivatives are taken in place of those of `func`; None: `func`'s own.
+    by_differences : bool
+        Whether second derivatives are differences of first ones, as autograd has none.
     """
 
     func: Any
@@ -56,6 +60,8 @@ class Operation:
     ids: np.ndarray
     roles: np.ndarray
     title: str
+    sharpness: float | None = None
+    by_differences: bool = False
 
     @property
     def count(self) -> int:
@@ -168,6 +174,10 @@ class Rule(ABC):
         """The same stages with A, B and C for adjoints `beta` of their outputs, shape (K, n_out)."""
         return stage.with_adjoint(beta)
 
+    def is_twice_differentiable(self, op: Operation) -> bool:
+        """Whether autograd has the second derivatives that `curve` needs."""
+        return True
+
 
 def out_of_place(func: Any) -> Any:
     """The operation that computes what one in place does, without writing."""
@@ -176,6 +186,12 @@ def out_of_place(func: Any) -> Any:
         return func
     packet = getattr(torch.ops.aten, schema.name.split("::")[1][:-1], None)
     return getattr(packet, func._overloadname, func) if packet is not None else func
+
+
+def is_aten(func: Any) -> bool:
+    """Whether an operation is one of torch's own, or a function of ours made of these."""
+    schema = getattr(func, "_schema", None)
+    return schema is None or schema.name.startswith("aten::")
 
 
 def base_name(func: Any) -> str:
