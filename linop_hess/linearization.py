@@ -18,7 +18,7 @@ from linop_hess.curvature import ChainCurvature
 from linop_hess.graph.build import Chain, build_chain
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.verification import Reference
-from linop_hess.lq.accuracy import VERIFIED
+from linop_hess.lq.accuracy import BACKWARD_CONSTANTS, VERIFIED
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.plan import Plan
 from linop_hess.lq.pivots.inertia import Inertia
@@ -298,7 +298,9 @@ class Linearization(Named):
         gap = self.H @ v - theirs
         scale, worst = float(theirs.abs().max()), float(gap.abs().max())
         moved = reference.moved_by_rounding(v, theirs)
-        unit = max(reference.coarsest_eps, reference.differences_gap)
+        unit = reference.coarsest_eps
+        if reference.differentiation == "finite":
+            unit = max(unit, reference.differences_gap, BACKWARD_CONSTANTS)
         if _is_rounding(gap, theirs, moved, [p.numel() for p in reference.parameters], unit):
             return worst / scale if scale else 0.0
         gap = gap.abs()

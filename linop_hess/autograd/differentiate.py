@@ -24,7 +24,14 @@ Gradients = Sequence[Tensor | None]
 _ROWS_AT_ONCE = 256
 
 # What torch says, in its several wordings, of an operation without a second derivative.
-_NOT_TWICE = ("is not implemented", "not currently support", "double backward", "once_differentiable", "create_graph")
+_NOT_TWICE = (
+    "is not implemented",
+    "not currently support",
+    "double backward",
+    "once_differentiable",
+    "create_graph",
+    "no autograd formula",
+)
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda context: None).__code__
 

@@ -179,10 +179,8 @@ class Recorder(TorchDispatchMode):
 
     def _ids_of(self, tensor: Tensor) -> Ids | None:
         base = self._ids.get(tensor.untyped_storage().data_ptr())
-        if base is None:
-            return None
-        if base is _CONSTANT:
-            return _NONE
+        if base is None or base is _CONSTANT:
+            return None if base is None else _NONE
         if isinstance(base, int):
             return Strided(base, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten().numpy().copy()
@@ -196,7 +194,8 @@ class Recorder(TorchDispatchMode):
         active: list[int] = []
         arguments: list[Ids] = []
         tensors: list[int] = []
-        recording = torch.is_grad_enabled()
+        # Those of other libraries run with gradients off; what they give counts only where it requires one.
+        recording = torch.is_grad_enabled() or func.namespace != "aten"
         for i, a in enumerate(flat):
             if isinstance(a, Tensor):
                 tensors.append(i)

@@ -6,12 +6,12 @@ import types
 import numpy as np
 import pytest
 import torch
+from linop_hess.graph.rules.generic import Generic
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import linop_hess as lh
 from linop_hess.graph.rules.affine import Linear
-from linop_hess.graph.rules.generic import Generic
 from linop_hess.graph.rules.pointwise import ELEMENTWISE, Pointwise, is_elementwise
 from linop_hess.graph.sequential import flatten
 from tests.helpers import differenced_hessian, oracle_gradient, oracle_hessian

@@ -122,7 +122,7 @@ class _Run:
         """Leaves and ∇f(z)ᵀb, (R, m), zero where no output depends on them."""
         leaves, y = self.recorded(at)
         if not y.requires_grad:
-            return leaves, torch.cat([torch.zeros_like(leaf).flatten(1) for leaf in leaves], 1)
+            return leaves, torch.cat([torch.zeros_like(leaf).reshape(len(leaf), -1) for leaf in leaves], 1)
         seeds = beta.reshape(y.shape).to(y.dtype)
         grads = torch.autograd.grad(
             y, leaves, seeds, create_graph=create_graph, allow_unused=True, materialize_grads=True
@@ -153,7 +153,7 @@ class _Run:
 
     @property
     def _origin(self) -> Tensor:
-        return torch.cat([point.detach().flatten(1) for point in self.points.values()], 1)
+        return torch.cat([point.detach().reshape(len(point), -1) for point in self.points.values()], 1)
 
     def _differenced(self, beta: Tensor) -> Tensor:
         try:
@@ -176,7 +176,7 @@ class _Run:
                 curved = torch.zeros_like(origin)
                 if first.requires_grad:
                     parts = torch.autograd.grad(first, leaves, v, allow_unused=True, materialize_grads=True)
-                    curved = torch.cat([part.flatten(1) for part in parts], 1)
+                    curved = torch.cat([part.reshape(len(part), -1) for part in parts], 1)
                 if not checked:
                     return True
                 step = torch.finfo(origin.dtype).eps ** (1 / 3)
