@@ -210,7 +210,9 @@ def test_a_gradient_that_is_none_is_noticed():
 def test_kinks_near_the_parameters_are_passed_by_or_refused():
     model = make_mlp([4, 20, 20, 3], act=nn.ReLU)
     truth = oracle_hessian(model, CE_MEAN, X, Y)
-    assert gap(Hessian(model, CE_MEAN, (X, Y), differentiation="finite"), truth) < 1e-8
+    H = Hessian(model, CE_MEAN, (X, Y), differentiation="finite")
+    assert gap(H, truth) < 1e-8 and 0 < H.differences_gap < 1e-6
+    assert Hessian(model, CE_MEAN, (X, Y)).differences_gap == 0
     with torch.no_grad():
         model[0].bias.copy_(-(model[0].weight @ X[0]))  # all units of one sample are at their kink
     with pytest.raises(UnsupportedModelError, match="kinks"):

@@ -183,6 +183,15 @@ def test_the_gradient_recorded_with_corrections_is_bitwise_the_gradient():
     assert all(torch.equal(a, b) for a, b in zip(with_them, without, strict=True))
 
 
+def test_whether_surrogates_have_something_to_smooth():
+    for function, has in ((F.relu, True), (torch.tanh, False), (lambda u: u.sin() + 0 * F.relu(u).detach(), False)):
+        model = residual(function)
+        watch = KinkWatch(list(model.parameters()), model)
+        with watch.watching():
+            loss = CE_MEAN(model(X), Y)
+        assert watch.has_surrogates(loss) == has
+
+
 def assembled(model, split, surrogate, loss_fn):
     """H + Jᵀ(Σ b_i ∇²s_i)J, each factor dense: J the Jacobian of what goes in at the kink, b the adjoint behind it."""
     first, kink, rest = split

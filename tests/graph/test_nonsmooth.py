@@ -11,7 +11,10 @@ from torch.nn import functional as f
 
 import linop_hess as lh
 from linop_hess.errors import UnsupportedModelError
+from tests.graph.oracle import made
 from tests.graph.small_nets import CE, LINEAR, Net, dense, gap, prepared, residual
+from tests.graph.zoo import CASES
+from tests.graph.zoo_operations import OPERATIONS
 from tests.lq.problems import backward_error
 
 
@@ -118,6 +121,21 @@ def test_surrogates_are_those_of_the_operator(name, sharpness):
     np.testing.assert_allclose(lin.gradient, plain.gradient, rtol=0, atol=1e-14 * np.abs(plain.gradient).max())
     assert gap(dense(lin.gauss_newton()), dense(plain.gauss_newton())) <= 1e-14  # it has no kink of the model
     assert lin.verify() < 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name in (*CASES, *OPERATIONS) if isinstance(made(name, 3).model, nn.Module)])
+def test_the_zoo_is_smoothed_alike(name):
+    case = made(name, 3)
+    options = {"params": case.params, "nonsmooth": "smooth"}
+    try:
+        H = dense(lh.Hessian(case.model, case.loss_fn, (case.inputs, case.targets), check_symmetric=False, **options))
+    except UnsupportedModelError as error:
+        with pytest.raises(UnsupportedModelError) as seen:
+            lh.linearize(case.model, case.loss_fn, case.inputs, case.targets, **options)
+        assert str(seen.value) == str(error)
+    else:
+        lin = lh.linearize(case.model, case.loss_fn, case.inputs, case.targets, verify=False, **options)
+        assert np.linalg.norm(dense(lin.H) - H, 2) <= 1e-13 * np.linalg.norm(H, 2)
 
 
 def test_surrogates_in_closed_form():
