@@ -146,11 +146,10 @@ class Recorder(TorchDispatchMode):
     selections_compute : bool
         Whether selections that have a surrogate, as maxima, are operations; else they move entries.
 
-    Raises
-    ------
-    UnsupportedModelError
-        From inside, naming module and operation: for random operations, complex numbers, changes of a parameter, and operations that
-        hide from the recorder.
+    Notes
+    -----
+    What runs inside meets `UnsupportedModelError`, naming module and operation, where it draws random numbers, computes with complex
+    ones, changes a parameter, or hides operations.
     """
 
     def __init__(self, parameters: Sequence[Tensor], selections_compute: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,17 +81,18 @@ class Pooling(ByRows):
         places = _places(windows, image)
 
         def arranged(t: Tensor) -> Tensor:
-            return t.reshape(lead.numel(), image.numel())[:, places.clamp(min=0).to(t.device)].flatten(0, 1)
+            index = places.to(t.device)
+            rows = t.reshape(lead.numel(), image.numel())[:, index.clamp(min=0)]
+            if t.is_floating_point():
+                rows = rows.masked_fill(index < 0, -torch.inf)
+            return rows.flatten(0, 1)
 
-        function = _over_windows(places, lambda t: t.max(1)[0])  # of equals the first, as in pooling
         shape = torch.Size([*lead, *(each.shape[0] for each in windows)])
-        return Rows({0: arranged}, function, lambda t: t.reshape(-1), shape, linear=True)
+        # Of equals the first, as in pooling.
+        return Rows({0: arranged}, lambda t: t[0].max(1)[0], lambda t: t.reshape(-1), shape, linear=True)
 
     def smoothed(self, op: Operation, rows: Rows, sharpness: float) -> Rows:
-        windows, maximum = _windows(op), surrogate(aten.amax, sharpness)
-        assert maximum is not None
-        places = _places(windows, op.flat[0].shape[op.flat[0].ndim - len(windows) :])
-        return replace(rows, function=_over_windows(places, lambda t: maximum(t, 1)), linear=False)
+        return _smooth_extremum(rows, aten.amax, sharpness)
 
 
 def _windows(op: Operation) -> list[Tensor]:
@@ -118,17 +118,6 @@ def _places(windows: list[Tensor], sizes: torch.Size) -> Tensor:
     return torch.where(inside, places, -1).reshape(count, -1)
 
 
-def _over_windows(places: Tensor, reduce: Callable[[Tensor], Tensor]) -> Callable[[dict[int, Tensor]], Tensor]:
-    """A maximum of windows without their padding, as a function of rows."""
-
-    def function(tensors: dict[int, Tensor]) -> Tensor:
-        t = tensors[0]
-        padding = (places < 0).to(t.device).repeat(t.shape[0] // places.shape[0], 1)
-        return reduce(t.masked_fill(padding, -torch.inf))
-
-    return function
-
-
 class Extremum(ByRows):
     """`max` and `min` along an axis: a row is what lies along it."""
 
@@ -148,6 +137,11 @@ class Extremum(ByRows):
         return Rows({0: arranged}, lambda t: func(t[0], 1)[0], lambda t: t.reshape(-1), kept, linear=True)
 
     def smoothed(self, op: Operation, rows: Rows, sharpness: float) -> Rows:
-        extremum = surrogate(_MAXIMA[op.func], sharpness)
-        assert extremum is not None
-        return replace(rows, function=lambda t: extremum(t[0], 1), linear=False)
+        return _smooth_extremum(rows, _MAXIMA[op.func], sharpness)
+
+
+def _smooth_extremum(rows: Rows, func: Any, sharpness: float) -> Rows:
+    """Rows of which the surrogate of `amax` or `amin` is taken."""
+    smooth = surrogate(func, sharpness)
+    assert smooth is not None
+    return replace(rows, function=lambda t: smooth(t[0], 1), linear=False)
