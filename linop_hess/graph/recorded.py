@@ -12,6 +12,7 @@ from torch import Tensor
 from linop_hess.graph.grouping import Group, grouped, live_nodes
 from linop_hess.graph.liveness import LiveCuts
 from linop_hess.graph.lowering import lower, split_late
+from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.samples import state_order
 from linop_hess.graph.trace import Trace
 from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Stack, schedule
@@ -36,16 +37,24 @@ class Graph:
         Operations whose derivatives are torch's own second derivatives of operations that no rule knows.
     cuts : LiveCuts
         What lives in its states.
+    differenced : tuple of str
+        Operations whose second derivatives are differences of first ones.
     """
 
     problem: Problem
     gradient: Tensor
     generic: tuple[str, ...]
     cuts: LiveCuts
+    differenced: tuple[str, ...]
 
 
 def build_graph(
-    trace: Trace, target: np.ndarray, objective: ObjectiveStage | None, like: Tensor, parameters: dict[str, int]
+    trace: Trace,
+    target: np.ndarray,
+    objective: ObjectiveStage | None,
+    like: Tensor,
+    parameters: dict[str, int],
+    second: SecondDerivatives,
 ) -> Graph:
     """Linearize what was recorded.
 
@@ -60,6 +69,8 @@ def build_graph(
         Of the parameters' dtype and device.
     parameters : dict of str to int
         Names of the parameters with their numbers of entries, in order.
+    second : SecondDerivatives
+        Where those come from that autograd does not have, or that kinks hide.
 
     Raises
     ------
@@ -70,7 +81,7 @@ def build_graph(
     """
     nodes = live_nodes(lower(trace), target[target > 0], trace.ids)
     nodes = split_late(nodes, trace.ids)
-    groups = grouped(nodes, trace.parameters)
+    groups = grouped(nodes, trace.parameters, second)
 
     def cuts_of(what: np.ndarray, birth: np.ndarray, last: np.ndarray) -> LiveCuts:
         return LiveCuts(_labels(groups, what), birth, last, parameters, like.element_size())
@@ -108,7 +119,8 @@ def build_graph(
     problem = problem.with_curvature([_stage(stack, curved, objective, like) for stack in plan.stacks])
     _require_finite(problem)
     generic = tuple(dict.fromkeys(group.op.title for group in groups if group.rule.is_generic))
-    return Graph(problem, gradient, generic, plan.cuts)
+    differenced = tuple(dict.fromkeys(group.op.title for group in groups if group.op.by_differences))
+    return Graph(problem, gradient, generic, plan.cuts, differenced)
 
 
 def _stage(stack: Stack, makers: dict[int, Stage], objective: ObjectiveStage | None, like: Tensor) -> Stage:
