@@ -8,7 +8,7 @@ from linop_hess._validate import finite_real
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.counting import count_up_to, smallest_convex_damping
 from linop_hess.lq.inverse.inertia import inertia
-from linop_hess.lq.methods.plan import Plan, make_plan
+from linop_hess.lq.methods.plan import make_plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.operators import pieces
 from linop_hess.operators.block import NamedOperator
@@ -16,6 +16,7 @@ from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.operator import Operator, damped
 from linop_hess.operators.parameters import ParameterTable
 from linop_hess.spectrum.extremes import condition_number, extreme_eigenvalues
+from linop_hess.tables import Cuts, NetworkPlan
 
 
 class ChainCurvature(NamedOperator, pieces.ChainHessian):
@@ -27,6 +28,8 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
         Of the LQ problem that H belongs to.
     table : ParameterTable, optional
         Names of the parameters; without, those of the stages' controls (`ParameterTable.of_stages`).
+    cuts : Cuts, optional
+        What lives in the states.
 
     Attributes
     ----------
@@ -34,8 +37,10 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
     parameter_table : ParameterTable
     """
 
-    def __init__(self, analysis: Analysis, table: ParameterTable | None = None) -> None:
+    def __init__(self, analysis: Analysis, table: ParameterTable | None = None, cuts: Cuts | None = None) -> None:
         super().__init__(analysis.problem)
+        problem = analysis.problem
+        self._cuts = cuts or Cuts(problem.names, problem.layout.n_out, problem.dtype.itemsize)
         self.analysis = analysis
         self.parameter_table = table or ParameterTable.of_stages(analysis.problem)
 
@@ -49,19 +54,22 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
         """
         return damped(self, finite_real(damping, "damping"))
 
-    def plan(self, damping: float) -> Plan:
-        """Flops, bytes and modelled time of each method, and the choice of ``method="auto"``; print it.
+    def plan(self, damping: float = 1.0) -> NetworkPlan:
+        """Flops, bytes and modelled time of each method, the choice of ``method="auto"``, and the widest cuts; print it.
+
+        The damping is only told: no cost depends on it.
 
         Raises
         ------
         ValueError, TypeError
             If damping is not a finite real number.
         """
-        return make_plan(self.analysis, finite_real(damping, "damping"))
+        return NetworkPlan.of(make_plan(self.analysis, finite_real(damping, "damping")), self._cuts)
 
     def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
-        return HessianInverse(self.analysis, damping, method, tolerance=tolerance, table=self.parameter_table)
+        with self._cuts.told():
+            return HessianInverse(self.analysis, damping, method, tolerance=tolerance, table=self.parameter_table)
 
     def inertia(self, damping: float) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse.
@@ -74,7 +82,7 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
             If H + damping·I is singular to working precision, or rounding leaves its inertia open.
         """
         damping = finite_real(damping, "damping")
-        with torch.no_grad():
+        with torch.no_grad(), self._cuts.told():
             return inertia(self.analysis, damping)
 
     def count_eigenvalues(self, a: float, b: float) -> int:
@@ -95,7 +103,7 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
         a, b = finite_real(a, "a"), finite_real(b, "b")
         if a > b:
             raise ValueError(f"an interval (a, b] needs a <= b, got a={a!r}, b={b!r}")
-        with torch.no_grad():
+        with torch.no_grad(), self._cuts.told():
             return count_up_to(self.analysis, b) - count_up_to(self.analysis, a) if a < b else 0
 
     def smallest_convex_damping(self, margin: float = 0.0, rtol: float = 1e-3) -> float:
@@ -125,7 +133,7 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
             raise ValueError(
                 f"margin must be at least 0 and rtol between 0 and 1, got margin={margin!r}, rtol={rtol!r}"
             )
-        with torch.no_grad():
+        with torch.no_grad(), self._cuts.told():
             return (1.0 + margin) * smallest_convex_damping(self.analysis, rtol)
 
     def extreme_eigenvalues(self, rtol: float = 1e-8) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,11 +16,12 @@ from linop_hess.autograd.calling import as_module, explained, refuse_empty, refu
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.curvature import ChainCurvature
+from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.build import Chain, build_chain
+from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.verification import PrimitiveNorms, Reference
-from linop_hess.lq.accuracy import VERIFIED
+from linop_hess.lq.accuracy import BACKWARD_CONSTANTS, VERIFIED
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.methods.plan import Plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
@@ -28,6 +30,7 @@ from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import Named, ParameterTable
 from linop_hess.operators.permutation import Permutation
+from linop_hess.tables import NetworkPlan, StageTable
 
 
 def linearize(
@@ -38,6 +41,9 @@ def linearize(
     *,
     params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
     verify: bool | None = None,
+    nonsmooth: str = "generalized",
+    sharpness: float | None = None,
+    differentiation: str = "autograd",
 ) -> Linearization:
     """Compute first and second derivatives of loss_fn(model(inputs), targets), operation by operation.
 
@@ -59,6 +65,16 @@ def linearize(
     verify : bool, optional
         Whether to compare with double-backward products on random vectors (`Linearization.verify`). Default: where torch's own
         second derivatives of whole operations were taken. The gradient is always compared with autograd's.
+    nonsmooth : {"generalized", "smooth", "error"}, optional
+        What happens at kinks, as those of ReLU, |x|, clamp and max-pooling. "generalized": the second derivative is the one that holds
+        almost everywhere, so that kinks add none. "smooth": they have the curvature of a smooth surrogate, as softplus for ReLU; loss,
+        gradient and all first derivatives stay the model's. "error": there must be none; what drives one by comparing, sorting,
+        indexing or branching counts. The same as in `linop_hess.Hessian`.
+    sharpness : float, optional
+        β > 0 of the surrogates, for "smooth" only: kinks are spread over a width of about 1/β. By default 5.
+    differentiation : {"autograd", "finite"}, optional
+        "finite": an operation that has no second derivative in torch, as `torch.cdist`, gets its own by differences of its first
+        derivatives, with about ten digits in float64; all others stay exact. Its stage's name says "by differences".
 
     Returns
     -------
@@ -69,18 +85,17 @@ def linearize(
     ------
     UnsupportedModelError
         If the model is random, changes its buffers or parameters, has operations without a second derivative, or is parallel, compiled
-        or scripted.
+        or scripted; if there are kinks, and `nonsmooth` forbids them or has no surrogate; if differences do not converge.
     ValueError
-        If the loss is not scalar, nothing is trainable, the batch is empty, or a value or derivative is NaN or Inf (the layer is named).
+        If `nonsmooth` or `differentiation` is unknown, a sharpness is not positive and finite or not asked for, or smooth comes together
+        with finite; if the loss is not scalar, nothing is trainable, the batch is empty, or a value or derivative is NaN or Inf (the
+        layer is named).
     TypeError
         If inputs or parameters have an unusable dtype, or inputs are sparse.
     MemoryError
         If the derivatives of an operation, or the states between operations, do not fit; nothing has been allocated.
-
-    Notes
-    -----
-    Kinks, as of ReLU, get the second derivative that holds almost everywhere: zero.
     """
+    second = SecondDerivatives.of(nonsmooth, sharpness, differentiation)
     if not isinstance(model, nn.Module):
         model, params = as_module(model, params), None
     if isinstance(params, Mapping):
@@ -96,9 +111,11 @@ def linearize(
     parameter = model.get_parameter(names[0])
     device = parameter.device
     with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device):
-        chain = build_chain(model, loss_fn, inputs, targets, names)
-    lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names))
-    if verify or (verify is None and chain.unverified):
+        chain = build_chain(model, loss_fn, inputs, targets, names, second)
+    compared = replace(second, finite=bool(chain.differenced))
+    lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names, compared))
+    # What is left to differences has been compared with those of other steps.
+    if verify or (verify is None and set(chain.unverified) - set(chain.differenced)):
         lin.verify()
     return lin
 
@@ -175,22 +192,43 @@ class Linearization(Named):
     @cached_property
     def H(self) -> ChainCurvature:
         """The Hessian, shape (N, N)."""
-        return ChainCurvature(self.analysis, self.parameter_table)
+        return ChainCurvature(self.analysis, self.parameter_table, self._chain.cuts)
 
     @cached_property
     def _gauss_newton(self) -> ChainCurvature:
-        return ChainCurvature(self.analysis.gauss_newton(), self.parameter_table)
+        return ChainCurvature(self.analysis.gauss_newton(), self.parameter_table, self._chain.cuts)
 
     def gauss_newton(self) -> ChainCurvature:
-        """Return the generalized Gauss-Newton matrix, shape (N, N): of all curvature only the loss's is kept."""
+        """Return the generalized Gauss-Newton matrix, shape (N, N): of all curvature only the loss's is kept.
+
+        The loss counts as a function of the model's output and, where it reads them, of the parameters, so that a penalty has its full
+        Hessian, as in `linop_hess.GaussNewton`.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the loss reads what the model computed before its output, as one that differentiates the output does: then no output
+            tells model and loss apart.
+        """
+        if self._chain.looks_inside:
+            raise UnsupportedModelError(
+                "expected a loss of the model's output and the parameters for a Gauss-Newton matrix, got one that reads what the model "
+                f"computed before its output, in {self._chain.looks_inside}, as losses do that differentiate the output: use H, or "
+                "return from the model what the loss needs"
+            )
         return self._gauss_newton
 
     def damped(self, damping: float) -> Operator:
         """H + damping·I; see `ChainCurvature.damped`."""
         return self.H.damped(damping)
 
-    def plan(self, damping: float) -> Plan:
-        """Cost of each method; see `ChainCurvature.plan`."""
+    @cached_property
+    def stages(self) -> StageTable:
+        """The stages, a row each: name in the model, operation, sizes, samples, live entries after it, and where derivatives come from."""
+        return StageTable(self.problem)
+
+    def plan(self, damping: float = 1.0) -> NetworkPlan:
+        """Cost of each method, the widest cuts and what lives there; see `ChainCurvature.plan`."""
         return self.H.plan(damping)
 
     def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
@@ -251,7 +289,8 @@ class Linearization(Named):
         """Compare `H` with double-backward products on random vectors.
 
         They must agree parameter by parameter to what rounding explains: how far an ulp in the parameters moves the products,
-        and an ulp of the whole.
+        and an ulp of the whole. Where an operation was left to differences, differences of the gradient are compared with, to
+        what these move when their step is halved.
 
         Parameters
         ----------
@@ -285,7 +324,10 @@ class Linearization(Named):
             moved = reference.moved_by_rounding(v, theirs)
         gap = self.H @ v - theirs
         scale, worst = float(theirs.abs().max()), float(gap.abs().max())
-        if _is_rounding(gap, theirs, moved, [p.numel() for p in reference.parameters], reference.coarsest_eps):
+        unit = reference.coarsest_eps
+        if reference.differentiation == "finite":
+            unit = max(unit, reference.differences_gap, BACKWARD_CONSTANTS)
+        if _is_rounding(gap, theirs, moved, [p.numel() for p in reference.parameters], unit):
             return worst / scale if scale else 0.0
         gap = gap.abs()
         raise ArithmeticError(
@@ -296,10 +338,13 @@ class Linearization(Named):
     def _suspects(self, gap: Tensor) -> str:
         if self._chain.unverified:
             return ", ".join(map(repr, self._chain.unverified))
-        layout = self.problem.layout
-        by_control = np.append(layout.in_chain_order(gap).max(1).values.cpu().numpy(), 0.0)
+        layout, table = self.problem.layout, self.parameter_table
+        largest = gap.max(1).values
+        by_control = np.append(layout.in_chain_order(largest).cpu().numpy(), 0.0)
         by_stage = np.add.reduceat(by_control, layout.x_offsets[:-1]) * (layout.p > 0)
-        return f"at or after stage {self.problem.name(int(by_stage.argmax()))}"
+        parts = table.unflatten(largest)
+        parameter = max(parts, key=lambda name: float(parts[name].sum()))
+        return f"at or after stage {self.problem.name(int(by_stage.argmax()))}, where parameter {parameter} is used"
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model, which may not pickle; everything but `verify` survives."""

@@ -42,6 +42,7 @@ FLOORS = [
     "lq.inverse",
     "lq",
     "operators",
+    "tables",
     "autograd",
     "graph.rules",
     "graph",

@@ -24,7 +24,14 @@ Gradients = Sequence[Tensor | None]
 _ROWS_AT_ONCE = 256
 
 # What torch says, in its several wordings, of an operation without a second derivative.
-_NOT_TWICE = ("is not implemented", "not currently support", "double backward", "once_differentiable", "create_graph")
+_NOT_TWICE = (
+    "is not implemented",
+    "not currently support",
+    "double backward",
+    "once_differentiable",
+    "create_graph",
+    "no autograd formula",
+)
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda context: None).__code__
 
@@ -64,9 +71,7 @@ def twice_differentiable(what: str, device: torch.device, model: nn.Module | Non
         If an operation inside cannot be differentiated twice.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(once_differentiable_graphs(device))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_Primitive())
         if model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules()):
@@ -81,9 +86,17 @@ def twice_differentiable(what: str, device: torch.device, model: nn.Module | Non
             if any(hint in str(error) for hint in _NOT_TWICE):
                 raise UnsupportedModelError(
                     f"expected {what} to be twice differentiable, got an operation without a second derivative "
-                    f"({error}): replace it by one built from differentiable operations"
+                    f"({error}): replace it by one built from differentiable operations, or pass "
+                    'differentiation="finite" to linearize or lh.Hessian for differences of first derivatives'
                 ) from error
             raise
+
+
+@contextmanager
+def once_differentiable_graphs(device: torch.device) -> Iterator[None]:
+    """Record graphs that can be differentiated at least once, in full precision, with the model's own kernels."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def differentiate(
@@ -247,7 +260,8 @@ def refuse_once_differentiable(output: Tensor) -> None:
         if function is not None and getattr(function.backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
             raise UnsupportedModelError(
                 f"expected operations with a second derivative, got {function.__name__}, whose backward is marked "
-                "once_differentiable: replace it by one built from differentiable operations"
+                "once_differentiable: replace it by one built from differentiable operations, or pass "
+                'differentiation="finite" to lh.Hessian for products by differences of the gradient'
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,28 @@ from linop_hess.autograd.differentiate import (
     refuse_once_differentiable,
     twice_differentiable,
 )
-from linop_hess.autograd.recording import Recording, Recordings
+from linop_hess.autograd.kinks import KinkWatch
+from linop_hess.autograd.recording import Product, Recordings
 from linop_hess.autograd.snapshot import (
     buffers_of,
     changed_buffers,
     frozen_copy,
     select_parameters,
 )
+from linop_hess.autograd.surrogates import checked_sharpness
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators.block import NamedOperator
 from linop_hess.operators.convert import all_finite, plain_arithmetic
 from linop_hess.operators.operator import Operator, damped
 from linop_hess.operators.parameters import ParameterTable
+
+
+@dataclass(frozen=True)
+class Computation:
+    """A loss still to be computed, by `run`, and the tensors whose kinks on the way to it matter."""
+
+    run: Callable[[], Any]
+    sources: Sequence[Tensor]
 
 
 class RiskCurvature(NamedOperator):
@@ -69,8 +80,11 @@ class RiskCurvature(NamedOperator):
         check_deterministic: bool = True,
         check_symmetric: bool = True,
         retain_graph: bool | None = None,
+        nonsmooth: str = "generalized",
+        sharpness: float | None = None,
     ) -> None:
         require_loss_fn(loss_fn)
+        self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
         names = select_parameters(model, params)
         self.batches = Batches(data, loss_fn, reduction, progress)
         with torch.inference_mode(False):
@@ -88,8 +102,10 @@ class RiskCurvature(NamedOperator):
             self.loss, self._gradient, scale = self._evaluate(first=True)
             if check_deterministic:
                 self._check_deterministic(before, scale)
+            if nonsmooth == "error":
+                self._refuse_kinks()
             if check_symmetric:
-                self._check_symmetric()
+                self._check_symmetric(scale)
 
     @property
     def gradient(self) -> np.ndarray:
@@ -124,15 +140,38 @@ class RiskCurvature(NamedOperator):
         """Free the memory of the graphs that are kept; the next product records them anew."""
         self._recordings.release()
 
-    def _record(self, inputs: Any, targets: Any) -> Recording:
+    def _record(self, inputs: Any, targets: Any) -> Product:
         """Record the graph of one batch's matrix."""
         raise NotImplementedError
 
-    def _record_batch(self, batch: Any) -> Recording:
-        with self._twice_differentiable():
+    def _computation(self, inputs: Any, targets: Any) -> Computation:
+        """What the matrix takes second derivatives of."""
+        raise NotImplementedError
+
+    def _smoothed(self, computation: Computation) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Compute a loss; return it with the points and slopes that give its gradient the curvature of surrogates."""
+        if self.sharpness is None:
+            return checked_loss(computation.run()), [], []
+        loss, watch = self._watched(computation)
+        return loss, *watch.corrections(loss, self.sharpness)
+
+    def _refuse_kinks(self) -> None:
+        for inputs, targets, _ in self.batches.tracked("kinks"):
+            with RiskCurvature._differentiable(self):  # unfused kernels show what they do
+                loss, watch = self._watched(self._computation(*as_data((inputs, targets), self.device)))
+                watch.refuse(loss)
+
+    def _watched(self, computation: Computation) -> tuple[Tensor, KinkWatch]:
+        watch = KinkWatch(computation.sources, self.model)
+        with watch.watching():
+            value = computation.run()
+        return checked_loss(value), watch
+
+    def _record_batch(self, batch: Any) -> Product:
+        with self._differentiable():
             return self._record(*as_data(tuple(batch), self.device))
 
-    def _twice_differentiable(self) -> Any:
+    def _differentiable(self) -> Any:
         return twice_differentiable("the model and the loss", self.device, self.model)
 
     def _apply(self, X: Tensor) -> Tensor:
@@ -146,7 +185,7 @@ class RiskCurvature(NamedOperator):
             try:
                 part = recording(X)
             except RuntimeError:  # such as that of a checkpoint, whose forward pass runs within the backward pass
-                with self._twice_differentiable():
+                with self._differentiable():
                     part = recording(X)
             if weight != 1.0:
                 part *= weight
@@ -155,13 +194,25 @@ class RiskCurvature(NamedOperator):
         self._require_finite(total, "a product")
         return total
 
+    def _refuse_graph(self, loss: Tensor) -> None:
+        """Raise where the graph of a loss is not one to differentiate twice, or has parameters of its own."""
+        refuse_once_differentiable(loss)
+        self._refuse_direct(loss)
+
+    def _refuse_direct(self, loss: Tensor) -> None:
+        refuse_direct_parameters(loss, self.parameters)
+
     def _output(self, inputs: Any) -> Any:
         return call_model(self.model, inputs)
 
     def _loss(self, output: Any, targets: Any, parameters: Sequence[Tensor] | None = None) -> Tensor:
         """Return the loss; a loss of three arguments is given the operator's own parameters unless others are."""
+        return checked_loss(self._loss_as_it_is(output, targets, parameters))
+
+    def _loss_as_it_is(self, output: Any, targets: Any, parameters: Sequence[Tensor] | None = None) -> Any:
+        """What `loss_fn` returns; nothing is read from it, which would look like a branch on its value."""
         own = self.parameters if parameters is None else parameters
-        return checked_loss(call_loss(self.loss_fn, output, targets, dict(zip(self.names, own, strict=True))))
+        return call_loss(self.loss_fn, output, targets, dict(zip(self.names, own, strict=True)))
 
     def _check_deterministic(self, before: dict[str, Tensor], scale: float) -> None:
         """Raise where the first evaluation changed a buffer, or a second one gives other values."""
@@ -182,10 +233,13 @@ class RiskCurvature(NamedOperator):
                 "Dropout does that, or keep a DataLoader that shuffles from dropping the last batch"
             )
 
-    def _check_symmetric(self) -> None:
-        """Raise where uᵀHv and vᵀHu differ, for random u and v, by more than rounding explains."""
+    def _probes(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype).to(self.device)
+        return torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype).to(self.device)
+
+    def _check_symmetric(self, scale: float) -> None:
+        """Raise where uᵀHv and vᵀHu differ, for random u and v, by more than rounding explains."""
+        probes = self._probes()
         products = self._apply(probes)
         asymmetry = float((probes[:, 0] @ products[:, 1] - probes[:, 1] @ products[:, 0]).abs())
         if asymmetry <= self.coarsest_eps ** (2 / 3) * _crossed_norms(probes, products):
@@ -236,12 +290,11 @@ class RiskCurvature(NamedOperator):
         total, scale, used = 0.0, 0.0, False
         gradient = torch.zeros(self.shape[0], dtype=self.torch_dtype, device=self.device)
         for inputs, targets, weight in self.batches.tracked("loss and gradient"):
-            with self._twice_differentiable():
+            with self._differentiable():
                 inputs, targets = as_data((inputs, targets), self.device)
                 loss = self._loss(self._output(inputs), targets)
                 if first:
-                    refuse_once_differentiable(loss)
-                    refuse_direct_parameters(loss, self.parameters)
+                    self._refuse_graph(loss)
                     self.coarsest_eps = max(self.coarsest_eps, coarsest_eps(loss))
                 gradients = differentiate([loss], self.parameters)
             used = used or any(g is not None for g in gradients)

@@ -14,6 +14,9 @@ from linop_hess._memory import available_on
 from linop_hess._validate import NUMPY_DTYPES
 from linop_hess.autograd.differentiate import Gradients, graph_nodes
 
+Product = Callable[[Tensor], Tensor]
+"""Multiplies a block (n, k) by one batch's curvature matrix."""
+
 # From a weight of this size on (128 × 128 in float64) sixteen copies of it take longer to allocate and to move than
 # batching saves (tests/benchmarks/hvp.py).
 _LARGEST_BATCHED = 2**17
@@ -115,7 +118,7 @@ class Recordings:
 
     def __init__(self, device: torch.device, keep: bool = True) -> None:
         self.device, self.keep = device, keep
-        self._kept: dict[int, tuple[Any, Recording]] = {}
+        self._kept: dict[int, tuple[Any, Product]] = {}
         self._must_stay_free = _STAYS_FREE * available_on(device) if keep else 0.0
 
     def __len__(self) -> int:
@@ -127,7 +130,7 @@ class Recordings:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def recording(self, index: int, data: Any, record: Callable[[Any], Recording]) -> Recording:
+    def recording(self, index: int, data: Any, record: Callable[[Any], Product]) -> Product:
         """Return the recording of a batch: the kept one where the data are still the same, else a new one."""
         if index in self._kept and _equal(self._kept[index][0], data):
             return self._kept[index][1]

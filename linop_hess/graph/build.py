@@ -12,11 +12,16 @@ from torch import Tensor, nn
 
 from linop_hess.autograd.calling import constant, takes_parameters
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.capture import Capture, capture
+from linop_hess.graph.capture import Capture, capture, watched
 from linop_hess.graph.layers import known_layers, linearize_layers
 from linop_hess.graph.recorded import build_graph
-from linop_hess.graph.rules.loss import linearize_loss
+from linop_hess.graph.rules.loss import LossParts, linearize_loss
+from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.lq.problem import Problem
+from linop_hess.tables import Cuts
+
+AUTOGRAD = SecondDerivatives()
+"""Autograd's alone, at kinks those that hold almost everywhere."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,12 @@ class Chain:
         Theirs.
     unverified : tuple of str
         Operations whose derivatives are torch's own second derivatives of whole operations.
+    cuts : Cuts
+        What lives in the states.
+    looks_inside : str
+        An operation of the loss that reads what the model computed before its output; empty if none does.
+    differenced : tuple of str
+        Operations whose second derivatives are differences of first ones.
     """
 
     problem: Problem
@@ -43,10 +54,18 @@ class Chain:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     unverified: tuple[str, ...]
+    cuts: Cuts
+    looks_inside: str = ""
+    differenced: tuple[str, ...] = ()
 
 
 def build_chain(
-    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    names: Sequence[str],
+    second: SecondDerivatives = AUTOGRAD,
 ) -> Chain:
     """Linearize a model at its current parameters.
 
@@ -60,6 +79,8 @@ def build_chain(
     targets : object
     names : sequence of str
         The parameters to differentiate, in the model's order.
+    second : SecondDerivatives, optional
+        Where those come from that autograd does not have, or that kinks hide.
 
     Returns
     -------
@@ -68,28 +89,62 @@ def build_chain(
     Raises
     ------
     UnsupportedModelError
-        If the model is random, changes its buffers, or has operations without a second derivative.
+        If the model is random, changes its buffers, or has operations without a second derivative; if there are kinks that are
+        forbidden or have no surrogate.
     ValueError
         If a value or derivative is NaN or Inf (the message names the layer), or the loss depends on no parameter.
+    MemoryError
+        If derivatives or states do not fit in memory.
     """
     parameters = [model.get_parameter(name) for name in names]
     shapes = tuple(tuple(p.shape) for p in parameters)
     layers = None if takes_parameters(loss_fn) else known_layers(model, inputs, names)
-    if layers is not None:
+    run = (model, loss_fn, inputs, targets, names)
+    if layers is not None and not _has_surrogates(second, run):
         try:
             chain = linearize_layers(layers, loss_fn, constant(inputs), targets)
-            return Chain(chain.problem, chain.loss, chain.gradient, tuple(names), shapes, ())
+            problem = chain.problem
+            cuts = Cuts(problem.names, problem.layout.n_out, problem.dtype.itemsize)
+            return Chain(problem, chain.loss, chain.gradient, tuple(names), shapes, (), cuts)
         except UnsupportedModelError:  # a loss that reads more than the output: the recording knows what
             pass
-    seen = capture(model, loss_fn, inputs, targets, names)
+    seen = capture(*run, second.sharpness is not None)
+    if layers is None:
+        _has_surrogates(second, run)
     parameter = parameters[0]
-    if seen.reads_output_alone:
-        parts = linearize_loss(loss_fn, seen.output, targets, parameter.dtype)
-        graph = build_graph(seen.trace, seen.output_ids[parts.order.cpu().numpy()], parts.stage, parameter)
+    sizes = {name: p.numel() for name, p in zip(names, parameters, strict=True)}
+    parts = _whole_loss(seen, loss_fn, targets, parameter.dtype, second) if seen.reads_output_alone else None
+    if parts is not None:
+        target = seen.output_ids[parts.order.cpu().numpy()]
+        graph = build_graph(seen.trace, target, parts.stage, parameter, sizes, second)
     else:
-        graph = build_graph(seen.trace, np.array([seen.loss_id]), None, parameter)
+        graph = build_graph(seen.trace, np.array([seen.loss_id]), None, parameter, sizes, second)
     _compare_gradients(seen, graph.gradient, names)
-    return Chain(graph.problem, seen.loss, graph.gradient, tuple(names), shapes, graph.generic)
+    shape = tuple(names), shapes, graph.generic, graph.cuts, seen.looks_inside, graph.differenced
+    return Chain(graph.problem, seen.loss, graph.gradient, *shape)
+
+
+def _has_surrogates(second: SecondDerivatives, run: tuple[Any, ...]) -> bool:
+    """Look at the kinks of model and loss, where that is asked for, and tell whether surrogates smooth some."""
+    if second.nonsmooth == "generalized":
+        return False
+    watch, loss = watched(*run)
+    if second.nonsmooth == "smooth":
+        return watch.has_surrogates(loss)
+    watch.refuse(loss)
+    return False
+
+
+def _whole_loss(
+    seen: Capture, loss_fn: Callable[..., Tensor], targets: Any, dtype: torch.dtype, second: SecondDerivatives
+) -> LossParts | None:
+    """The loss as one stage; None where it needs differences, which its operations have one by one."""
+    try:
+        return linearize_loss(loss_fn, seen.output, targets, dtype, second.sharpness)
+    except UnsupportedModelError:
+        if not second.finite:
+            raise
+        return None
 
 
 def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str]) -> None:

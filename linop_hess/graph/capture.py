@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.kinks import KinkWatch
 from linop_hess.autograd.untouched import StandIns
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.trace import Recorder, Strided, Trace
@@ -41,6 +42,9 @@ class Capture:
         By autograd, of each parameter.
     reads_output_alone : bool
         Whether the loss depends on the parameters through the output alone.
+    looks_inside : str
+        The first operation of the loss, if any, that reads what the model computed on the way to the output, as one that differentiates
+        the output does; empty where the loss is a function of output and parameters.
     """
 
     trace: Trace
@@ -50,10 +54,16 @@ class Capture:
     loss: float
     gradient: list[Tensor]
     reads_output_alone: bool
+    looks_inside: str
 
 
 def capture(
-    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    names: Sequence[str],
+    selections_compute: bool = False,
 ) -> Capture:
     """Record loss_fn(model(inputs), targets).
 
@@ -64,6 +74,8 @@ def capture(
     inputs, targets : object
     names : sequence of str
         The parameters that are not constants.
+    selections_compute : bool
+        Whether selections that have a surrogate, as maxima, are operations; else they move entries.
 
     Raises
     ------
@@ -74,44 +86,32 @@ def capture(
     TypeError
         If it is no tensor.
     """
-    named = dict(model.named_parameters())
-    leaves = {name: _leaf(named[name]) for name in names}
-    others = {name: p.detach().clone() for name, p in named.items() if name not in leaves}
-    buffers = dict(model.named_buffers())
-    private = {name: b.detach().clone() for name, b in buffers.items()}
-    stand_ins = {id(named[name]): tensor for name, tensor in {**leaves, **others}.items()}
-    stand_ins |= {id(buffers[name]): copy for name, copy in private.items()}
-    device = next(iter(leaves.values())).device
-    own_inputs, own_targets = as_data((inputs, targets), copy=True)
+    own = _Private(model, loss_fn, inputs, targets, names)
+    leaves, (own_inputs, own_targets) = list(own.leaves.values()), own.data()
     ours = [t for t in tree_leaves((own_inputs, own_targets)) if isinstance(t, Tensor)]
-    recorder = Recorder(list(leaves.values()), [*ours, *others.values(), *private.values()])
+    recorder = Recorder(leaves, [*ours, *own.constants], selections_compute)
     between: list[Any] = []
-
-    def evaluated(output: Any, targets: Any) -> Tensor:
-        return checked_loss(call_loss(loss_fn, output, targets, leaves))
 
     def recorded() -> Tensor:
         with recorder:
             output = call_model(model, own_inputs)
-        _require_unchanged(model, private, buffers)
+        own.require_unchanged()
         tensors = _floating(output)
         ids = np.concatenate([recorder.ids_of(t) for t in tensors] or [np.zeros(0, dtype=np.int64)])
         kept = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, output)
         between.extend((kept, ids, len(recorder.trace.nodes)))
         recorder.in_loss = True
         with recorder:
-            return evaluated(output, own_targets)
+            return checked_loss(own.loss(output, own_targets))
 
     def once_more() -> tuple[list[Tensor], Tensor]:
-        again, targets_again = as_data((inputs, targets), copy=True)
+        again, targets_again = own.data()
         output = call_model(model, again)
         kept = [t.detach().clone() for t in _floating(output)]
-        return kept, evaluated(output, targets_again)
+        return kept, checked_loss(own.loss(output, targets_again))
 
-    with twice_differentiable("the model", device, model), recorder.memory.restored(), ExitStack() as of_loss:
-        if isinstance(loss_fn, nn.Module):
-            of_loss.enter_context(StandIns(loss_fn, {}))
-        with StandIns(model, stand_ins), _without_collector(), _module_paths(model, recorder.path):
+    with twice_differentiable("the model", leaves[0].device, model), recorder.memory.restored():
+        with own.standing_in(), _without_collector(), _module_paths(model, recorder.path):
             value = recorded()
         loss_ids = recorder.ids_of(value)
         if not loss_ids.any():
@@ -119,9 +119,9 @@ def capture(
                 "the loss does not depend on the model's output: loss_fn(output, target) must compute it from output, "
                 "without detach() or .item()"
             )
-        gradient = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         recorder.memory.restore()
-        with StandIns(model, stand_ins):
+        with own.standing_in():
             outputs, again = once_more()
     pairs = zip([*_floating(between[0]), value], [*outputs, again], strict=True)
     if not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs):
@@ -130,6 +130,7 @@ def capture(
             "model.eval(), or remove the randomness"
         )
     kept, ids, modelled = between
+    beyond, known = _first_beyond(recorder.trace, modelled, ids)
     return Capture(
         recorder.trace,
         kept,
@@ -137,8 +138,90 @@ def capture(
         int(loss_ids[0]),
         float(value.detach()),
         [g.detach() for g in gradient],
-        _reads_alone(recorder.trace, modelled, ids, int(loss_ids[0])),
+        not beyond and bool(known[int(loss_ids[0])]),
+        beyond
+        and _first_beyond(recorder.trace, modelled, np.append(ids, np.arange(1, recorder.trace.parameters + 1)))[0],
     )
+
+
+def watched(
+    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
+) -> tuple[KinkWatch, Tensor]:
+    """Compute loss_fn(model(inputs), targets) as `capture` does, and give what was seen of its kinks, and the loss.
+
+    Parameters
+    ----------
+    model : nn.Module
+    loss_fn : callable
+    inputs, targets : object
+    names : sequence of str
+        The parameters whose kinks count.
+    """
+    own = _Private(model, loss_fn, inputs, targets, names)
+    watch = KinkWatch(list(own.leaves.values()), model)
+    own_inputs, own_targets = own.data()
+    with twice_differentiable("the model", next(iter(own.leaves.values())).device, model), own.standing_in():
+        with watch.watching():
+            value = own.loss(call_model(model, own_inputs), own_targets)
+        return watch, checked_loss(value)
+
+
+class _Private:
+    """Copies of all that a run of a model and a loss could change.
+
+    Attributes
+    ----------
+    leaves : dict of str to Tensor
+        Of the parameters that are not constants.
+    constants : list of Tensor
+        Of the other parameters, and of buffers.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
+    ) -> None:
+        named, self._buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        self._model, self._loss_fn, self._data = model, loss_fn, (inputs, targets)
+        self.leaves = {name: _leaf(named[name]) for name in names}
+        others = {name: p.detach().clone() for name, p in named.items() if name not in self.leaves}
+        self._copies = {name: b.detach().clone() for name, b in self._buffers.items()}
+        self.constants = [*others.values(), *self._copies.values()]
+        self._stand_ins = {id(named[name]): tensor for name, tensor in {**self.leaves, **others}.items()}
+        self._stand_ins |= {id(self._buffers[name]): copy for name, copy in self._copies.items()}
+
+    def data(self) -> tuple[Any, Any]:
+        """Copies of inputs and targets, new ones each time."""
+        inputs, targets = as_data(self._data, copy=True)
+        return inputs, targets
+
+    def loss(self, output: Any, targets: Any) -> Any:
+        """What the loss function makes of an output."""
+        return call_loss(self._loss_fn, output, targets, self.leaves)
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """The copies in the places of the model's own, and all that model and loss had put back afterwards."""
+        with ExitStack() as stack:
+            if isinstance(self._loss_fn, nn.Module):
+                stack.enter_context(StandIns(self._loss_fn, {}))
+            stack.enter_context(StandIns(self._model, self._stand_ins))
+            yield
+
+    def require_unchanged(self) -> None:
+        """Raise if a buffer, one of ours or another in its place, differs from the model's own."""
+        before, now = self._buffers, {**self._copies, **dict(self._model.named_buffers())}
+        changed = [
+            name
+            for name, b in now.items()
+            if name not in before
+            or b.shape != before[name].shape
+            or not torch.allclose(b, before[name], rtol=0, atol=0, equal_nan=True)
+        ]
+        if changed:
+            raise UnsupportedModelError(
+                f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: "
+                "call model.eval() first"
+            )
 
 
 def _leaf(parameter: Tensor) -> Tensor:
@@ -149,35 +232,18 @@ def _floating(output: Any) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _require_unchanged(model: nn.Module, ours: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
-    """Raise if a buffer, one of ours or another in its place, differs from the model's own."""
-    now = {**ours, **dict(model.named_buffers())}
-    changed = [
-        name
-        for name, b in now.items()
-        if name not in before
-        or b.shape != before[name].shape
-        or not torch.allclose(b, before[name], rtol=0, atol=0, equal_nan=True)
-    ]
-    if changed:
-        raise UnsupportedModelError(
-            f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: call "
-            "model.eval() first"
-        )
-
-
-def _reads_alone(trace: Trace, modelled: int, outputs: np.ndarray, loss: int) -> bool:
-    """Whether operations of the loss read nothing that depends on parameters but the output, and what they computed themselves."""
+def _first_beyond(trace: Trace, modelled: int, given: np.ndarray) -> tuple[str, np.ndarray]:
+    """The first operation of the loss that reads what depends on parameters and is neither given nor computed by the loss, or ""."""
     known = np.zeros(trace.ids + 1, dtype=bool)
     known[0] = True
-    known[outputs] = True
+    known[given] = True
     for node in trace.nodes[modelled:]:
         for ids in node.arguments:
             if not bool(known[ids.ids() if isinstance(ids, Strided) else ids].all()):
-                return False
+                return node.title, known
         for _, output in node.outputs:
             known[output.ids()] = True
-    return bool(known[loss])
+    return "", known
 
 
 @contextmanager

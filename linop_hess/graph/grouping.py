@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.liveness import uses
 from linop_hess.graph.rules.elementwise import Elementwise, ScaleShift
-from linop_hess.graph.rules.operation import CONSTANT, CONTROL, STATE, Operation, Placement, Rule
+from linop_hess.graph.rules.nonsmooth import Extremum, Pooling, SecondDerivatives
+from linop_hess.graph.rules.operation import CONSTANT, CONTROL, STATE, Operation, Placement, Rule, is_aten
 from linop_hess.graph.rules.primitive import Whole
 from linop_hess.graph.rules.products import Affine, BatchedProduct, Convolution
 from linop_hess.graph.rules.reductions import Along, Normalization, Reduction, Standardization
@@ -26,6 +28,8 @@ RULES: tuple[Rule, ...] = (
     Reduction(),
     Normalization(),
     Standardization(),
+    Pooling(),
+    Extremum(),
     Whole(),
 )
 """In the order in which they are asked; the last takes all."""
@@ -48,7 +52,7 @@ class Group:
     paths : tuple of str
         Module paths of the nodes.
     name : str
-        Name of the operation.
+        Name of the operation, and whether its second derivatives are differences.
     """
 
     op: Operation
@@ -97,7 +101,7 @@ def _extent(output: Strided) -> int:
     return output.offset + 1 + sum((size - 1) * step for size, step in zip(output.shape, output.stride, strict=True))
 
 
-def grouped(nodes: Sequence[Node], parameters: int) -> list[Group]:
+def grouped(nodes: Sequence[Node], parameters: int, second: SecondDerivatives) -> list[Group]:
     """Group nodes by signature and by the roles of what they read, and choose a rule for each group.
 
     Parameters
@@ -105,6 +109,13 @@ def grouped(nodes: Sequence[Node], parameters: int) -> list[Group]:
     nodes : sequence of Node
     parameters : int
         Number of parameter entries N.
+    second : SecondDerivatives
+        Where they come from.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If an operation of another library has no second derivative that is right, and differences are not allowed.
     """
     by_signature: dict[Hashable, list[int]] = {}
     for k, node in enumerate(nodes):
@@ -135,19 +146,23 @@ def grouped(nodes: Sequence[Node], parameters: int) -> list[Group]:
                 row,
                 first.title,
             )
+            op, rule = _ruled(op)
+            op = _differentiated(op, rule, second)
             groups.append(
                 Group(
-                    *_ruled(op, np.array(members)[which]),
+                    op,
+                    np.array(members)[which],
+                    rule,
                     outputs[which],
                     first.in_loss,
                     tuple(chosen[int(k)].path for k in which),
-                    first.name,
+                    f"{first.name} (by differences)" if op.by_differences else first.name,
                 )
             )
     return groups
 
 
-def _ruled(op: Operation, nodes: np.ndarray) -> tuple[Operation, np.ndarray, Rule]:
+def _ruled(op: Operation) -> tuple[Operation, Rule]:
     """The operation with the roles that its rule gives it."""
     for rule in RULES:
         taken = rule.controls(op) if rule.knows(op.func) else None
@@ -156,8 +171,21 @@ def _ruled(op: Operation, nodes: np.ndarray) -> tuple[Operation, np.ndarray, Rul
             for i, bound in op.bounds.items():
                 if i not in taken:
                     roles[bound] = np.where(roles[bound] == CONTROL, STATE, roles[bound])
-            return replace(op, roles=roles), nodes, rule
+            return replace(op, roles=roles), rule
     raise AssertionError("the last rule takes every operation")
+
+
+def _differentiated(op: Operation, rule: Rule, second: SecondDerivatives) -> Operation:
+    """The operation, told where its second derivatives come from."""
+    op = second.smoothed(op)
+    if (is_aten(op.func) and not second.finite) or rule.is_twice_differentiable(op):
+        return op
+    if not second.finite:
+        raise UnsupportedModelError(
+            f"expected operations with a second derivative, got {op.title}, whose backward pass has none or a wrong one: pass "
+            'differentiation="finite" for differences of its first derivatives, or write it in plain torch operations'
+        )
+    return replace(op, by_differences=True)
 
 
 def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

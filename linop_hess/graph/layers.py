@@ -16,6 +16,7 @@ from linop_hess.graph.rules.loss import linearize_loss
 from linop_hess.graph.sequential import flatten, is_float
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage
+from linop_hess.tables import DOUBLE_BACKWARD, StageLabel
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def linearize_layers(
             chosen = [layers[l] for l in members]
             blocks.append(chosen[0].kind.linearize(chosen, Z))
         order[-1] = len(blocks), 0
-        stage_names = [f"{layer.name or '<model>'}: {type(layer.module).__name__}" for layer in layers] + ["loss"]
-        slopes = Problem([*blocks, cost], order, stage_names)
+        labels = [StageLabel(layer.name or "<model>", type(layer.module).__name__) for layer in layers]
+        slopes = Problem([*blocks, cost], order, [*labels, StageLabel("", "loss", DOUBLE_BACKWARD)])
         _check_finite(slopes, slopes.blocks)
         seed = torch.zeros(slopes.layout.size_out, 1, dtype=slopes.dtype, device=slopes.device)
         seed[-1] = 1.0

@@ -12,6 +12,56 @@ from dataclasses import dataclass
 import numpy as np
 
 from linop_hess._memory import require
+from linop_hess.tables import Cuts, Shared
+
+
+class LiveCuts(Cuts):
+    """The states of a recorded network, told from when each element is made and read last.
+
+    Parameters
+    ----------
+    labels : sequence
+        Of each event, as strings its name.
+    birth, last : ndarray of int, shape (M + 1,)
+        As of `live_sets`.
+    parameters : dict of str to int
+        Names of the parameters with their numbers of entries; they are the elements from 1 on, one after the other.
+    itemsize : int
+        Bytes of a number.
+    """
+
+    def __init__(
+        self, labels: Sequence[object], birth: np.ndarray, last: np.ndarray, parameters: dict[str, int], itemsize: int
+    ) -> None:
+        chosen = last > birth
+        begins, ends = (np.bincount(of[chosen], minlength=len(labels) + 1) for of in (birth, last))
+        super().__init__(labels, np.cumsum(begins - ends)[: len(labels)], itemsize)
+        self._birth, self._last = birth.astype(np.int32), last.astype(np.int32)
+        self._names = tuple(parameters)
+        self._edges = np.cumsum([1, *parameters.values()])
+
+    def _parameters(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The parameters among some elements, by name."""
+        of = np.searchsorted(self._edges, ids[ids < self._edges[-1]], "right") - 1
+        return {self._names[i]: ids[: of.size][of == i] for i in np.unique(of).tolist()}
+
+    def holders(self, l: int) -> dict[str, int]:
+        """What is live after stage l, by the operation that made it, or the parameter that it is."""
+        live = np.flatnonzero((self._birth <= l) & (self._last > l))
+        found = {f"parameter {name}": ids.size for name, ids in self._parameters(live).items()}
+        makers, counts = np.unique(self._birth[live[live >= self._edges[-1]]], return_counts=True)
+        for event, count in zip(makers.tolist(), counts.tolist(), strict=True):
+            name = self.label(event)
+            found[name] = found.get(name, 0) + count
+        return found
+
+    def shared(self) -> list[Shared]:
+        """The parameters that are part of the state."""
+        live = np.flatnonzero(self._last[: self._edges[-1]] > self._birth[: self._edges[-1]])
+        return [
+            Shared(name, ids.size, int(self._birth[ids].min()), int(self._last[ids].max()) - 1)
+            for name, ids in self._parameters(live).items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -71,7 +121,7 @@ def live_sets(birth: np.ndarray, last: np.ndarray, events: int, rank: np.ndarray
     chosen = np.flatnonzero(last > birth)
     counts = last[chosen] - birth[chosen]
     total = int(counts.sum())
-    require(64.0 * total, f"the live sets of {events} operations, {total} entries")
+    require(64.0 * total, f"the list of what is live after each of {events} operations, {total} entries,")
     ids = np.repeat(chosen, counts)
     begins = np.cumsum(counts) - counts
     event = np.arange(total) - np.repeat(begins - birth[chosen], counts)

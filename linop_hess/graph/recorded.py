@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from linop_hess.graph.grouping import Group, grouped, live_nodes
+from linop_hess.graph.liveness import LiveCuts
 from linop_hess.graph.lowering import lower, split_late
+from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.samples import state_order
 from linop_hess.graph.trace import Trace
-from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Schedule, Stack, schedule
+from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Stack, schedule
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.injection import IdleStage, InjectionStage
 from linop_hess.lq.stages.objective import ObjectiveStage
 from linop_hess.lq.stages.wired import WiredStage
+from linop_hess.tables import DOUBLE_BACKWARD, RULE, StageLabel
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,27 @@ class Graph:
         By the adjoint recursion through the stages.
     generic : tuple of str
         Operations whose derivatives are torch's own second derivatives of operations that no rule knows.
+    cuts : LiveCuts
+        What lives in its states.
+    differenced : tuple of str
+        Operations whose second derivatives are differences of first ones.
     """
 
     problem: Problem
     gradient: Tensor
     generic: tuple[str, ...]
+    cuts: LiveCuts
+    differenced: tuple[str, ...]
 
 
-def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | None, like: Tensor) -> Graph:
+def build_graph(
+    trace: Trace,
+    target: np.ndarray,
+    objective: ObjectiveStage | None,
+    like: Tensor,
+    parameters: dict[str, int],
+    second: SecondDerivatives,
+) -> Graph:
     """Linearize what was recorded.
 
     Parameters
@@ -51,15 +67,25 @@ def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | No
         The loss, where it depends on the model's output alone.
     like : Tensor
         Of the parameters' dtype and device.
+    parameters : dict of str to int
+        Names of the parameters with their numbers of entries, in order.
+    second : SecondDerivatives
+        Where those come from that autograd does not have, or that kinks hide.
 
     Raises
     ------
     ValueError
         If a derivative is NaN or Inf (the message names the operation).
+    MemoryError
+        If the states do not fit into memory; the message has the widest of them.
     """
     nodes = live_nodes(lower(trace), target[target > 0], trace.ids)
     nodes = split_late(nodes, trace.ids)
-    groups = grouped(nodes, trace.parameters)
+    groups = grouped(nodes, trace.parameters, second)
+
+    def cuts_of(what: np.ndarray, birth: np.ndarray, last: np.ndarray) -> LiveCuts:
+        return LiveCuts(_labels(groups, what), birth, last, parameters, like.element_size())
+
     makers = {g: group.rule.linearize(group.op).to(like.dtype) for g, group in enumerate(groups)}
     parts = [max(1, makers[g].samples) for g in range(len(groups))]
     rank, orders = state_order(groups, parts, trace.ids, target, 1 if objective is None else objective.samples)
@@ -67,14 +93,15 @@ def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | No
         if parts_order is not None:
             groups[g] = group = replace(groups[g], op=replace(groups[g].op, order=parts_order))
             makers[g] = group.rule.linearize(group.op).to(like.dtype)
-    plan = schedule(groups, trace.parameters, trace.ids, target, rank, objective is not None)
+    plan = schedule(groups, trace.parameters, trace.ids, target, rank, objective is not None, cuts_of)
     order = plan.order
     slopes = [_stage(stack, makers, objective, like) for stack in plan.stacks]
     places = np.concatenate(
         [plan.stacks[b].controls[k] for b, k in order.tolist()] or [np.zeros(0, dtype=np.int64)]
     ).astype(np.int64)
-    names = _names(plan, groups, order)
-    problem = Problem(slopes, order, names, places - 1)
+    # Gauss-Newton keeps the curvature of all that the loss runs; an objective keeps its own.
+    of_loss = frozenset(b for b, stack in enumerate(plan.stacks) if stack.group >= 0 and groups[stack.group].in_loss)
+    problem = Problem(slopes, order, plan.cuts.labels, places - 1, of_loss)
     _require_finite(problem)
     seed = torch.zeros(problem.layout.size_out, 1, dtype=like.dtype, device=like.device)
     seed[-1] = 1.0
@@ -92,7 +119,8 @@ def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | No
     problem = problem.with_curvature([_stage(stack, curved, objective, like) for stack in plan.stacks])
     _require_finite(problem)
     generic = tuple(dict.fromkeys(group.op.title for group in groups if group.rule.is_generic))
-    return Graph(problem, gradient, generic)
+    differenced = tuple(dict.fromkeys(group.op.title for group in groups if group.op.by_differences))
+    return Graph(problem, gradient, generic, plan.cuts, differenced)
 
 
 def _stage(stack: Stack, makers: dict[int, Stage], objective: ObjectiveStage | None, like: Tensor) -> Stage:
@@ -112,18 +140,23 @@ def _stage(stack: Stack, makers: dict[int, Stage], objective: ObjectiveStage | N
     return inner if stack.wiring is None else WiredStage(inner, stack.wiring)
 
 
-def _names(plan: Schedule, groups: Sequence[Group], order: np.ndarray) -> list[str]:
-    kinds = {IDLE: "parameters that nothing reads", INJECTION: "shared parameters", OBJECTIVE: "loss"}
-    names = []
-    for b, k in order.tolist():
-        stack = plan.stacks[b]
-        if stack.group < 0:
-            names.append(kinds[stack.group])
+def _labels(groups: Sequence[Group], what: np.ndarray) -> list[StageLabel]:
+    """What each event is in the model, from its group and its position there."""
+    kinds = {
+        IDLE: StageLabel("", "parameters that nothing reads"),
+        INJECTION: StageLabel("", "shared parameters"),
+        OBJECTIVE: StageLabel("", "loss", DOUBLE_BACKWARD),
+    }
+    labels = []
+    for g, k in what.tolist():
+        if g < 0:
+            labels.append(kinds[g])
         else:
-            group = groups[stack.group]
-            path = group.paths[int(stack.members[k])]
-            names.append(f"{path or ('loss' if group.in_loss else '<model>')}: {group.name.removeprefix('aten.')}")
-    return names
+            group = groups[g]
+            path = group.paths[k] or ("loss" if group.in_loss else "<model>")
+            way = DOUBLE_BACKWARD if group.rule.is_generic else RULE
+            labels.append(StageLabel(path, group.name.removeprefix("aten."), way))
+    return labels
 
 
 def _require_finite(problem: Problem) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from linop_hess.autograd.surrogates import surrogate
 from linop_hess.autograd.untouched import Memory
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.movement import is_creation, moved_ids, moves, only_relabels
@@ -146,6 +147,8 @@ class Recorder(TorchDispatchMode):
         Contiguous leaves, each in a storage of its own.
     private : sequence of Tensor
         Constants that nobody else has. Of other tensors that existed before, what nodes hold is a copy.
+    selections_compute : bool
+        Whether selections that have a surrogate, as maxima, are operations; else they move entries.
 
     Notes
     -----
@@ -153,9 +156,12 @@ class Recorder(TorchDispatchMode):
     ones, changes a parameter, or hides operations.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], private: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], private: Sequence[Tensor] = (), selections_compute: bool = False
+    ) -> None:
         super().__init__()
         self.trace = Trace()
+        self._selections_compute = selections_compute
         self.path: list[str] = [""]
         self.in_loss = False
         self._ids: dict[int, int | Tensor] = {}  # by storage: the first of consecutive ids, or the id of each entry
@@ -179,10 +185,8 @@ class Recorder(TorchDispatchMode):
 
     def _ids_of(self, tensor: Tensor) -> Ids | None:
         base = self._ids.get(tensor.untyped_storage().data_ptr())
-        if base is None:
-            return None
-        if base is _CONSTANT:
-            return _NONE
+        if base is None or base is _CONSTANT:
+            return None if base is None else _NONE
         if isinstance(base, int):
             return Strided(base, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten().numpy().copy()
@@ -197,7 +201,8 @@ class Recorder(TorchDispatchMode):
         active: list[int] = []
         arguments: list[Ids] = []
         tensors: list[int] = []
-        recording = torch.is_grad_enabled()
+        # Those of other libraries run with gradients off; what they give counts only where it requires one.
+        recording = torch.is_grad_enabled() or func.namespace != "aten"
         for i, a in enumerate(flat):
             if isinstance(a, Tensor):
                 tensors.append(i)
@@ -220,7 +225,7 @@ class Recorder(TorchDispatchMode):
         if not recording:
             return self.memory.note(func(*args, **kwargs))
         before = None
-        if how.moves:
+        if how.moves and not (self._selections_compute and surrogate(func, 1.0) is not None):
             before = {id(flat[i]): as_tensor(a, flat[i].shape) for i, a in zip(active, arguments, strict=True)}
         out = self.memory.note(func(*args, **kwargs))
         results = out if isinstance(out, (tuple, list)) else (out,)
@@ -335,9 +340,8 @@ class Recorder(TorchDispatchMode):
             self.trace.ids += entries
             return Strided(start, shape, stride, offset)
         # Part of a storage of which the rest has ids of its own.
-        count = output.numel()
-        self.trace.ids += count
-        self._write(output, torch.arange(start, start + count).view(shape))
+        self.trace.ids += output.numel()
+        self._write(output, torch.arange(start, self.trace.ids + 1).view(shape))
         return Strided(start, shape, contiguous_strides(shape), 0)
 
     def _write(self, tensor: Tensor, ids: Tensor) -> None:

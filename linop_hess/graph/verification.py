@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,12 @@ from torch.nn import functional as f
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import as_data, as_module, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.autograd.hessian import Hessian
 from linop_hess.autograd.untouched import StandIns
 from linop_hess.graph.rules.elementwise import scale_shift
+from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.rules.reductions import normalize
 
 
@@ -33,11 +34,20 @@ class Reference:
     targets : object
     names : sequence of str
         The parameters that are differentiated.
+    second : SecondDerivatives
+        At kinks; and whether differences of the gradient are compared with.
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any, names: Any
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Tensor, Any], Tensor],
+        inputs: Tensor,
+        targets: Any,
+        names: Any,
+        second: SecondDerivatives,
     ) -> None:
+        self.second = second
         self.model, self.loss_fn, self.inputs, self.targets, self.names = model, loss_fn, inputs, targets, names
         self.versions = self._versions()
 
@@ -48,7 +58,7 @@ class Reference:
         return [(_place(t), _version(t)) for t in [*own, *data]] + [(m.training,) for m in modules]
 
     def hessian(self) -> Hessian:
-        """Return the Hessian by double backward.
+        """Return the Hessian by double backward, or by differences where autograd has none.
 
         Raises
         ------
@@ -68,7 +78,15 @@ class Reference:
             return self._value(params, data)
 
         function = as_module(value, {name: named[name] for name in self.names})
-        return Hessian(function, lambda value, _: value, ((self.inputs, self.targets), None), check_deterministic=False)
+        return Hessian(
+            function,
+            lambda value, _: value,
+            ((self.inputs, self.targets), None),
+            check_deterministic=False,
+            nonsmooth=self.second.nonsmooth,
+            sharpness=self.second.sharpness,
+            differentiation="finite" if self.second.finite else "autograd",
+        )
 
     def _value(self, params: dict[str, Tensor], data: Any) -> Tensor:
         """The loss with other parameters in the model, which a loss may refer to as well."""
@@ -77,8 +95,10 @@ class Reference:
         stand_ins |= {id(b): b.detach().clone() for b in self.model.buffers()}
         device = next(iter(params.values())).device
         inputs, targets = as_data(data, copy=True)
-        with twice_differentiable("the model", device, self.model), StandIns(self.model, stand_ins):
-            return checked_loss(call_loss(self.loss_fn, call_model(self.model, inputs), targets, params))
+        twice = nullcontext() if self.second.finite else twice_differentiable("the model", device, self.model)
+        with twice, StandIns(self.model, stand_ins):
+            # Not checked here: what is read of it would count as a branch.
+            return cast(Tensor, call_loss(self.loss_fn, call_model(self.model, inputs), targets, params))
 
 
 class PrimitiveNorms(TorchFunctionMode):

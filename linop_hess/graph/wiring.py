@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from linop_hess.graph.grouping import Group
-from linop_hess.graph.liveness import LiveSets, live_sets
+from linop_hess.graph.liveness import LiveCuts, LiveSets, live_sets
 from linop_hess.graph.rules.operation import CONTROL, STATE
 from linop_hess.lq.wiring import Wiring
 
@@ -53,11 +53,14 @@ class Schedule:
         The states; event e leaves the e-th.
     events : int
         T.
+    cuts : LiveCuts
+        The same as a table.
     """
 
     stacks: list[Stack]
     live: LiveSets
     events: int
+    cuts: LiveCuts
 
     @property
     def order(self) -> np.ndarray:
@@ -69,8 +72,18 @@ class Schedule:
         return order
 
 
+CutsOf = Callable[[np.ndarray, np.ndarray, np.ndarray], LiveCuts]
+"""Makes a table of cuts from what each event is (group and position there, (T, 2)), and when elements are made and read last."""
+
+
 def schedule(
-    groups: list[Group], parameters: int, ids: int, target: np.ndarray, rank: np.ndarray, has_objective: bool
+    groups: list[Group],
+    parameters: int,
+    ids: int,
+    target: np.ndarray,
+    rank: np.ndarray,
+    has_objective: bool,
+    cuts_of: CutsOf,
 ) -> Schedule:
     """Lay out a network as a chain of events on live sets.
 
@@ -87,6 +100,13 @@ def schedule(
         In which order elements stand in a state.
     has_objective : bool
         Whether the loss is one last stage that reads `target`.
+    cuts_of : callable
+        See `CutsOf`.
+
+    Raises
+    ------
+    MemoryError
+        If the live sets do not fit into memory, with the widest of them; nothing has been allocated.
     """
     nodes = sum(group.nodes.size for group in groups)
     # Time 2k + 1 is node k; 2k, just before it, brings in the shared parameters that it is the first to read.
@@ -128,7 +148,18 @@ def schedule(
     birth = event_of(birth)
     if has_objective:
         birth[ids + 1], last[ids + 1] = times.size - 1, times.size  # the loss
-    live = live_sets(birth, last, times.size, rank)
+    what = np.full((times.size, 2), (INJECTION, 0), dtype=np.int64)
+    for g, group in enumerate(groups):
+        what[event_of(2 * group.nodes + 1)] = np.column_stack(
+            [np.full(group.nodes.size, g), np.arange(group.nodes.size)]
+        )
+    if idle.size:
+        what[0, 0] = IDLE
+    if has_objective:
+        what[-1, 0] = OBJECTIVE
+    cuts = cuts_of(what, birth, last)
+    with cuts.told():
+        live = live_sets(birth, last, times.size, rank)
     events = _Events(live, ids + 1)
     if idle.size:
         events.add(IDLE, _NONE, np.zeros(1, dtype=np.int64), _NONE, idle[None])
@@ -140,7 +171,7 @@ def schedule(
         events.add(g, read[:, placement.read], event_of(2 * group.nodes + 1), outputs, read[:, placement.controls])
     if has_objective:
         events.add(OBJECTIVE, target[None], np.array([times.size - 1]), np.array([[ids + 1]]), _NONE)
-    return Schedule(events.stacks(), live, int(times.size))
+    return Schedule(events.stacks(), live, int(times.size), cuts)
 
 
 _NONE = np.zeros((1, 0), dtype=np.int64)

@@ -36,6 +36,10 @@ ROUNDED = 1.0
 # float32 to 119.
 VERIFIED = 16.0
 
+# Where differences of gradients are compared with, by so much relatively a backward pass may miss the derivative of its operation: some
+# of torch's have constants in float32 whatever they compute in (hardsigmoid's 1/6 is off by 3e-8), and so no symmetric Hessian.
+BACKWARD_CONSTANTS = 2.0**-24
+
 # A dense Hessian is compared with a product on a random unit vector: it is right where they differ by so many eps of its norm.
 ASSEMBLED = 1e4
 

@@ -31,11 +31,13 @@ class Problem:
         The stacks.
     order : array_like of int, shape (L, 2)
         For each stage of the chain, its stack and its position there; positions of a stack ascend along the chain.
-    names : sequence of str, optional
-        A name for each stage, used in error messages.
+    names : sequence, optional
+        For each stage what to call it in messages: strings, or what has one.
     places : array_like of int, shape (N,), optional
         Where each control lies in flat vectors, in the order of the chain: stage by stage, and of each in its own order. By default
         flat vectors are in that order. Everything of size N is flat: gradients, H, its diagonal, samples.
+    of_loss : frozenset of int
+        Stacks whose curvature Gauss-Newton keeps, beside objectives.
 
     Attributes
     ----------
@@ -54,11 +56,13 @@ class Problem:
         self,
         blocks: Sequence[Stage],
         order: np.ndarray,
-        names: Sequence[str] | None = None,
+        names: Sequence[object] | None = None,
         places: np.ndarray | None = None,
+        of_loss: frozenset[int] = frozenset(),
     ) -> None:
         self.blocks = tuple(blocks)
         self.names = names
+        self.of_loss = of_loss
         if not len(order):
             raise ValueError("expected at least one stage, got none: an LQ problem is a chain of stages")
         self.layout = layout = Layout(self.blocks, order, places)
@@ -110,7 +114,7 @@ class Problem:
 
     @classmethod
     def stacked(
-        cls, stages: Iterable[Stage], names: Sequence[str] | None = None, places: np.ndarray | None = None
+        cls, stages: Iterable[Stage], names: Sequence[object] | None = None, places: np.ndarray | None = None
     ) -> Problem:
         """Build a problem from single stages, each a stack of one."""
         blocks = list(stages)
@@ -237,14 +241,15 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem in another floating-point dtype."""
-        return Problem([block.to(dtype) for block in self.blocks], self.order, self.names, self.places)
+        return Problem([block.to(dtype) for block in self.blocks], self.order, self.names, self.places, self.of_loss)
 
     def with_curvature(self, blocks: Sequence[Stage]) -> Problem:
         """Return the problem with other stages of the same F; M is kept as it is."""
-        problem = Problem(blocks, self.order, self.names, self.places)
+        problem = Problem(blocks, self.order, self.names, self.places, self.of_loss)
         problem.transition = self.transition
         return problem
 
     def gauss_newton(self) -> Problem:
-        """Return the Gauss-Newton problem: only the curvature of the objective remains."""
-        return self.with_curvature([block.gauss_newton() for block in self.blocks])
+        """Return the Gauss-Newton problem: only the curvature of the loss remains, that of objectives and of `of_loss`."""
+        kept = self.of_loss
+        return self.with_curvature([s if b in kept else s.gauss_newton() for b, s in enumerate(self.blocks)])

@@ -132,8 +132,19 @@ class ParameterTable:
 
     @classmethod
     def of_stages(cls, problem: Problem) -> Self:
-        """Return the table of an LQ problem by itself: ``stages.0.x`` are the controls of its first stage, and so on."""
-        sizes = {f"stages.{l}.x": (p,) for l, p in enumerate(problem.layout.p.tolist()) if p}
+        """Return the table of an LQ problem by itself: ``stages.0.x`` are the controls of its first stage, and so on.
+
+        Where the controls of a stage do not lie side by side and in order in flat vectors, all controls are one ``x``.
+        """
+        layout = problem.layout
+        sizes = {f"stages.{l}.x": (p,) for l, p in enumerate(layout.p.tolist()) if p}
+        if layout.places is not None:
+            runs = [layout.controls(l) for l in np.flatnonzero(layout.p).tolist()]
+            if all(bool((np.diff(run) == 1).all()) for run in runs):
+                named = zip([int(run[0]) for run in runs], sizes.items(), strict=True)
+                sizes = dict(item for _, item in sorted(named))
+            else:
+                sizes = {"x": (problem.size,)}
         return cls(sizes, sizes.values(), problem.dtype, problem.device)
 
     @property

@@ -68,7 +68,7 @@ class Case:
             output = torch.func.functional_call(self.model, state, arguments)
         else:
             output = self.model(values, self.inputs)
-        extra = (values,) if _positional(self.loss_fn) == 3 else ()
+        extra = (values,) if positional(self.loss_fn) == 3 else ()
         return self.loss_fn(output, self.targets, *extra)
 
 
@@ -120,7 +120,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _positional(function: Callable[..., Any]) -> int:
+def positional(function: Callable[..., Any]) -> int:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)

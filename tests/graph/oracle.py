@@ -10,11 +10,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import linop_hess as lh
-from tests.graph.case import Case
+from tests.graph.case import Case, positional
 from tests.graph.zoo import CASES
 from tests.graph.zoo_operations import OPERATIONS, between
 
@@ -49,6 +50,42 @@ def hessian(case: Case) -> tuple[float, np.ndarray, np.ndarray]:
         leaves, loss, gradient = _gradient(case, _values(case), create_graph=True)
         rows = [_flat(torch.autograd.grad(g, leaves, retain_graph=True, materialize_grads=True)) for g in gradient]
     return loss.item(), gradient.detach().numpy(), torch.stack(rows).numpy()
+
+
+def gauss_newton(case: Case) -> np.ndarray:
+    """Return JᵀCJ in float64, (N, N): C the Hessian of the loss by (output, parameters), J their derivative, both dense by autograd."""
+    case = case.to(torch.float64)
+    theta = _flat(_values(case).values())
+    count = positional(case.loss_fn)
+
+    def output(flat: Tensor) -> tuple[list[object], object]:
+        values = _unflatten(case, flat)
+        if not isinstance(case.model, nn.Module):
+            return tree_flatten(case.model(values, case.inputs))
+        state = {name: buffer.clone() for name, buffer in case.model.named_buffers()} | values
+        arguments = case.inputs if isinstance(case.inputs, tuple) else (case.inputs,)
+        return tree_flatten(torch.func.functional_call(case.model, state, arguments))
+
+    leaves, nest = output(theta)
+    real = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    sizes = [leaves[k].numel() for k in real]
+
+    def outputs(flat: Tensor) -> Tensor:
+        found = output(flat)[0]
+        return _flat(found[k] for k in real)
+
+    def loss(z: Tensor) -> Tensor:
+        *parts, flat = z.split([*sizes, theta.numel()])
+        filled = list(leaves)
+        for k, part in zip(real, parts, strict=True):
+            filled[k] = part.view(leaves[k].shape)
+        extra = (_unflatten(case, flat),) if count == 3 else ()
+        return case.loss_fn(tree_unflatten(filled, nest), case.targets, *extra)
+
+    with primitive_operations(), formulas():
+        J = torch.cat([torch.autograd.functional.jacobian(outputs, theta), torch.eye(theta.numel(), dtype=theta.dtype)])
+        C = torch.autograd.functional.hessian(loss, torch.cat([outputs(theta).detach(), theta]))
+    return (J.T @ C @ J).numpy()
 
 
 def differenced_product(case: Case, v: np.ndarray, step: float = 3e-4) -> np.ndarray:

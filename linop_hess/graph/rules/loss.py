@@ -7,6 +7,7 @@ meet in the loss, and what is lost there no solve brings back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,14 @@ from linop_hess._validate import checked_loss, require_dtype
 from linop_hess.autograd.calling import constant, in_double, of_the_output_alone, takes_parameters
 from linop_hess.autograd.differentiate import (
     coarsest_eps,
+    differentiate,
     refuse_direct_parameters,
     symmetric,
     twice_differentiable,
     unit_cotangents,
     vjps,
 )
+from linop_hess.autograd.kinks import KinkWatch
 from linop_hess.autograd.recording import saved_bytes
 from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.errors import UnsupportedModelError
@@ -62,7 +65,11 @@ class LossParts:
 
 
 def linearize_loss(
-    loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, dtype: torch.dtype | None = None
+    loss_fn: Callable[[Any, Any], Tensor],
+    output: Any,
+    target: Any,
+    dtype: torch.dtype | None = None,
+    sharpness: float | None = None,
 ) -> LossParts:
     """Evaluate a loss with its first two derivatives by all floating tensors of the output.
 
@@ -76,6 +83,8 @@ def linearize_loss(
         Passed on; tensors in it are constants, whatever graph they carry.
     dtype : torch.dtype, optional
         Of the stage; by default the widest of the output's tensors.
+    sharpness : float, optional
+        That of the surrogates whose curvature kinks of the loss get; by default they add none.
 
     Returns
     -------
@@ -106,7 +115,7 @@ def linearize_loss(
         twice_differentiable("the loss", state.device),
         of_the_output_alone(),
     ):
-        value, gradient, u = _first_derivative(loss_fn, state, constant(target))
+        value, gradient, u = _first_derivative(loss_fn, state, constant(target), sharpness)
         C = _hessian_blocks(gradient, u, state.samples)
     dtype = state.dtype if dtype is None else dtype
     row, C = gradient.detach().reshape(1, -1).to(dtype), C.to(dtype)
@@ -178,22 +187,32 @@ def _is_real(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _first_derivative(loss_fn: Callable[..., Any], state: _State, target: Any) -> tuple[float, Tensor, Tensor]:
+def _first_derivative(
+    loss_fn: Callable[..., Any], state: _State, target: Any, sharpness: float | None
+) -> tuple[float, Tensor, Tensor]:
     """The loss, its gradient with a graph, and the flat state it is a function of; in float64 where the loss can."""
     u = state.flat()
     if state.single:
         try:
-            return _evaluate(in_double(loss_fn), state, in_double(target), u.double(), torch.float64)
+            return _evaluate(in_double(loss_fn), state, in_double(target), u.double(), torch.float64, sharpness)
         except Exception:  # noqa: BLE001  a loss that takes float32 alone; if it fails for another reason, it does again
             pass
-    return _evaluate(loss_fn, state, target, u, None)
+    return _evaluate(loss_fn, state, target, u, None, sharpness)
 
 
 def _evaluate(
-    loss_fn: Callable[..., Any], state: _State, target: Any, u: Tensor, dtype: torch.dtype | None
+    loss_fn: Callable[..., Any],
+    state: _State,
+    target: Any,
+    u: Tensor,
+    dtype: torch.dtype | None,
+    sharpness: float | None,
 ) -> tuple[float, Tensor, Tensor]:
     u.requires_grad_()
-    value = checked_loss(loss_fn(state.output(u, dtype), constant(target, copy=True)))
+    watch = KinkWatch([u])
+    with nullcontext() if sharpness is None else watch.watching():
+        seen = loss_fn(state.output(u, dtype), constant(target, copy=True))
+    value = checked_loss(seen)
     if not value.requires_grad:
         raise ValueError(
             "the loss does not depend on the model's output: loss_fn(output, target) must compute it from output, "
@@ -202,8 +221,9 @@ def _evaluate(
     refuse_direct_parameters(value)
     if not torch.equal(value, loss_fn(state.output(u, dtype), constant(target, copy=True)).reshape(())):
         raise UnsupportedModelError("loss_fn gives another value each time; remove its randomness")
-    (gradient,) = torch.autograd.grad(value, u, create_graph=True, allow_unused=True, materialize_grads=True)
-    return float(value.detach()), gradient, u
+    points, slopes = ([], []) if sharpness is None else watch.corrections(value, sharpness)
+    (gradient,) = differentiate([value, *points], [u], [None, *slopes], create_graph=True)
+    return float(value.detach()), torch.zeros_like(u) if gradient is None else gradient, u
 
 
 def _hessian_blocks(gradient: Tensor, u: Tensor, samples: int) -> Tensor:

@@ -48,6 +48,10 @@ class Operation:
         The first node, for messages.
     order : ndarray of int or None
         In which order a rule is to take the equal parts that it finds; None: as they come. Kinds that have none ignore it.
+    sharpness : float or None
+        That of the surrogate whose second derivatives are taken in place of those of `func`; None: `func`'s own.
+    by_differences : bool
+        Whether second derivatives are differences of first ones, as autograd has none.
     """
 
     func: Any
@@ -59,6 +63,8 @@ class Operation:
     roles: np.ndarray
     title: str
     order: np.ndarray | None = None
+    sharpness: float | None = None
+    by_differences: bool = False
 
     @property
     def count(self) -> int:
@@ -101,9 +107,9 @@ class Operation:
         return bool((ids[:, 1:] != ids[:, :-1]).all())
 
     def stacked(self, position: int) -> Tensor:
-        """The argument of all nodes, shape (K, *shape)."""
+        """The argument of all nodes, shape (K, *shape), in memory of its own: what a model was given may change later."""
         if self.count == 1:
-            return self.flat[position][None]
+            return self.flat[position][None].clone()
         return torch.stack([flat[position] for flat in self.flats])
 
     @cached_property
@@ -183,6 +189,10 @@ class Rule(ABC):
         """The same stages with A, B and C for adjoints `beta` of their outputs, shape (K, n_out)."""
         return stage.with_adjoint(beta)
 
+    def is_twice_differentiable(self, op: Operation) -> bool:
+        """Whether autograd has the second derivatives that `curve` needs."""
+        return True
+
 
 def out_of_place(func: Any) -> Any:
     """The operation that computes what one in place does, without writing."""
@@ -191,6 +201,12 @@ def out_of_place(func: Any) -> Any:
         return func
     packet = getattr(torch.ops.aten, schema.name.split("::")[1][:-1], None)
     return getattr(packet, func._overloadname, func) if packet is not None else func
+
+
+def is_aten(func: Any) -> bool:
+    """Whether an operation is one of torch's own, or a function of ours made of these."""
+    schema = getattr(func, "_schema", None)
+    return schema is None or schema.name.startswith("aten::")
 
 
 def base_name(func: Any) -> str:

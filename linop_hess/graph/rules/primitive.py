@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from linop_hess import _memory
 from linop_hess.autograd.differentiate import symmetric, twice_differentiable, vjps
-from linop_hess.graph.rules.operation import CONTROL, NOTHING, STATE, Operation, Placement, Rule, out_of_place
+from linop_hess.autograd.finite import finite_difference_hessian
+from linop_hess.autograd.surrogates import surrogate
+from linop_hess.errors import UnsupportedModelError
+from linop_hess.graph.rules.operation import CONTROL, NOTHING, STATE, Operation, Placement, Rule, is_aten, out_of_place
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.stages.diagonal import DiagonalStage
@@ -34,9 +37,7 @@ class Whole(Rule):
         first = np.arange(op.roles.size) if (folding := _folding(op)) is None else folding[0]
         return Placement(first[op.roles[first] == STATE], first[op.roles[first] == CONTROL])
 
-    def _function(self, op: Operation) -> Callable[[dict[int, Tensor]], Tensor]:
-        func = out_of_place(op.func)
-
+    def _function(self, op: Operation, func: Callable[..., Any]) -> Callable[[dict[int, Tensor]], Tensor]:
         def one(tensors: dict[int, Tensor]) -> Tensor:
             return torch.cat([y.reshape(-1) for y in op.call(func, tensors)])
 
@@ -50,15 +51,16 @@ class Whole(Rule):
 
         return all_of_them
 
-    def _recorded(self, op: Operation) -> tuple[list[Tensor], Tensor]:
-        leaves = {i: in_double(op.stacked(i)).clone().requires_grad_() for i in op.active}
-        tensors = {i: leaves[i] * 1 if i in leaves else in_double(op.stacked(i)) for i in op.tensors}
-        return list(leaves.values()), self._function(op)(tensors)
+    def _run(self, op: Operation, func: Callable[..., Any]) -> _Run:
+        function = self._function(op, func)
+        constants = {i: in_double(op.stacked(i)) for i in op.tensors if i not in op.active}
+        points = {i: in_double(op.stacked(i)) for i in op.active}
+        return _Run(op.title, points, lambda leaves: function({**leaves, **constants}))
 
     def linearize(self, op: Operation) -> Stage:
         slots, K = op.roles.size, op.count
         with twice_differentiable(op.title, op.flat[op.active[0]].device):
-            leaves, y = self._recorded(op)
+            leaves, y = self._run(op, out_of_place(op.func)).recorded()
             o, item = y.shape[1], y.element_size()
             _memory.require(
                 2.0 * item * K * (o * slots + slots**2),
@@ -71,28 +73,119 @@ class Whole(Rule):
         n, p = _parts(op)
         return DenseStage.plain(J[..., n].contiguous(), J[..., p].contiguous() if p.numel() else None, None, None, None)
 
+    def _curved_run(self, op: Operation) -> _Run:
+        smooth = None if op.sharpness is None else surrogate(op.func, op.sharpness)
+        return self._run(op, out_of_place(op.func) if smooth is None else smooth)
+
     def curve(self, op: Operation, stage: Stage, beta: Tensor) -> Stage:
-        K = op.count
-        with twice_differentiable(op.title, beta.device):
-            leaves, y = self._recorded(op)
-            if not y.requires_grad:
-                return stage
-            grads = torch.autograd.grad(
-                y, leaves, beta.to(y.dtype), create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            first = torch.cat([grad.reshape(K, -1) for grad in grads], 1)
-            if not first.requires_grad:
-                return stage
-            m = first.shape[1]
-            units = torch.eye(m, dtype=y.dtype, device=y.device)[:, None].expand(m, K, m)
-            rows = vjps(first, leaves, units)
-        Q = _folded(op, torch.cat([row.view(m, K, -1) for row in rows], 2)).permute(1, 2, 0)
-        Q = _folded(op, Q)
-        Q = symmetric(Q, op.title, float(first.detach().abs().max()))
+        Q = self._curved_run(op).curvature(beta, op.by_differences)
+        if Q is None:
+            return stage
+        Q = _folded(op, _folded(op, Q).mT)
         n, p = _parts(op)
         A, B, C = Q[:, p][:, :, p], Q[:, p][:, :, n], Q[:, n][:, :, n]
         a, b, c = (block.contiguous() if bool(block.any()) else None for block in (A, B, C))
         return DenseStage.plain(stage.dense_F(), stage.dense_G() if p.numel() else None, a, b, c)
+
+    def is_twice_differentiable(self, op: Operation) -> bool:
+        return self._curved_run(op).is_twice_differentiable(checked=not is_aten(op.func))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A function of many points at once, each with its own outputs, to be differentiated.
+
+    Attributes
+    ----------
+    title : str
+        What it is, for messages.
+    points : dict of int to Tensor
+        By position the arguments to differentiate by, each (R, *shape).
+    function : callable
+        Takes tensors in their place to outputs (R, o).
+    """
+
+    title: str
+    points: dict[int, Tensor]
+    function: Callable[[dict[int, Tensor]], Tensor]
+
+    def recorded(self, at: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """Leaves and the outputs (R, o); at other points (R, m) if they are given."""
+        points = list(self.points.values())
+        if at is not None:
+            sizes = [point[0].numel() for point in points]
+            points = [part.reshape(point.shape) for part, point in zip(at.split(sizes, 1), points, strict=True)]
+        leaves = [point.detach().clone().requires_grad_() for point in points]
+        y = self.function({i: leaf * 1 for i, leaf in zip(self.points, leaves, strict=True)})
+        return leaves, y.reshape(y.shape[0], -1)
+
+    def slopes(self, beta: Tensor, at: Tensor | None = None, create_graph: bool = False) -> tuple[list[Tensor], Tensor]:
+        """Leaves and ∇f(z)ᵀb, (R, m), zero where no output depends on them."""
+        leaves, y = self.recorded(at)
+        if not y.requires_grad:
+            return leaves, torch.cat([torch.zeros_like(leaf).reshape(len(leaf), -1) for leaf in leaves], 1)
+        seeds = beta.reshape(y.shape).to(y.dtype)
+        grads = torch.autograd.grad(
+            y, leaves, seeds, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+        return leaves, torch.cat([grad.reshape(y.shape[0], -1) for grad in grads], 1)
+
+    def curvature(self, beta: Tensor, by_differences: bool = False) -> Tensor | None:
+        """Σ_i b_i ∇²f_i, (R, m, m), exactly symmetric; None where it is zero.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If there is none, or differences do not converge.
+        ArithmeticError
+            If autograd's is not symmetric.
+        """
+        if by_differences:
+            return self._differenced(beta)
+        with twice_differentiable(self.title, beta.device):
+            leaves, first = self.slopes(beta, create_graph=True)
+            if not first.requires_grad:
+                return None
+            R, m = first.shape
+            units = torch.eye(m, dtype=first.dtype, device=first.device)[:, None].expand(m, R, m)
+            Q = torch.cat([row.view(m, R, -1) for row in vjps(first, leaves, units)], 2).transpose(0, 1)
+        Q = symmetric(Q.contiguous(), self.title, float(first.detach().abs().max()))
+        return Q if bool(Q.any()) else None
+
+    @property
+    def _origin(self) -> Tensor:
+        return torch.cat([point.detach().reshape(len(point), -1) for point in self.points.values()], 1)
+
+    def _differenced(self, beta: Tensor) -> Tensor:
+        try:
+            with twice_differentiable(self.title, beta.device):
+                return finite_difference_hessian(lambda z: self.slopes(beta, z)[1].detach(), self._origin)
+        except ArithmeticError as error:
+            raise UnsupportedModelError(f"in {self.title}: {error}") from error
+
+    def is_twice_differentiable(self, checked: bool = False) -> bool:
+        """Whether autograd has second derivatives; with `checked`, and they are those that differences show."""
+        origin = self._origin
+        generator = torch.Generator().manual_seed(0)
+        try:
+            with twice_differentiable(self.title, origin.device):
+                shape = self.recorded()[1].shape
+                beta, v = (
+                    torch.randn(s, generator=generator, dtype=torch.float64).to(origin) for s in (shape, origin.shape)
+                )
+                leaves, first = self.slopes(beta, create_graph=True)
+                curved = torch.zeros_like(origin)
+                if first.requires_grad:
+                    parts = torch.autograd.grad(first, leaves, v, allow_unused=True, materialize_grads=True)
+                    curved = torch.cat([part.reshape(len(part), -1) for part in parts], 1)
+                if not checked:
+                    return True
+                step = torch.finfo(origin.dtype).eps ** (1 / 3)
+                up, down = (self.slopes(beta, origin + sign * step * v)[1].detach() for sign in (1, -1))
+        except UnsupportedModelError:
+            return False
+        gap = (curved - (up - down) / (2 * step)).abs().max()
+        return bool(gap <= step * (curved.abs().max() + up.abs().max()))
 
 
 def in_double(t: Tensor) -> Tensor:
@@ -179,25 +272,23 @@ class ByRows(Rule):
         assert rows is not None
         return rows
 
-    def _recorded(self, op: Operation, rows: Rows) -> tuple[list[Tensor], Tensor]:
-        """Leaves, each (K·R, *local), and the output (K·R, o)."""
+    def _run(self, op: Operation, rows: Rows) -> _Run:
+        """The rows of all nodes, (K·R, *local)."""
         tensors = {}
         for i in op.tensors:
             arranged = op.in_order(torch.vmap(rows.arranged[i])(in_double(op.stacked(i))))
             tensors[i] = arranged.reshape(-1, *arranged.shape[2:])
-        leaves = [tensors[i].clone().requires_grad_() for i in op.active]
-        for i, leaf in zip(op.active, leaves, strict=True):
-            tensors[i] = leaf * 1
-        y = rows.function(tensors)
-        return leaves, y.reshape(y.shape[0], -1)
+        points = {i: tensors.pop(i) for i in op.active}
+        return _Run(op.title, points, lambda leaves: rows.function({**leaves, **tensors}))
 
     def linearize(self, op: Operation) -> Stage:
         rows, K = self._of(op), op.count
         with twice_differentiable(op.title, op.flat[op.active[0]].device):
-            leaves, y = self._recorded(op, rows)
+            leaves, y = self._run(op, rows).recorded()
             R, o = y.shape[0] // K, y.shape[1]
             d = sum(leaf[0].numel() for leaf in leaves)
-            nbytes = 2.0 * y.element_size() * y.shape[0] * d * max(d, o)
+            entries = y.shape[0] * d * (o if rows.linear else max(d, o))
+            nbytes = 2.0 * y.element_size() * entries
             _memory.require(nbytes, f"the derivatives of {op.title}", _memory.available_on(y.device))
             units = torch.eye(o, dtype=y.dtype, device=y.device)[:, None].expand(o, K * R, o)
             J = torch.cat([row.view(o, K * R, -1) for row in vjps(y, leaves, units)], 2).transpose(0, 1)
@@ -205,31 +296,25 @@ class ByRows(Rule):
             return DiagonalStage(J.reshape(K, R))
         return DenseStage(J.reshape(K, R, o, d).contiguous(), samples=R)
 
+    def smoothed(self, op: Operation, rows: Rows, sharpness: float) -> Rows:
+        """The rows of the surrogate of an operation that has one."""
+        smooth = surrogate(op.func, sharpness)
+        assert smooth is not None
+        return replace(rows, function=lambda tensors: op.call(smooth, tensors)[0], linear=False)
+
+    def _curved_rows(self, op: Operation) -> Rows:
+        rows = self._of(op)
+        return rows if op.sharpness is None else self.smoothed(op, rows, op.sharpness)
+
     def curve(self, op: Operation, stage: Stage, beta: Tensor) -> Stage:
-        rows, K = self._of(op), op.count
-        if rows.linear:
+        rows, K = self._curved_rows(op), op.count
+        Q = None if rows.linear else self._run(op, rows).curvature(beta, op.by_differences)
+        if Q is None:
             return stage
-        with twice_differentiable(op.title, beta.device):
-            leaves, y = self._recorded(op, rows)
-            if not y.requires_grad:
-                return stage
-            grads = torch.autograd.grad(
-                y,
-                leaves,
-                beta.reshape(y.shape).to(y.dtype),
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            first = torch.cat([grad.reshape(y.shape[0], -1) for grad in grads], 1)
-            if not first.requires_grad:
-                return stage
-            d = first.shape[1]
-            units = torch.eye(d, dtype=y.dtype, device=y.device)[:, None].expand(d, *first.shape)
-            Q = torch.cat([row.view(d, first.shape[0], -1) for row in vjps(first, leaves, units)], 2).transpose(0, 1)
-        Q = symmetric(Q.contiguous(), op.title, float(first.detach().abs().max()))
-        if not bool(Q.any()):
-            return stage
-        is_diagonal = y.shape[1] == d == 1
-        curved: Any = stage
+        d, curved = Q.shape[-1], cast(Any, stage)
+        is_diagonal = d == 1 and beta.numel() == Q.shape[0]
         return replace(curved, c=Q.reshape(K, -1) if is_diagonal else Q.reshape(K, stage.samples, d, d))
+
+    def is_twice_differentiable(self, op: Operation) -> bool:
+        rows = self._curved_rows(op)
+        return rows.linear or self._run(op, rows).is_twice_differentiable()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess.autograd.surrogates import surrogate
 from linop_hess.graph.rules.operation import NOTHING, Operation, Placement, Rule, base_name, out_of_place
 from linop_hess.graph.rules.primitive import ByRows, Rows
 from linop_hess.lq.stages.base import Stage
@@ -68,6 +70,12 @@ class Reduction(ByRows):
 
         shape = torch.Size([x.shape[k] for k in kept])
         return Rows({0: arranged}, lambda t: reduce(t[0]), lambda t: t.reshape(-1), shape, name in _SUMS)
+
+    def smoothed(self, op: Operation, rows: Rows, sharpness: float) -> Rows:
+        name, smooth = base_name(op.func), surrogate(op.func, sharpness)
+        assert smooth is not None
+        given = () if name in ("amax", "amin") else (op.argument("p" if name == "norm" else "ord"),)
+        return replace(rows, function=lambda t: smooth(t[0], *given, 1), linear=False)
 
 
 def _reducer(op: Operation, name: str) -> Callable[[Tensor], Tensor]:

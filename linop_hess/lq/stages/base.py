@@ -63,6 +63,16 @@ class Stage(Stacked, ABC):
         """State dimension after the stage."""
 
     @property
+    def inputs(self) -> int:
+        """Number of entries of the state before the stage that it reads; the others pass by."""
+        return self.n_in
+
+    @property
+    def outputs(self) -> int:
+        """Number of entries that it computes."""
+        return self.n_out
+
+    @property
     @abstractmethod
     def p(self) -> int:
         """Number of controls (parameters) of a stage."""

@@ -56,6 +56,14 @@ class WiredStage(Stage):
         return self.wiring.n_out
 
     @property
+    def inputs(self) -> int:
+        return self.inner.inputs
+
+    @property
+    def outputs(self) -> int:
+        return self.inner.outputs
+
+    @property
     def p(self) -> int:
         return self.inner.p
 
