@@ -15,8 +15,8 @@ from linop_hess._memory import format_bytes
 from linop_hess.lq.methods.plan import Plan
 from linop_hess.lq.problem import Problem
 
-RULE, DOUBLE_BACKWARD = "rule", "double backward"
-"""Where the derivatives of a stage come from: a rule for its kind of operation, or torch's second derivatives of it as a whole."""
+RULE, DOUBLE_BACKWARD, DIFFERENCES = "rule", "double backward", "differences"
+"""Where second derivatives of a stage come from: a rule for its kind of operation, torch's of the whole, or differences of torch's first."""
 
 # So many rows of a table are printed, the first and the last of them.
 _SHOWN = 60
@@ -68,7 +68,8 @@ class StageRow:
     cut : int
         Number of entries of the state after it, those that pass by included.
     derivatives : str
-        ``"rule"``, or ``"double backward"`` where torch's second derivatives of the whole operation were taken.
+        ``"rule"``; ``"double backward"`` where torch's second derivatives of the whole operation were taken; ``"differences"`` where it
+        has none.
     """
 
     name: str

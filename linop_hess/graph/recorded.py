@@ -21,7 +21,7 @@ from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.injection import IdleStage, InjectionStage
 from linop_hess.lq.stages.objective import ObjectiveStage
 from linop_hess.lq.stages.wired import WiredStage
-from linop_hess.tables import DOUBLE_BACKWARD, RULE, StageLabel
+from linop_hess.tables import DIFFERENCES, DOUBLE_BACKWARD, RULE, StageLabel
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ def _labels(groups: Sequence[Group], what: np.ndarray) -> list[StageLabel]:
             group = groups[g]
             path = group.paths[k] or ("loss" if group.in_loss else "<model>")
             way = DOUBLE_BACKWARD if group.rule.is_generic else RULE
+            way = DIFFERENCES if group.op.by_differences else way
             labels.append(StageLabel(path, group.name.removeprefix("aten."), way))
     return labels
 

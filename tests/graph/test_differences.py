@@ -58,11 +58,6 @@ def hard_sigmoid(u: Tensor) -> Tensor:
 
 
 ONCE: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[Net, Tensor], Tensor], str]] = {
-    "hardsigmoid": (
-        lambda s, u: f.hardsigmoid(u) * s.b(u),
-        lambda s, u: hard_sigmoid(u) * s.b(u),
-        "hardsigmoid",
-    ),
     "cdist": (lambda s, u: torch.cdist(u, s.b.weight), lambda s, u: distances(u, s.b.weight), "_cdist_forward"),
     "two of cdist": (
         lambda s, u: torch.cdist(torch.cdist(u, s.b.weight).tanh(), s.b.weight),
@@ -98,9 +93,9 @@ def test_second_derivatives_by_differences(name):
     assert np.abs(H).max() > 1e-1
     lin = lh.linearize(model, CE, x, y, differentiation="finite")
     assert gap(dense(lin.H), H) < 1e-10
-    said = [stage for stage in lin.problem.names if "by differences" in stage]
+    said = [str(stage) for stage in lin.problem.names if "by differences" in str(stage)]
     assert said == [f"inner: {ONCE[name][2]} (by differences)"] * (2 if name == "two of cdist" else 1)
-    assert lin.verify() < (1e-7 if name == "hardsigmoid" else 1e-9)
+    assert lin.verify() < 1e-9
     single = lh.linearize(model.float(), CE, x.float(), y, differentiation="finite")
     assert gap(dense(single.H), H) < 1e-5
 
@@ -119,7 +114,7 @@ def test_operations_of_another_library():
     for options in ({}, {"differentiation": "finite"}):
         lin = lh.linearize(model, CE, x, y, **options)
         assert gap(dense(lin.H), dense(lh.Hessian(plain, CE, (x, y)))) < 1e-14
-        assert not any("by differences" in stage for stage in lin.problem.names) and lin.verify() < 1e-13
+        assert not any("by differences" in str(stage) for stage in lin.problem.names) and lin.verify() < 1e-13
 
 
 def test_operations_of_another_library_without_gradients():
@@ -146,13 +141,14 @@ def test_a_loss_without_second_derivative():
             lh.linearize(model, loss, x, y)
         lin = lh.linearize(model, loss, x, y, differentiation="finite")
         assert gap(dense(lin.H), H) < 1e-10 and lin.verify() < 1e-9
-        assert "loss: _cdist_forward (by differences)" in lin.problem.names
+        assert "loss: _cdist_forward (by differences)" in map(str, lin.problem.names)
 
 
-def test_a_kink_where_differences_are_taken():
-    model, (x, y) = once("hardsigmoid", 0)
-    with torch.no_grad():
-        model.a.weight.zero_()
-        model.a.bias.fill_(3.0)
-    with pytest.raises(UnsupportedModelError, match="hardsigmoid in module 'inner'.*kink"):
-        lh.linearize(model, CE, x, y, differentiation="finite")
+def test_an_operation_without_curvature_needs_no_differences():
+    """Hardsigmoid has no double backward in torch, and no curvature: with torch's own slope, a sixth in single precision."""
+    net = residual(f.hardsigmoid)
+    model, (x, y) = prepared(net, 5, 4)
+    lin = lh.linearize(model, CE, x, y)
+    assert not any("by differences" in str(stage) for stage in lin.problem.names)
+    known, _ = prepared(residual(hard_sigmoid), 5, 4)
+    assert gap(dense(lin.H), dense(lh.Hessian(known, CE, (x, y)))) < 1e-7
