@@ -249,7 +249,7 @@ def test_residual_network(tmp_path):
 
 def test_transformer():
     example = load("transformer")
-    found = example.main(lines=3, tokens=3, layers=1, width=2, early=10, steps=30, weight=1e-3)
+    found = example.main(lines=3, tokens=3, layers=1, width=2, early=10, steps=30, weight=1e-5)
     model, data, asked = found["model"], found["data"], found["asked"]
     names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()), strict=True)
 
@@ -273,13 +273,12 @@ def test_transformer():
         assert found["damping"] == pytest.approx(-2 * spectrum[0], rel=1e-6)
         step = np.linalg.solve(H + found["damping"] * np.eye(len(H)), g)
         assert found["Newton step"] == pytest.approx(loss(*data)(start - torch.from_numpy(step)).item(), rel=1e-8)
-        assert found["Newton step"] < found["before"]
         H = torch.autograd.functional.hessian(loss(*data), w).numpy() + found["lambda"] * np.eye(len(H))
         own = np.stack([derivatives(loss(data[0][i : i + 1], data[1][i : i + 1]), w) for i in range(3)], axis=1)
         influence = derivatives(loss(*asked), w) @ np.linalg.solve(H, own)
     assert np.linalg.eigvalsh(H)[0] > 0
     assert np.allclose(found["influence"], influence, rtol=0, atol=1e-9 * abs(influence).max())
-    assert found["gap"] < 1e-2
+    assert found["gap"] < 1e-3  # of first order in the weight
 
 
 @pytest.fixture(scope="module")
