@@ -5,8 +5,8 @@ sonnet. Its embedding is tied: the same matrix reads letters and scores them, so
 class of its own and is given to `linop_hess.linearize` as it is; H is the exact Hessian of L = Σ ℓ_i, the summed loss of the lines.
 
 **Spectrum and Newton step** are taken early in training. The damping ε of −(H + εI)⁻¹∇L is twice the size of the smallest
-eigenvalue, which inertia has confirmed to be the smallest; so H + εI is positive definite and the step leads down (how far
-it may go before it leads up again, no second derivative tells).
+eigenvalue, which inertia has confirmed to be the smallest; so H + εI is positive definite and the step begins downhill (its length
+is another matter: after two or five steps of Adam instead of ten, the same step went too far and the loss grew).
 
 **Influence** is asked of a network that training has not brought to a minimum, as is usual. Let w₀ be where it stands, and λ the damping
 chosen as above. Then w₀ is a minimum of
