@@ -6,8 +6,8 @@ to the exact Hessian H of Σ ℓ_i, the summed loss of the training images:
 **Spectrum**, early in training: how many eigenvalues are negative, zero and positive, the extreme ones, and where all lie.
 
 **A Newton step** −(H + εI)⁻¹∇ from there. Where H is indefinite, −H⁻¹∇ may lead to a saddle; the damping ε is chosen by inertia:
-twice the least that makes H + εI positive definite, so that the step begins downhill. Its length is another matter: with damping just
-above the least, such steps went too far here, and the loss grew.
+twice the least that makes H + εI positive definite, so that the step begins downhill. Its length is another matter: in trials with 30
+images and damping just above the least, the step went too far, and the loss grew.
 
 **Influence.** With λ the weight decay, the network is trained to a minimum w of F = Σ ℓ_i + ½ λ|w|², so ∇²F = H + λI: the weight
 decay is the damping, and no penalty belongs in ``loss_fn``. Without image i the gradient at w is −g_i, g_i = ∇ℓ_i(w), so w moves by
@@ -17,7 +17,7 @@ about (H + λI)⁻¹g_i, and the loss ℓ of a test image, which is no part of F
 
 positive where image i helps. One solve with ∇ℓ answers for all images. But H still holds the curvature H_i of the image that is
 left out; a Newton step of what is left, (H − H_i + λI)⁻¹g_i, does not, at one factorization an image. The truth is retraining,
-which for some images ends in another minimum, the more of them the smaller λ is; no derivative at w tells of that. The defaults
+which may lead further away than any derivative at w can tell, to another minimum for instance. The defaults
 (λ, the test image in doubt, the five images of most help and the five of least) are a case where both predictions do well:
 ``--decay 1`` is one where they do less well.
 
