@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess._memory import empty, zeros
+
 # Up to so many runs of neighbours a part are copied one by one; more are gathered by index.
 _RUNS = 6
 
@@ -85,13 +87,33 @@ class Selection:
         """The transpose of `pick`: (K, count, k) to (K, size, k)."""
         if self.is_whole:
             return w
-        out = w.new_zeros(w.shape[0], self.size, w.shape[2])
+        out = zeros((w.shape[0], self.size, w.shape[2]), w)
         self.add_to(out, w)
         return out
 
     def spread_columns(self, M: Tensor) -> Tensor:
         """`spread` along the columns: (K, j, count) to (K, j, size)."""
         return self.spread(M.mT).mT
+
+    def conjugated(self, M: Tensor) -> Tensor:
+        """The rows and columns of a matrix (size, size) that are picked, (count, count), each read and written once."""
+        if self.is_whole:
+            return empty(M.shape, M).copy_(M)
+        if self._by_index:
+            picked = M.index_select(0, self._index).index_select(1, self._index)
+            if self.is_full:
+                return picked
+            wide = zeros((picked.shape[0], self.count), M).index_copy_(1, self._at, picked)
+            return zeros((self.count, self.count), M).index_copy_(0, self._at, wide)
+        m, each, count = self._parts, self.size // self._parts, self.count // self._parts
+        out = (empty if self.is_full else zeros)((self.count, self.count), M)
+        O, V = out.view(m, count, m, count), M.reshape(m, each, m, each)
+        runs = [run for run in self._runs if run[2] >= 0]
+        for at, stop, source in runs:
+            for beside, until, origin in runs:
+                part = V[:, source : source + stop - at, :, origin : origin + until - beside]
+                O[:, at:stop, :, beside:until] = part
+        return out
 
     def pick_both(self, M: Tensor) -> Tensor:
         """Rows and columns of symmetric matrices, (K, size, size) to (K, count, count)."""

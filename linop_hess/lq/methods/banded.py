@@ -162,6 +162,9 @@ def factor(analysis: Analysis, damping: float) -> BandedFactorization:
 # Calls of a group of segments: its blocks at a damping, and their places in the band.
 _CALLS_PER_GROUP = 60
 
+# Calls of a stage of a segment that is condensed.
+_CALLS_PER_STAGE = 60
+
 
 def estimate(analysis: Analysis) -> Cost:
     """Flops, bytes and seconds of a factorization."""
@@ -176,7 +179,19 @@ def estimate(analysis: Analysis) -> Cost:
     tally.calls(_CALLS_PER_GROUP * len(analysis.groups))
     tally.moved(item * (3 * kl + 1) * layout.order + 6.0 * item * blocks)
     tally.kernel("band", 4.0 * layout.order * max(kl, 1) ** 2, kl)
+    for group in analysis.groups:
+        if not group.is_narrow:  # else its dense blocks are those of every method
+            _count_condensing(tally, group, item)
     return Cost(tally.flops, item * (layout.order * (3 * kl + 1) + 4.0 * blocks), tally.seconds)
+
+
+def _count_condensing(tally: Tally, group: SegmentGroup, item: int) -> None:
+    """Products of the stages of a segment with the columns of its controls and of the state before it."""
+    K, columns = group.count, float(group.r + group.n_in)
+    for stage in (group.control, *group.free):
+        tally.calls(_CALLS_PER_STAGE)
+        tally.kernel("gemm", K * 4 * (stage.entries("F") + stage.entries("C")) * columns, columns)
+        tally.moved(K * item * 24 * columns * max(stage.n_in, stage.n_out))
 
 
 METHOD = Method("banded", factor, estimate, BandedFactorization.answers)

@@ -49,13 +49,21 @@ def _assemble(analysis: Analysis) -> Tensor:
     return H
 
 
-def _assembly_cost(analysis: Analysis) -> tuple[float, float]:
+def _assembly_cost(analysis: Analysis) -> tuple[float, float, float]:
+    """Flops of an assembly, its peak bytes, and the bytes it moves beside its products."""
     problem = analysis.problem
     if problem.length <= _COUNTED_UP_TO:
-        return assembly_cost(problem)
+        return (*assembly_cost(problem), 0.0)
     # Counting all columns of a long chain takes longer than inverting it: every pair of controls once a sample, H and work space beside it.
-    N2 = float(problem.size) ** 2
-    return 2.0 * analysis.samples * N2, 1.7 * N2 * problem.dtype.itemsize
+    # Where states are wide, as with parameters that live in them, each stage multiplies and copies the columns of all controls before it.
+    layout, item, N2 = problem.layout, problem.dtype.itemsize, float(problem.size) ** 2
+    of_stacks = [
+        (s.entries("F") + (s.entries("C") if "C" in s.nonzero else 0), min(s.p, s.outputs)) for s in problem.blocks
+    ]
+    entries, added = np.array(of_stacks, dtype=float)[layout.order[:, 0]].T
+    columns = np.cumsum(added)
+    flops = max(2.0 * analysis.samples * N2, 4.0 * float(columns @ entries))
+    return flops, 1.7 * N2 * item, 2.0 * item * float(columns @ layout.n_out)
 
 
 class DenseFactorization(Congruence):
@@ -124,12 +132,12 @@ def estimate(analysis: Analysis) -> Cost:
     """The assembly, and N³/3 flops; in memory that of the assembly or, where more, two copies of H beside H where that is kept."""
     problem, tally = analysis.problem, Tally(analysis.problem.dtype)
     N, item = float(problem.size), problem.dtype.itemsize
-    flops, nbytes = analysis.once(_assembly_cost)
+    flops, nbytes, moved = analysis.once(_assembly_cost)
     tally.calls(_CALLS + _CALLS_PER_STAGE * problem.length)
     # Samples are what the products of an assembly sum over.
     tally.kernel("gemm", flops, (analysis.samples * max(N, 1.0)) ** 0.5)
     tally.kernel("ldl", N**3 / 3, N)
-    tally.moved(item * 16 * N**2)
+    tally.moved(item * 16 * N**2 + moved)
     factoring = (3.0 if _is_kept(problem) else 2.0) * N**2 * item
     return Cost(tally.flops, max(nbytes, factoring), tally.seconds)
 

@@ -261,6 +261,12 @@ _CALLS_CONDENSED = 24
 _CALLS_WIDE = 130
 _CALLS_FREE = 12
 
+# Copies of V for a stage that entries pass by, in cache and beyond it (where new memory is most of what they take), and its calls.
+_COPIES_WIRED = 15
+_COPIES_BEYOND = 250
+_CACHE = 4 << 20
+_CALLS_WIRED = 30
+
 
 def estimate(analysis: Analysis) -> Cost:
     """Flops, bytes and seconds, segment by segment (4⅔ n³ flops when all blocks of a wide one are n wide)."""
@@ -298,7 +304,12 @@ def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
         width = max(1.0, before / max(stage.samples, 1))
         # FᵀVF, by products of the stage's own structure on the columns of V and then on its rows: flat matrices, as long as V is wide.
         tally.kernel("gemm", K * 2 * stage.entries("F") * (before + after), (width * max(before, after)) ** 0.5)
-        tally.moved(K * item * 8 * max(before, after) ** 2)
+        # Where entries pass by, V is put together from three parts by copies.
+        nbytes, copies = item * max(before, after) ** 2, 8
+        if stage.inputs != stage.n_in:
+            copies = _COPIES_WIRED if nbytes < _CACHE else _COPIES_BEYOND
+            tally.calls(K * _CALLS_WIRED)
+        tally.moved(K * nbytes * copies)
     control = group.control
     rows = control.samples if control.samples > 1 else control.n_out
     tally.kernel("gemm", K * 2 * r * rows * (control.n_out + r), (r * control.n_out) ** 0.5)  # V R and RᵀVR

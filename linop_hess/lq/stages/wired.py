@@ -176,21 +176,20 @@ class WiredStage(Stage):
         return self.inner.entries(block) + (self.wiring.keep_to.numel() if block == "F" else 0)
 
     def pull_back(self, V: Tensor) -> Tensor:
-        # With u what is read, V_kk of what is kept is copied, V_yy pulled back by the inner stage, and V_yk multiplied by F_iᵀ only.
+        # V_kk of what is kept is copied, once; V_yy is pulled back by the inner stage, and V_yk is multiplied by F_iᵀ only.
         wiring = self.wiring
-        reads, kept, origin = wiring.reads, wiring.carried, wiring.origin
-        own = self.inner.pull_back(wiring.seen.pick_both(V[None])[0])[None]
+        reads, kept, seen = wiring.reads, wiring.carried, wiring.seen
+        own = self.inner.pull_back(seen.pick_both(V[None])[0])[None]
         if not kept.count:
             return reads.spread_both(own)[0]
-        rows = kept.pick(V[None]).mT
-        half = origin.spread(kept.pick(rows))
-        if not reads.count:
-            return origin.spread_columns(half)[0].clone() if origin.is_whole else origin.spread_columns(half)[0]
-        crossed = reads.spread(self.inner.Ft(wiring.seen.pick(rows)))
-        out = origin.spread_columns(half + crossed)
-        origin.add_to(out, crossed.mT)
-        reads.add_to(out, reads.spread_columns(own))
-        return out[0]
+        out = wiring.kept.conjugated(V)
+        if reads.count:
+            crossed = self.inner.Ft(kept.pick(seen.pick(V[None]).mT).mT)
+            crossed = wiring.origin.spread_columns(crossed)
+            reads.add_to(out[None], crossed)
+            reads.add_to(out.mT[None], crossed)
+            reads.add_to(out[None], reads.spread_columns(own))
+        return out
 
 
 @dataclass(frozen=True)
