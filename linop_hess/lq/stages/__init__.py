@@ -12,12 +12,14 @@ from linop_hess.lq.stages.row_space import DenseRowSpace, IdentityRowSpace, Join
 from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
 from linop_hess.lq.stages.stacked import Stacked
 from linop_hess.lq.stages.wired import WiredRowSpace, WiredStage
+from linop_hess.lq.stages.wrapped import CurvedStage, InitialStage, ScaledStage, scaled
 from linop_hess.lq.wiring import Wiring
 
 __all__ = [
     "AffineStage",
     "Arrangement",
     "ConvolutionStage",
+    "CurvedStage",
     "DenseRowSpace",
     "DenseStage",
     "DiagonalStage",
@@ -25,16 +27,19 @@ __all__ = [
     "Features",
     "IdentityRowSpace",
     "IdleStage",
+    "InitialStage",
     "InjectionStage",
     "Joint",
     "ObjectiveStage",
     "RowSpace",
     "SampleRows",
     "ScaleShiftStage",
+    "ScaledStage",
     "Stacked",
     "Stage",
     "WiredRowSpace",
     "WiredStage",
     "Wiring",
     "common_samples",
+    "scaled",
 ]

@@ -128,6 +128,10 @@ class Stage(Stacked, ABC):
         """The controls split into those the output sees and those it does not, for every stage of the stack; nothing is cached."""
         return generic_row_space(self)
 
+    def in_units(self, t: Tensor) -> Stage | None:
+        """Return stages that know their structure with controls x̃, x = t ∘ x̃; None where no kind does. See `lq.stages.wrapped.scaled`."""
+        return None
+
     def eye(self, size: int) -> Tensor:
         """K identity matrices, shape (K, size, size), sharing memory."""
         return torch.eye(size, dtype=self.dtype, device=self.device).expand(self.count, size, size)

@@ -127,6 +127,9 @@ class IdleStage(_Parametric):
         nothing = self.like.new_zeros(self.count, self.size, 0)
         return DenseRowSpace(nothing, nothing[:, :0], nothing, curved=False)
 
+    def in_units(self, t: Tensor) -> Self:
+        return self
+
     def of_samples(self, start: int, stop: int, samples: int) -> Self:
         return self
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from linop_hess.lq.stages.base import SampleRows, Stage
 from linop_hess.lq.stages.row_space import Controlled, Joint, RowSpace
+from linop_hess.lq.stages.wrapped import scaled
 from linop_hess.lq.wiring import Wiring
 
 
@@ -78,6 +79,9 @@ class WiredStage(Stage):
 
     def with_adjoint(self, beta: Tensor) -> Self:
         return self.with_inner(self.inner.with_adjoint(self.local_adjoint(beta)))
+
+    def in_units(self, t: Tensor) -> Self:
+        return self.with_inner(scaled(self.inner, t))
 
     def gauss_newton(self) -> Self:
         flat = self.inner.gauss_newton()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from linop_hess.lq.stages.initial import InitialStage
+from linop_hess.lq.stages.wrapped import InitialStage
 from tests.lq.stages import test_affine, test_convolution, test_dense, test_embedding
 from tests.lq.stages.conformance import Case, StageConformance
 
