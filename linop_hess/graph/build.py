@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from linop_hess.autograd.calling import constant, takes_parameters
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.capture import Capture, capture
 from linop_hess.graph.layers import known_layers, linearize_layers
-from linop_hess.graph.recorded import build_graph
+from linop_hess.graph.penalty import Penalty, without_penalty
+from linop_hess.graph.recorded import Graph, build_graph
 from linop_hess.graph.rules.loss import linearize_loss
 from linop_hess.lq.problem import Problem
 
@@ -83,13 +84,26 @@ def build_chain(
             pass
     seen = capture(model, loss_fn, inputs, targets, names)
     parameter = named[names[0]]
-    if seen.reads_output_alone:
-        parts = linearize_loss(loss_fn, seen.output, targets, parameter.dtype)
-        graph = build_graph(seen.trace, seen.output_ids[parts.order.cpu().numpy()], parts.stage, parameter)
+    penalty = without_penalty(seen.trace, seen.loss_id, seen.output_ids)
+    trace, of_output = (seen.trace, loss_fn) if penalty is None else (penalty.trace, seen.loss_of_output)
+    if seen.reads_output_alone(trace):
+        parts = linearize_loss(of_output, seen.output, targets, parameter.dtype)
+        graph = build_graph(trace, seen.output_ids[parts.order.cpu().numpy()], parts.stage, parameter)
     else:
-        graph = build_graph(seen.trace, np.array([seen.loss_id]), None, parameter)
+        graph = build_graph(trace, np.array([seen.loss_id]), None, parameter)
+    if penalty is not None:
+        graph = _with_penalty(graph, penalty)
     _compare_gradients(seen, graph.gradient, names)
     return Chain(graph.problem, seen.loss, graph.gradient, tuple(names), shapes, graph.generic)
+
+
+def _with_penalty(graph: Graph, penalty: Penalty) -> Graph:
+    """The chain with a separable penalty as its diagonal."""
+    gradient, curvature = (part.to(graph.gradient) for part in (penalty.gradient, penalty.curvature))
+    problem = graph.problem
+    if bool(curvature.any()):
+        problem = problem.with_curvature(problem.blocks, curvature)
+    return replace(graph, problem=problem, gradient=graph.gradient + gradient)
 
 
 def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ class Capture:
     loss : float
     gradient : list of Tensor
         By autograd, of each parameter.
-    reads_output_alone : bool
-        Whether the loss depends on the parameters through the output alone.
+    loss_of_output : callable
+        ``loss_of_output(output, targets)``: the loss with the parameters, where it reads them itself, as constants.
     """
 
     trace: Trace
@@ -47,7 +48,22 @@ class Capture:
     loss_id: int
     loss: float
     gradient: list[Tensor]
-    reads_output_alone: bool
+    loss_of_output: Callable[[Any, Any], Tensor]
+
+    def reads_output_alone(self, trace: Trace) -> bool:
+        """Whether the loss of a trace, this run's or what is left of it, depends on the parameters through the output alone."""
+        known = np.zeros(trace.ids + 1, dtype=bool)
+        known[0] = True
+        known[self.output_ids] = True
+        for node in trace.nodes:
+            if not node.in_loss:
+                continue
+            for ids in node.arguments:
+                if not bool(known[ids.ids() if isinstance(ids, Strided) else ids].all()):
+                    return False
+            for _, output in node.outputs:
+                known[output.ids()] = True
+        return bool(known[self.loss_id])
 
 
 def capture(
@@ -90,18 +106,22 @@ def capture(
         tensors = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
         ids = np.concatenate([recorder.ids_of(t) for t in tensors] or [np.zeros(0, dtype=np.int64)])
         kept = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, output)
-        between.extend((kept, ids, len(recorder.trace.nodes)))
+        between.extend((kept, ids))
         recorder.in_loss = True
         with recorder:
             return evaluated(output)
 
-    def called(work: Callable[[nn.Module], Tensor]) -> Tensor:
+    def called(work: Callable[[nn.Module], Tensor], values: dict[str, Tensor] = leaves) -> Tensor:
         private = {name: b.clone() for name, b in buffers.items()}
-        mine = {f"model.{name}": t for name, t in {**leaves, **others, **private}.items()}
+        mine = {f"model.{name}": t for name, t in {**values, **others, **private}.items()}
         with _attributes_restored(model):
             value = functional_call(_Holder(model), mine, (work,))
         _require_unchanged(private, buffers)
         return value
+
+    def of_output(loss_fn: Callable[..., Tensor], output: Any, targets: Any) -> Tensor:
+        constants = {name: t.detach() for name, t in leaves.items()}
+        return called(lambda _: call_loss(loss_fn, output, targets, constants), constants)
 
     with twice_differentiable("the model", device, model):
         with _without_collector(), module_paths(model, recorder.path):
@@ -119,7 +139,7 @@ def capture(
             "model.eval(), or remove the randomness"
         )
     gradient = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    kept, ids, modelled = between
+    kept, ids = between
     return Capture(
         recorder.trace,
         kept,
@@ -127,7 +147,7 @@ def capture(
         int(loss_ids[0]),
         float(value.detach()),
         [g.detach() for g in gradient],
-        _reads_alone(recorder.trace, modelled, ids, int(loss_ids[0])),
+        partial(of_output, loss_fn),
     )
 
 
@@ -153,20 +173,6 @@ def _require_unchanged(private: dict[str, Tensor], before: dict[str, Tensor]) ->
             f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: call "
             "model.eval() first"
         )
-
-
-def _reads_alone(trace: Trace, modelled: int, outputs: np.ndarray, loss: int) -> bool:
-    """Whether operations of the loss read nothing that depends on parameters but the output, and what they computed themselves."""
-    known = np.zeros(trace.ids + 1, dtype=bool)
-    known[0] = True
-    known[outputs] = True
-    for node in trace.nodes[modelled:]:
-        for ids in node.arguments:
-            if not bool(known[ids.ids() if isinstance(ids, Strided) else ids].all()):
-                return False
-        for _, output in node.outputs:
-            known[output.ids()] = True
-    return bool(known[loss])
 
 
 @contextmanager
