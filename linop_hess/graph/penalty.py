@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from linop_hess.graph.grouping import live_nodes
+from linop_hess.graph.lowering import LOSSES, opened
 from linop_hess.graph.rules.elementwise import ELEMENTWISE
 from linop_hess.graph.rules.operation import base_name, out_of_place
 from linop_hess.graph.rules.primitive import in_double
-from linop_hess.graph.trace import Ids, Node, Strided, Trace
+from linop_hess.graph.trace import Ids, Node, Strided, Trace, named_arguments
 
 _ENTRYWISE = frozenset(ELEMENTWISE.split())
 _LINEAR = frozenset({"add", "sub", "rsub", "neg", "sum", "mean"})
@@ -68,6 +69,8 @@ def without_penalty(trace: Trace, loss: int, outputs: np.ndarray) -> Penalty | N
     """
     if not any(_reads_parameters(node, trace.parameters) for node in trace.nodes if node.in_loss):
         return None
+    trace = replace(trace)
+    trace.nodes = opened(trace, trace.nodes, outputs)
     nodes = live_nodes(trace.nodes, np.array([loss]), trace.ids)
     in_loss = [node for node in nodes if node.in_loss]
     tail = _tail(nodes, loss, trace.ids)
@@ -130,7 +133,7 @@ def _owners(in_loss: list[Node], tail: set[int], trace: Trace, outputs: np.ndarr
     owners[: trace.parameters + 1] = np.arange(trace.parameters + 1)
     owners[outputs[outputs > 0]] = _MIXED
     for node in in_loss:
-        if id(node) in tail or len(node.outputs) != 1 or base_name(node.func) not in _ENTRYWISE:
+        if id(node) in tail or len(node.outputs) != 1 or not _is_entrywise(node):
             continue
         output = node.outputs[0][1]
         mine = np.zeros(output.shape, dtype=np.int64)
@@ -141,6 +144,12 @@ def _owners(in_loss: list[Node], tail: set[int], trace: Trace, outputs: np.ndarr
             mine = np.where(agree, np.where(mine == 0, theirs, mine), _MIXED)
         owners[output.ids()] = mine.reshape(-1)
     return owners
+
+
+def _is_entrywise(node: Node) -> bool:
+    if node.func in LOSSES:
+        return named_arguments(node.func, node.flat, node.spec).get("reduction", 1) == 0
+    return base_name(node.func) in _ENTRYWISE
 
 
 def _cut(
