@@ -1,4 +1,4 @@
-"""Fused operations as the parts they are made of: parameters of normalizations enter as scale and shift, those of penalties entry by entry."""
+"""Fused operations as the parts they are made of: normalizations, whose parameters scale and shift, and sums over parameters."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def lower(trace: Trace) -> list[Node]:
     return nodes
 
 
-def _derived(trace: Trace, node: Node, func: Any, args: tuple[Any, ...], ids: dict[int, Ids], output: Strided | None) -> Node:
+def _derived(
+    trace: Trace, node: Node, func: Any, args: tuple[Any, ...], ids: dict[int, Ids], output: Strided | None
+) -> Node:
     """A node with the same place and name; without `output` one with new ids."""
     flat, spec = flattened(args)
     active = [i for i, a in enumerate(flat) if isinstance(a, Tensor) and id(a) in ids]
@@ -47,7 +49,9 @@ def _derived(trace: Trace, node: Node, func: Any, args: tuple[Any, ...], ids: di
         value = args[0]
         output = Strided(trace.ids + 1, tuple(value.shape), contiguous_strides(tuple(value.shape)), 0)
         trace.ids += value.numel()
-    return Node(func, flat, spec, active, [ids[id(flat[i])] for i in active], [(0, output)], node.path, node.in_loss, node.name)
+    return Node(
+        func, flat, spec, active, [ids[id(flat[i])] for i in active], [(0, output)], node.path, node.in_loss, node.name
+    )
 
 
 def _then_affine(

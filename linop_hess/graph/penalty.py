@@ -82,7 +82,8 @@ def without_penalty(trace: Trace, loss: int, outputs: np.ndarray) -> Penalty | N
     first, second = _derivatives([node for node in in_loss if id(node) not in tail], owners, trace)
     at = torch.from_numpy(owners[terms] - 1)
     gradient, curvature = (
-        torch.zeros(trace.parameters, dtype=torch.float64).index_add_(0, at, slopes * of[terms]) for of in (first, second)
+        torch.zeros(trace.parameters, dtype=torch.float64).index_add_(0, at, slopes * of[terms])
+        for of in (first, second)
     )
     for what, values in (("gradient", gradient), ("curvature", curvature)):
         if not bool(torch.isfinite(values).all()):

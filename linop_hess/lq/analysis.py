@@ -241,7 +241,9 @@ def _in_units(problem: Problem, d: Tensor, damping: float) -> Change:
     """
     stacks = [slots.gather(d[:, None])[..., 0] for slots in problem.layout.x_slots]
     of_sign = {sign: [bool((sign * own > 0.0).all()) for own in stacks] for sign in (1.0, -1.0)}
-    counts = {sign: sum(own.numel() for own, alike in zip(stacks, of_sign[sign], strict=True) if alike) for sign in of_sign}
+    counts = {
+        sign: sum(own.numel() for own, alike in zip(stacks, of_sign[sign], strict=True) if alike) for sign in of_sign
+    }
     sign = max(counts, key=lambda sign: counts[sign])
     alike = of_sign[sign]
     eta, T = damping, torch.ones_like(d)[:, None]

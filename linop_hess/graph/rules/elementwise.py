@@ -11,8 +11,8 @@ from torch import Tensor
 from linop_hess.graph.rules.operation import CONSTANT, CONTROL, NOTHING, STATE, Operation, Placement, Rule, base_name, out_of_place
 from linop_hess.graph.rules.primitive import ByRows, Rows
 from linop_hess.lq.stages.base import Stage
-from linop_hess.lq.stages.wrapped import InitialStage
 from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
+from linop_hess.lq.stages.wrapped import InitialStage
 
 aten = torch.ops.aten
 
