@@ -8,7 +8,8 @@ d = ε + D and one sign of it, T = (|η|/|d|)^½ and η of that sign,
     H + εI = T⁻¹ (T H_c T + ηI) T⁻¹,
 
 so that the factors of a chain without a diagonal, whose controls are in units T, at the damping η, answer everything: no p × p pivot
-anywhere. |η| is the geometric mean of |d|, which makes det T = 1: then this is a congruence with the same signs and the same determinant.
+anywhere. Where signs are mixed, controls of the rarer one keep their unit, and d − η as a curvature of their own. |η| is the geometric
+mean of |d|, which makes det T = 1: then this is a congruence with the same signs and the same determinant.
 Where D is one number c, T = 1 and η = ε + c. This is the one place that knows of it; see `Change`.
 """
 
@@ -235,29 +236,21 @@ def _without_diagonal(analysis: Analysis) -> Analysis:
 
 
 def _in_units(problem: Problem, d: Tensor, damping: float) -> Change:
-    """Change of variables for H_c + diag(d), in float64.
+    """Change of variables for H_c + diag(d), in float64, d of more than one value.
 
-    Stages of the sign that most controls have are scaled. In others d − η stays a part of A, which makes all their controls visible.
+    Controls of the sign that most have get units. Of the others d − η stays in A, which makes them visible, each in a pivot of its stage.
     """
-    stacks = [slots.gather(d[:, None])[..., 0] for slots in problem.layout.x_slots]
-    of_sign = {sign: [bool((sign * own > 0.0).all()) for own in stacks] for sign in (1.0, -1.0)}
-    counts = {
-        sign: sum(own.numel() for own, alike in zip(stacks, of_sign[sign], strict=True) if alike) for sign in of_sign
-    }
-    sign = max(counts, key=lambda sign: counts[sign])
-    alike = of_sign[sign]
-    eta, T = damping, torch.ones_like(d)[:, None]
-    if counts[sign]:
-        sizes = torch.cat([own.abs().log().reshape(-1) for own, one in zip(stacks, alike, strict=True) if one])
-        eta = sign * math.exp(float(sizes.mean()))
+    sign = 1.0 if int((d > 0.0).sum()) >= int((d < 0.0).sum()) else -1.0
+    alike = sign * d > 0.0
+    eta = sign * math.exp(float(d[alike].abs().log().mean()))
+    units = torch.where(alike, eta / torch.where(alike, d, eta), 1.0).sqrt()[:, None]
+    rest = torch.where(alike, 0.0, d - eta)[:, None]
     blocks: list[Stage] = []
-    for block, own, slots, one in zip(problem.blocks, stacks, problem.layout.x_slots, alike, strict=True):
-        if not block.p:
-            blocks.append(block)
-        elif one:
-            t = (eta / own).sqrt()
-            slots.put(T, t[..., None])
-            blocks.append(scaled(block, t))
-        else:
-            blocks.append(CurvedStage(block, own - eta))
-    return Change(Analysis(problem.with_curvature(blocks)), eta, damping, T)
+    for block, slots in zip(problem.blocks, problem.layout.x_slots, strict=True):
+        changed = block
+        if block.p:
+            changed = scaled(block, slots.gather(units)[..., 0].contiguous())
+            curvature = slots.gather(rest)[..., 0].contiguous()
+            changed = CurvedStage(changed, curvature) if bool(curvature.any()) else changed
+        blocks.append(changed)
+    return Change(Analysis(problem.with_curvature(blocks)), eta, damping, units)

@@ -158,12 +158,27 @@ class AffineStage(Stage):
         return replace(self, beta=None)
 
     def row_space(self) -> RowSpace:
-        return AffineRowSpace(*self._row_space_parts()) if self.p else IdentityRowSpace(self)
+        return self._space(*self._rows_split(), None) if self.p else IdentityRowSpace(self)
 
-    def _row_space_parts(self) -> tuple[Tensor, Tensor, Tensor | None, int, int, bool, bool]:
-        basis, rho = _rows_split(torch.cat([self.Z] * self.weight + [self._ones] * self.bias, 2))
+    def curved_row_space(self, diagonal: Tensor) -> RowSpace | None:
+        # With w₀ in columns of its own, Q = diag(Q_w, 1) ⊗ I_o, the structure stays where only w₀ is curved, and if all is visible anyway.
+        weights = diagonal[:, : self.W.shape[1] * self.W.shape[2] * self.weight]
+        if self.rows > self.W.shape[2]:
+            return self._space(*self._rows_split(), diagonal)
+        if not (self.weight and self.bias) or bool(weights.any()):
+            return super().curved_row_space(diagonal)
+        basis, rho = _rows_split(self.Z)
+        K, i, rank = basis.shape
+        own = basis.new_zeros(K, i + 1, rank + 1)
+        own[:, :i, :rank], own[:, i, rank] = basis, 1.0
+        return self._space(own, torch.cat([rho, self._ones], 2), diagonal)
+
+    def _rows_split(self) -> tuple[Tensor, Tensor]:
+        return _rows_split(torch.cat([self.Z] * self.weight + [self._ones] * self.bias, 2))
+
+    def _space(self, basis: Tensor, rho: Tensor, curved_by: Tensor | None) -> RowSpace:
         o, i = self.W.shape[1:]
-        return basis, rho, self.beta, o, i, self.weight, self.bias
+        return AffineRowSpace(basis, rho, self.beta, o, i, self.weight, self.bias, curved_by=curved_by)
 
     def dense_F(self) -> Tensor:
         (K, o, i), b = self.W.shape, self.rows

@@ -129,6 +129,10 @@ class WiredStage(Stage):
     def row_space(self) -> RowSpace:
         return WiredRowSpace(self.inner.row_space(), self.inner, self.wiring)
 
+    def curved_row_space(self, diagonal: Tensor) -> RowSpace | None:
+        space = self.inner.curved_row_space(diagonal)
+        return None if space is None else WiredRowSpace(space, self.inner, self.wiring)
+
     def dense_F(self) -> Tensor:
         wiring = self.wiring
         out = wiring.seen.spread(wiring.reads.spread_columns(self.inner.dense_F()))

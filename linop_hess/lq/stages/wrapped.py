@@ -8,12 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess._memory import require
 from linop_hess.lq.stages.base import SampleRows, Stage
 from linop_hess.lq.stages.row_space import Controlled, IdentityRowSpace, Joint, RowSpace, generic_row_space
-
-# Arrays of the size of G that a generic row space takes at once: G itself, and its singular value decomposition.
-_COPIES = 4.0
 
 
 @dataclass(frozen=True)
@@ -208,8 +204,7 @@ class ScaledStage(_Around):
         if bool((self.t == self.t[:, :1]).all()):
             return ScaledRowSpace(self.inner.row_space(), self.inner, self.t[:, :1].contiguous())
         if self.p > self.n_out and "A" not in self.nonzero:
-            numbers = _COPIES * self.count * self.p * (self.n_out + self.n_in)
-            require(numbers * self.t.element_size(), f"the row space of {self.p} parameters in units of their own")
+            self.require_dense()
         return generic_row_space(self)
 
     def of_samples(self, start: int, stop: int, samples: int) -> Self:
@@ -292,6 +287,8 @@ class ScaledRowSpace(RowSpace):
 
     def _of_state(self, joint: Joint) -> Joint:
         """The covariance with t δ in the place of δ, since the state acts by t B."""
+        if not joint.state_size:
+            return joint
         unit = torch.ones_like(joint.dd[:, :1])
         unit[: joint.state_size] = self.t
         return replace(joint, sd=joint.sd * unit.mT, dd=joint.dd * unit * unit.mT)
@@ -301,7 +298,8 @@ class ScaledRowSpace(RowSpace):
 class CurvedStage(_Around):
     """Stages with a diagonal added to A, as a penalty on the controls does.
 
-    All controls are visible then, and a pivot is p × p; a diagonal of one sign is no pivot but a change of units, see `Analysis.at`.
+    Controls with such a curvature are visible, and so in a pivot block; a diagonal of one sign is no pivot but a change of units, see
+    `Analysis.at`.
 
     Parameters
     ----------
@@ -322,7 +320,7 @@ class CurvedStage(_Around):
         return self.inner.gauss_newton()
 
     def row_space(self) -> RowSpace:
-        return IdentityRowSpace(self)
+        return self.inner.curved_row_space(self.diagonal) or IdentityRowSpace(self)
 
     def of_samples(self, start: int, stop: int, samples: int) -> Stage:  # type: ignore[override]
         return self.inner.of_samples(start, stop, samples)
