@@ -85,7 +85,8 @@ def build_chain(
     seen = capture(model, loss_fn, inputs, targets, names)
     parameter = named[names[0]]
     penalty = without_penalty(seen.trace, seen.loss_id, seen.output_ids)
-    trace, of_output = (seen.trace, loss_fn) if penalty is None else (penalty.trace, seen.loss_of_output)
+    trace = seen.trace if penalty is None else penalty.trace
+    of_output = seen.loss_of_output if penalty is not None or takes_parameters(loss_fn) else loss_fn
     if seen.reads_output_alone(trace):
         parts = linearize_loss(of_output, seen.output, targets, parameter.dtype)
         graph = build_graph(trace, seen.output_ids[parts.order.cpu().numpy()], parts.stage, parameter)

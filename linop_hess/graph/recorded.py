@@ -57,7 +57,7 @@ def build_graph(trace: Trace, target: np.ndarray, objective: ObjectiveStage | No
         If a derivative is NaN or Inf (the message names the operation).
     """
     nodes = live_nodes(lower(trace), target[target > 0], trace.ids)
-    groups = grouped(nodes, trace.parameters)
+    groups = grouped(nodes, trace.parameters, target)
     plan = schedule(groups, trace.parameters, trace.ids, target, objective is not None)
     order = plan.order
     makers = {g: group.rule.linearize(group.op).to(like.dtype) for g, group in enumerate(groups)}

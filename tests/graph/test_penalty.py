@@ -31,7 +31,7 @@ SEPARABLE: dict[str, Penalty] = {
     "power": per_tensor(lambda p: 0.01 * (p**2).sum()),
     "product": per_tensor(lambda p: 0.02 / 2 * (p * p).sum()),
     "norm squared": per_tensor(lambda p: 0.01 * p.norm() ** 2),
-    "norm by itself": per_tensor(lambda p: (lambda n: 0.01 * n * n)(torch.linalg.vector_norm(p))),
+    "norm by itself": per_tensor(lambda p: (lambda n: 0.01 * (n * n))(torch.linalg.vector_norm(p))),
     "dot": per_tensor(lambda p: 0.01 * torch.dot(p.flatten(), p.flatten())),
     "mse": per_tensor(lambda p: f.mse_loss(p, torch.zeros_like(p))),
     "smooth l1": per_tensor(lambda p: 0.1 * f.smooth_l1_loss(p, torch.zeros_like(p), reduction="sum", beta=0.4)),

@@ -3,9 +3,8 @@
 import functools
 from dataclasses import replace
 
-import torch
-
 import pytest
+import torch
 
 from linop_hess.lq.stages.affine import AffineStage
 from linop_hess.lq.stages.convolution import ConvolutionStage
