@@ -30,8 +30,8 @@ from linop_hess.lq.problem import Problem
 from linop_hess.lq.scaling import state_scales
 from linop_hess.lq.segments import SegmentGroup, order_of, segment_groups
 from linop_hess.lq.stages.base import Stage, common_samples
+from linop_hess.lq.stages.penalized import CurvedStage, scaled
 from linop_hess.lq.stages.row_space import RowSpace
-from linop_hess.lq.stages.wrapped import CurvedStage, scaled
 
 _Made = TypeVar("_Made")
 

@@ -12,7 +12,7 @@ from linop_hess.graph.rules.operation import CONSTANT, CONTROL, NOTHING, STATE, 
 from linop_hess.graph.rules.primitive import ByRows, Rows
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
-from linop_hess.lq.stages.wrapped import InitialStage
+from linop_hess.lq.stages.injection import InitialStage
 
 aten = torch.ops.aten
 

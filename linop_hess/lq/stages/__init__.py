@@ -6,13 +6,13 @@ from linop_hess.lq.stages.convolution import Arrangement, ConvolutionStage
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.stages.diagonal import DiagonalStage
 from linop_hess.lq.stages.embedding import EmbeddingStage
-from linop_hess.lq.stages.injection import IdleStage, InjectionStage
+from linop_hess.lq.stages.injection import IdleStage, InitialStage, InjectionStage
 from linop_hess.lq.stages.objective import ObjectiveStage
+from linop_hess.lq.stages.penalized import CurvedStage, ScaledStage, scaled
 from linop_hess.lq.stages.row_space import DenseRowSpace, IdentityRowSpace, Joint, RowSpace
 from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
 from linop_hess.lq.stages.stacked import Stacked
 from linop_hess.lq.stages.wired import WiredRowSpace, WiredStage
-from linop_hess.lq.stages.wrapped import CurvedStage, InitialStage, ScaledStage, scaled
 from linop_hess.lq.wiring import Wiring
 
 __all__ = [

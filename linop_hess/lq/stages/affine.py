@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.stages.base import SampleRows, Stage
+from linop_hess.lq.stages.penalized import EntrywiseRowSpace
 from linop_hess.lq.stages.row_space import (
     Controlled,
     IdentityRowSpace,
@@ -151,20 +152,19 @@ class AffineStage(Stage):
         units = torch.stack(parts, 1)
         of_weight = units[:, 0, None, None]
         beta = None if self.beta is None else self.beta * of_weight
-        units = units if self.units is None else units * self.units
-        return replace(self, Z=self.Z * of_weight, beta=beta, units=units)
+        return replace(self, Z=self.Z * of_weight, beta=beta, units=units if self.units is None else units * self.units)
 
     def gauss_newton(self) -> Self:
         return replace(self, beta=None)
 
     def row_space(self) -> RowSpace:
-        return self._space(*self._rows_split(), None) if self.p else IdentityRowSpace(self)
+        return self._space(*_rows_split(self._rows_of_controls()), None) if self.p else IdentityRowSpace(self)
 
     def curved_row_space(self, diagonal: Tensor) -> RowSpace | None:
         # With w₀ in columns of its own, Q = diag(Q_w, 1) ⊗ I_o, the structure stays where only w₀ is curved, and if all is visible anyway.
         weights = diagonal[:, : self.W.shape[1] * self.W.shape[2] * self.weight]
         if self.rows > self.W.shape[2]:
-            return self._space(*self._rows_split(), diagonal)
+            return self._space(*_rows_split(self._rows_of_controls()), diagonal)
         if not (self.weight and self.bias) or bool(weights.any()):
             return super().curved_row_space(diagonal)
         basis, rho = _rows_split(self.Z)
@@ -173,8 +173,14 @@ class AffineStage(Stage):
         own[:, :i, :rank], own[:, i, rank] = basis, 1.0
         return self._space(own, torch.cat([rho, self._ones], 2), diagonal)
 
-    def _rows_split(self) -> tuple[Tensor, Tensor]:
-        return _rows_split(torch.cat([self.Z] * self.weight + [self._ones] * self.bias, 2))
+    def row_space_in_units(self, t: Tensor) -> RowSpace | None:
+        if not self.weight or self.rows > self.W.shape[2]:
+            return None
+        return EntrywiseRowSpace.of(self._rows_of_controls(), self.beta, t, *self.W.shape[1:])
+
+    def _rows_of_controls(self) -> Tensor:
+        """Z̃, (K, b, c)."""
+        return torch.cat([self.Z] * self.weight + [self._ones] * self.bias, 2)
 
     def _space(self, basis: Tensor, rho: Tensor, curved_by: Tensor | None) -> RowSpace:
         o, i = self.W.shape[1:]
@@ -194,9 +200,8 @@ class AffineStage(Stage):
     def sample_rows(self, samples: int) -> SampleRows | None:
         if self.rows != samples or not self.p:
             return None
-        parts = [self.Z[0]] * self.weight + [self._ones[0]] * self.bias
         beta = self.beta[0] if self.beta is not None and self.weight else None
-        return SampleRows(torch.cat(parts, 1), beta, self.weight, self.bias)
+        return SampleRows(self._rows_of_controls()[0], beta, self.weight, self.bias)
 
     def G_columns(self, start: int, stop: int) -> Tensor:
         o, i = self.W.shape[1:]

@@ -151,8 +151,12 @@ class Stage(Stacked, ABC):
             numbers * self.dtype.itemsize, f"the row space of {self.p} parameters, each with a curvature of its own"
         )
 
+    def row_space_in_units(self, t: Tensor) -> RowSpace | None:
+        """Return the row space of `in_units` where that is None, but its structure known; None where that is not."""
+        return None
+
     def in_units(self, t: Tensor) -> Stage | None:
-        """Return stages that know their structure with controls x̃, x = t ∘ x̃; None where no kind does. See `lq.stages.wrapped.scaled`."""
+        """Return stages that know their structure with controls x̃, x = t ∘ x̃; None where no kind does. See `lq.stages.penalized.scaled`."""
         return None
 
     def eye(self, size: int) -> Tensor:

@@ -95,6 +95,9 @@ class ConvolutionStage(AffineStage):
     def with_adjoint(self, beta: Tensor) -> Self:
         return super().with_adjoint(self.arrangement.from_state(beta[..., None]))
 
+    def row_space_in_units(self, t: Tensor) -> RowSpace | None:
+        return None  # of arranged outputs only where a tensor has one unit
+
     def _space(self, basis: Tensor, rho: Tensor, curved_by: Tensor | None) -> RowSpace:
         o, i = self.W.shape[1:]
         return ConvolutionRowSpace(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.stages.base import SampleRows, Stage
+from linop_hess.lq.stages.penalized import scaled
 from linop_hess.lq.stages.row_space import Controlled, Joint, RowSpace
-from linop_hess.lq.stages.wrapped import scaled
 from linop_hess.lq.wiring import Wiring
 
 

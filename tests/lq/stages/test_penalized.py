@@ -1,4 +1,4 @@
-"""Stages without a state before them, with controls in other units, and with curvature of their controls added."""
+"""Stages with controls in other units, and with curvature of their controls added."""
 
 import functools
 from dataclasses import replace
@@ -8,38 +8,11 @@ import torch
 
 from linop_hess.lq.stages.affine import AffineStage
 from linop_hess.lq.stages.convolution import ConvolutionStage
+from linop_hess.lq.stages.injection import InitialStage
+from linop_hess.lq.stages.penalized import CurvedStage, EntrywiseRowSpace, ScaledStage, scaled
 from linop_hess.lq.stages.wired import WiredStage
-from linop_hess.lq.stages.wrapped import CurvedStage, InitialStage, ScaledStage, scaled
 from tests.lq.stages import test_affine, test_convolution, test_dense, test_embedding, test_scale_shift, test_wired
 from tests.lq.stages.conformance import Case, StageConformance, draw
-
-
-def case(make):
-    inner = make()
-    blocks = inner.blocks
-    gone = {"F": blocks.F[:, :, :0], "B": blocks.B[:, :, :0], "C": blocks.C[:, :0, :0]}
-    return Case(InitialStage(inner.stage), replace(blocks, **gone))
-
-
-class TestInitial(StageConformance):
-    # The row space is that of the inner stage, with a state before it that nobody asks for.
-    test_row_space = test_hidden_coupling = test_hidden_directions = None
-
-    cases = {
-        "affine": functools.partial(case, functools.partial(test_affine.case, rows=2, inputs=5)),
-        "affine, stack": functools.partial(case, functools.partial(test_affine.case, K=2)),
-        "convolution": functools.partial(case, test_convolution.case),
-        "dense": functools.partial(case, functools.partial(test_dense.case, m=2)),
-        "embedding": functools.partial(case, test_embedding.case),
-    }
-
-
-def test_only_the_controls_of_the_inner_stage_are_there():
-    inner = test_affine.case().stage
-    stage = InitialStage(inner)
-    assert (stage.n_in, stage.p, stage.samples, stage.nonzero) == (0, inner.p, inner.samples, frozenset())
-    assert stage.gauss_newton().inner.beta is None
-    assert torch.equal(stage.dense_G(), inner.dense_G())
 
 
 def one_unit(K, p, o):
@@ -73,6 +46,9 @@ class TestScaled(StageConformance):
         for kind, make, o in (
             ("affine", WIDE, O),
             ("affine, stack", functools.partial(test_affine.case, K=2), O),
+            ("affine, wide stack", functools.partial(test_affine.case, K=2, rows=2, inputs=6, outputs=3), 3),
+            ("affine, many outputs", functools.partial(test_affine.case, rows=2, inputs=4, outputs=9), 9),
+            ("affine, no bias", functools.partial(test_affine.case, rows=2, inputs=4, bias=False), 2),
             ("convolution", test_convolution.case, test_convolution.case().stage.W.shape[1]),
             ("dense", functools.partial(test_dense.case, m=2), 2),
             ("embedding", test_embedding.case, 2),
@@ -94,6 +70,7 @@ def test_an_affine_stage_keeps_its_structure(units):
         assert type(scaled(InitialStage(stage), t).inner) is kind
         assert torch.equal(scaled(scaled(stage, t), t).dense_G(), stage.dense_G() * t[:, None].square())
     assert isinstance(scaled(stage, unit_an_entry(stage.count, stage.p, 0)), ScaledStage)
+    assert isinstance(scaled(WIDE().stage, unit_an_entry(1, WIDE().stage.p, 0)).row_space(), EntrywiseRowSpace)
     wired = next(iter(test_wired.TestWired.cases.values()))().stage
     assert isinstance(scaled(wired, one_unit(wired.count, wired.p, 0)), WiredStage)
 
