@@ -10,6 +10,7 @@ import torch
 
 from linop_hess import lq
 from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
+from linop_hess.lq.inverse import entries
 from linop_hess.lq.inverse.counting import count_up_to, smallest_convex_damping
 from linop_hess.lq.inverse.inertia import inertia
 from tests.lq.graphs import GRAPHS
@@ -225,3 +226,21 @@ def test_problem():
     for wrong in (D[:-1], torch.full_like(D, np.nan)):
         with pytest.raises(ValueError, match="expected a diagonal of"):
             chain.with_curvature(chain.blocks, wrong)
+
+
+@pytest.mark.parametrize("diagonal", DIAGONALS, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("shape", [*SHAPES, *GRAPHS])
+def test_entries_from_the_factors(shape, diagonal, monkeypatch):
+    """As of many parameters: by selected inversion and by the dense factors, in the units that are factored in."""
+    monkeypatch.setattr(entries, "SOLVED_UP_TO", -1)
+    problem, H = with_diagonal(shape, diagonal)
+    for damping, method in ((0.3, "riccati"), (1e-2, "riccati"), (0.3, "dense"), (-0.07, "dense")):
+        K, _, condition = spectrum(H, damping)
+        if condition > 1e8:
+            continue
+        found, inverse = lq.Inverse(problem, damping, method), np.linalg.inv(K)
+        atol = 1e-13 * (10 + condition) * np.abs(inverse).max()
+        np.testing.assert_allclose(found.entries.diagonal.numpy(), inverse.diagonal(), rtol=0, atol=atol)
+        own = [problem.layout.controls(int(l)) for l in np.flatnonzero(problem.layout.p)]
+        for places, block in zip(own, found.blocks(), strict=True):
+            np.testing.assert_allclose(block.numpy(), inverse[np.ix_(places, places)], rtol=0, atol=atol)

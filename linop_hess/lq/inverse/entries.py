@@ -153,7 +153,8 @@ class DiagonalEntries:
                 out.append(self._solved_block(torch.from_numpy(one).to(device)))
             elif one.size:
                 block, inside = of_stages[stage[one[0]]], torch.from_numpy(position[one]).to(device)
-                out.append(block if one.size == sizes[stage[one[0]]] else block[inside[:, None], inside])
+                is_whole = one.size == sizes[stage[one[0]]] and bool((np.diff(position[one]) == 1).all())
+                out.append(block if is_whole else block[inside[:, None], inside])
             else:
                 out.append(self.diagonal.new_zeros(0, 0))
         return out
@@ -190,8 +191,15 @@ class DiagonalEntries:
 def _controls_of_stages(layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each place of a flat vector the stage it belongs to, of those with controls, and its position there; and their sizes."""
     sizes = layout.p[layout.p > 0]
-    stage = np.repeat(np.arange(sizes.size), sizes)
-    return stage, np.arange(layout.size) - np.repeat(np.cumsum(sizes) - sizes, sizes), sizes
+    in_chain = (
+        np.repeat(np.arange(sizes.size), sizes),
+        np.arange(layout.size) - np.repeat(np.cumsum(sizes) - sizes, sizes),
+    )
+    if layout.places is None:
+        return *in_chain, sizes
+    stage, position = np.empty_like(layout.places), np.empty_like(layout.places)
+    stage[layout.places], position[layout.places] = in_chain
+    return stage, position, sizes
 
 
 def _selected(entries: Callable[[RiccatiFactorization], _Entries], factors: Factors, attempt: int) -> _Entries:
