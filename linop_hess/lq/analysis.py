@@ -126,8 +126,17 @@ class Analysis:
 
     @cached_property
     def row_spaces(self) -> list[RowSpace | None]:
-        """The row space of each stack; None where it has no controls."""
-        assert self.problem.diagonal is None, "a problem with a diagonal is factored in the variables of `at`"
+        """The row space of each stack; None where it has no controls.
+
+        Raises
+        ------
+        ValueError
+            If the problem has a diagonal, which no stage knows of.
+        """
+        if self.problem.diagonal is not None:
+            raise ValueError(
+                "expected a problem without a diagonal, got one with it: factor `analysis.at(damping)`, or ask `lq.Inverse`"
+            )
         return [block.row_space() if block.p else None for block in self.problem.blocks]
 
     @cached_property

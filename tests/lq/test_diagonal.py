@@ -212,6 +212,12 @@ def test_errors_speak_of_the_damping_that_was_asked_for():
         inertia(lq.Analysis(problem), 0.4 + 1e-15)
 
 
+def test_factors_never_meet_a_diagonal():
+    problem, _ = with_diagonal("wide", each)
+    with pytest.raises(ValueError, match="expected a problem without a diagonal"):
+        lq.METHODS["riccati"].factor(lq.Analysis(problem), 0.1)
+
+
 def test_problem():
     chain, H = made("wide")
     D = torch.from_numpy(each(len(H)))

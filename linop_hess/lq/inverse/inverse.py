@@ -148,7 +148,7 @@ class Inverse:
             If H + εI is not positive definite; it names the inertia and a damping that works.
         """
         sampling.require_definite(self.inertia, self.analysis, self.damping)
-        drawn = self._asked(lambda factors: sampling.sample(factors.answering("sample"), k, generator))
+        drawn = self._asked(lambda factors: sampling.sample(factors.answering("sample"), k, generator, self.damping))
         return self.factors.change.vectors(drawn)
 
 
