@@ -208,12 +208,7 @@ def test_singular_hessian_names_a_damping_that_works():
 def test_losses_are_refused_in_one_voice(setting):
     """By linearize and by Hessian with the same error and the same words."""
     model, x, y = setting
-
-    def penalty(o, t):
-        return f.cross_entropy(o, t) + sum((p**2).sum() for p in model.parameters())
-
     for loss, error, match in (
-        (penalty, UnsupportedModelError, "penalty on the weights"),
         (lambda o, t: f.cross_entropy(o, t, reduction="none"), ValueError, r"scalar tensor, got shape \(4,\)"),
         (lambda o, t: f.cross_entropy(o, t).item(), TypeError, "scalar tensor, got float"),
         (lambda o, t: f.cross_entropy(o, t) / 0, ValueError, "finite loss, got inf"),
@@ -224,6 +219,20 @@ def test_losses_are_refused_in_one_voice(setting):
                 build(loss)
             said.append(str(caught.value))
         assert said[0] == said[1] and said[0].startswith("expected ") and ", got " in said[0] and ": " in said[0]
+
+
+def test_a_penalty_that_is_not_given_the_parameters(setting):
+    """`linearize` records which parameters a loss reads, and is exact; products by autograd refuse it."""
+    model, x, y = setting
+
+    def penalty(o, t):
+        return f.cross_entropy(o, t) + sum((p**2).sum() for p in model.parameters())
+
+    lin = lh.linearize(model, penalty, x, y)
+    plain = lh.to_dense(lh.Hessian(model, f.cross_entropy, (x, y)))
+    np.testing.assert_allclose(lh.to_dense(lin.H), plain + 2 * np.eye(len(plain)), rtol=0, atol=1e-14)
+    with pytest.raises(UnsupportedModelError, match="penalty on the weights"):
+        lh.Hessian(model, penalty, (x, y))
 
 
 def test_a_loss_of_one_element_is_a_scalar(setting):
