@@ -56,7 +56,8 @@ class Penalty:
 def without_penalty(trace: Trace, loss: int, outputs: np.ndarray, second: SecondDerivatives) -> Penalty | None:
     """Take what is separable in the parameters out of a loss; None where there is nothing, or nothing else.
 
-    What has its second derivatives from surrogates or differences stays in the graph, whose rules know of them.
+    What has its second derivatives from surrogates stays in the graph, whose rules know of them, and so does everything where
+    autograd has none.
 
     Parameters
     ----------
@@ -70,8 +71,6 @@ def without_penalty(trace: Trace, loss: int, outputs: np.ndarray, second: Second
 
     Raises
     ------
-    UnsupportedModelError
-        If an operation of the penalty has no second derivative, and differences are not allowed.
     ValueError
         If a derivative of the penalty is NaN or Inf.
     """
@@ -91,9 +90,7 @@ def without_penalty(trace: Trace, loss: int, outputs: np.ndarray, second: Second
         with twice_differentiable("the penalty in loss_fn", device):
             slopes = _adjoints([node for node in in_loss if id(node) in tail], loss, trace.ids)[terms]
             derivatives = _derivatives([node for node in in_loss if id(node) not in tail], owners, trace)
-    except UnsupportedModelError:
-        if not second.finite:
-            raise
+    except UnsupportedModelError:  # rules may have what autograd has not, or take differences
         return None
     at = torch.from_numpy(owners[terms] - 1)
     gradient, curvature = (

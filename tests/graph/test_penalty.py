@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as f
 
 import linop_hess as lh
+from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.build import AUTOGRAD
 from linop_hess.graph.lowering import opened
 from linop_hess.graph.penalty import without_penalty
@@ -250,6 +251,75 @@ def test_nothing_is_p_by_p(name, dampings):
         assert signs.zero == 0 and 0 < signs.negative < signs.positive
     assert largest <= 2**28
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 <= 2**30
+
+
+@pytest.mark.parametrize("sharpness", [2.0, 20.0])
+def test_kinks_have_the_curvature_of_surrogates(sharpness):
+    """They stay in the graph, beside what is smooth and goes; without surrogates they have a slope alone."""
+    model, x, y = network()
+    kinked = per_tensor(lambda p: 0.05 * p.abs().sum() + 0.01 * p.square().sum())
+    smooth = per_tensor(lambda p: 0.05 * (p**2 + sharpness**-2).sqrt().sum() + 0.01 * p.square().sum())
+    lin = lh.linearize(model, penalized(kinked), x, y, nonsmooth="smooth", sharpness=sharpness)
+    gradient, H = truth(model, penalized(kinked), x, y)
+    almost = truth(model, penalized(smooth), x, y)[1]
+    eye = np.eye(len(H))
+    assert np.linalg.norm(lin.gradient - gradient) <= 1e-14 * np.linalg.norm(gradient)
+    assert np.linalg.norm(lin.H @ eye - almost, 2) <= 1e-14 * np.linalg.norm(almost, 2)
+    assert torch.equal(lin.problem.diagonal, torch.full_like(lin.problem.diagonal, 0.02))
+    assert backward_error(almost, 1e-3, lin.inverse(1e-3) @ gradient, gradient) <= 1e-14
+    plain = lh.linearize(model, penalized(kinked), x, y)
+    assert np.linalg.norm(plain.H @ eye - H, 2) <= 1e-14 * np.linalg.norm(H, 2)
+    assert plain.problem.length < lin.problem.length
+    with pytest.raises(UnsupportedModelError, match="without kinks.*abs"):
+        lh.linearize(model, penalized(kinked), x, y, nonsmooth="error")
+
+
+@pytest.mark.parametrize("differentiation", ["autograd", "finite"])
+def test_what_autograd_cannot_differentiate_twice_stays(differentiation):
+    """Hardsigmoid has no second derivative in torch, and so nothing to verify against; it has a rule."""
+    model, x, y = network()
+    loss_fn = penalized(per_tensor(lambda p: 0.05 * f.hardsigmoid(p).square().sum()))
+    lin = lh.linearize(model, loss_fn, x, y, verify=False, differentiation=differentiation)
+    by_hand = penalized(per_tensor(lambda p: 0.05 * (p / 6 + 0.5).square().sum()))  # no parameter is beyond 3
+    assert all(float(p.detach().abs().max()) < 3 for p in model.parameters()) and lin.problem.diagonal is None
+    H = truth(model, by_hand, x, y)[1]
+    assert np.linalg.norm(lin.H @ np.eye(len(H)) - H, 2) <= 1e-7 * np.linalg.norm(H, 2)  # torch's 1/6 is in float32
+
+
+def test_a_loss_that_differentiates_the_output_beside_a_penalty():
+    model, x, y = network()
+    x = x.requires_grad_()
+
+    def loss_fn(output: Tensor, target: Tensor, params: dict[str, Tensor], given: Tensor = x) -> Tensor:
+        (slope,) = torch.autograd.grad(output.sum(), given, create_graph=True)
+        return f.cross_entropy(output, target) + 0.1 * slope.square().sum() + decay(params)
+
+    lin = lh.linearize(model, loss_fn, x, y)
+    D = lin.problem.diagonal
+    assert torch.allclose(D, torch.full_like(D, 0.04), rtol=1e-15)
+    H = lh.to_dense(lh.Hessian(model, loss_fn, (x, y)))
+    assert np.linalg.norm(lin.H @ np.eye(len(H)) - H, 2) <= 1e-13 * np.linalg.norm(H, 2)
+    with pytest.raises(UnsupportedModelError, match="before its output"):
+        lin.gauss_newton()
+
+
+def test_a_loss_module_in_single_precision():
+    """It is differentiated by the output in float64, a copy of it, with the parameters as constants."""
+    model, x, y = network(torch.float32)
+
+    class Weighed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 0.5, 0.3]))
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return self.by(output, target) + decay(dict(model.named_parameters()))
+
+    lin = lh.linearize(model, Weighed(), x, y)
+    by = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 0.5, 0.3]).double())
+    H = truth(model, lambda o, t, p: by(o, t) + decay(p), x, y)[1]
+    assert bool((lin.problem.diagonal == lin.problem.diagonal[0]).all())
+    assert np.linalg.norm(lin.H @ np.eye(len(H), dtype=np.float32) - H, 2) <= 1e-6 * np.linalg.norm(H, 2)
 
 
 def test_an_infinite_derivative_is_told():
