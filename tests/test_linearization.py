@@ -455,7 +455,7 @@ def test_verify_fails_on_a_tampered_problem(stage, factor):
 def test_verify_names_the_layer_it_suspects():
     model, loss, x, y = network("curved in its parameters")
     lin = lh.linearize(model, loss, x, y)
-    stage = next(b for b, name in enumerate(lin.problem.names) if name == "1: mul")
+    stage = next(b for b, name in enumerate(lin.problem.names) if str(name) == "1: mul")
     getattr(lin.problem.stages[stage], "inner", lin.problem.stages[stage]).c.mul_(1.5)
     with pytest.raises(ArithmeticError, match=r"suspected: at or after stage 1 \(0: addmm\)"):
         lin.verify()
