@@ -121,7 +121,7 @@ def linearize(
 
 
 class Linearization(Named):
-    """First and second derivatives of a chain, as operators. Made by `linearize`.
+    """First and second derivatives of a network, as operators. Made by `linearize`.
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ from linop_hess.lq.methods.plan import Plan
 from linop_hess.lq.problem import Problem
 
 RULE, DOUBLE_BACKWARD, DIFFERENCES = "rule", "double backward", "differences"
-"""Where second derivatives of a stage come from: a rule for its kind of operation, torch's of the whole, or differences of first ones."""
+"""Where second derivatives of a stage come from: a rule, torch's of the whole operation, or differences of torch's first ones."""
 
 # So many rows of a table are printed, the first and the last of them.
 _SHOWN = 60

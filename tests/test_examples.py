@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
 import linop_hess as lh
@@ -41,6 +42,8 @@ def test_every_example_is_tested():
         "optimal_control",
         "preconditioner_clinic",
         "preconditioning",
+        "residual_network",
+        "transformer",
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -206,6 +209,76 @@ def test_influence_leaves_a_saddle():
     gradient = torch.func.grad(at_parameters(model, data, damping))(torch.from_numpy(w))
     assert float(gradient.norm()) < 1e-8 and lin.inertia(damping).negative == 0
     assert lin.loss < 0.1 * 12 * np.log(2)
+
+
+def test_residual_network(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    sizes = {"images": 10, "blocks": 2, "width": 3, "early": 10, "steps": 300, "decay": 1.0, "retrained": 2}
+    found = load("residual_network").main(**sizes, figure=tmp_path / "residual.png")
+    assert (tmp_path / "residual.png").stat().st_size > 0
+    model, start, w, data = found["model"], *map(torch.from_numpy, (found["start"], found["w"])), found["data"]
+    early = at_parameters(model, data, 0.0)
+    spectrum = np.linalg.eigvalsh(H := torch.autograd.functional.hessian(early, start).numpy())
+    scale = abs(spectrum).max()
+    counted = found["spectrum"]
+    assert counted.nullity == (abs(spectrum) <= counted.null).sum()
+    assert np.array_equal(counted.counts, np.histogram(spectrum[abs(spectrum) > counted.null], counted.edges)[0])
+    assert found["ends"] == pytest.approx((spectrum[0], spectrum[-1]), abs=1e-6 * scale)
+    assert found["damping"] == pytest.approx(-2 * spectrum[0], rel=1e-2)
+    g = torch.func.grad(early)(start).numpy()
+    step = -np.linalg.solve(H + found["damping"] * np.eye(len(H)), g)
+    assert np.allclose(found["step"], step, rtol=0, atol=1e-9 * abs(step).max())
+    assert found["Newton step"] == pytest.approx(early(start + torch.from_numpy(step)).item(), rel=1e-8)
+    assert found["Newton step"] < found["before"]
+
+    penalized = at_parameters(model, data, 1.0)
+    hessian = torch.autograd.functional.hessian(penalized, w).numpy()
+    assert torch.func.grad(penalized)(w).norm() < 1e-8 and np.linalg.eigvalsh(hessian)[0] > 0
+    asked = torch.func.grad(at_parameters(model, found["test"], 0.0))(w).numpy()
+    before = at_parameters(model, found["test"], 0.0)(w).item()
+    for i, newton in zip(found["chosen"], found["newton"], strict=True):
+        own = torch.func.grad(at_parameters(model, (data[0][i : i + 1], data[1][i : i + 1]), 0.0))(w).numpy()
+        assert found["predicted"][i] == pytest.approx(asked @ np.linalg.solve(hessian, own), rel=1e-6)
+        kept = torch.arange(10) != i
+        others = torch.autograd.functional.hessian(at_parameters(model, (data[0][kept], data[1][kept]), 1.0), w)
+        there = w + torch.from_numpy(np.linalg.solve(others.numpy(), own))
+        growth = at_parameters(model, found["test"], 0.0)(there).item() - before
+        assert newton == pytest.approx(growth, rel=1e-6, abs=1e-9)
+
+
+def test_transformer():
+    example = load("transformer")
+    found = example.main(lines=3, tokens=3, layers=1, width=2, early=10, steps=30, weight=1e-5)
+    model, data, asked = found["model"], found["data"], found["asked"]
+    names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()), strict=True)
+
+    def loss(inputs, targets):
+        def at(flat):
+            parts = flat.split([s.numel() for s in shapes])
+            values = {name: part.view(s) for name, part, s in zip(names, parts, shapes, strict=True)}
+            return example.loss_fn(torch.func.functional_call(model, values, (inputs,)), targets)
+
+        return at
+
+    def derivatives(at, w):
+        (g,) = torch.autograd.grad(at(w := w.clone().requires_grad_()), w)
+        return g.numpy()
+
+    start, w = torch.from_numpy(found["start"]), torch.from_numpy(found["w"])
+    with sdpa_kernel(SDPBackend.MATH):
+        H = torch.autograd.functional.hessian(loss(*data), start).numpy()
+        spectrum, g = np.linalg.eigvalsh(H), derivatives(loss(*data), start)
+        assert found["ends"] == pytest.approx((spectrum[0], spectrum[-1]), rel=1e-6)
+        assert found["damping"] == pytest.approx(-2 * spectrum[0], rel=1e-6)
+        step = np.linalg.solve(H + found["damping"] * np.eye(len(H)), g)
+        assert found["Newton step"] == pytest.approx(loss(*data)(start - torch.from_numpy(step)).item(), rel=1e-8)
+        H = torch.autograd.functional.hessian(loss(*data), w).numpy() + found["lambda"] * np.eye(len(H))
+        own = np.stack([derivatives(loss(data[0][i : i + 1], data[1][i : i + 1]), w) for i in range(3)], axis=1)
+        influence = derivatives(loss(*asked), w) @ np.linalg.solve(H, own)
+    assert np.linalg.eigvalsh(H)[0] > 0
+    assert np.allclose(found["influence"], influence, rtol=0, atol=1e-9 * abs(influence).max())
+    assert found["gap"] < 1e-3  # of first order in the weight
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ import torch
 
 from linop_hess import __version__, plot
 from linop_hess.cli.compare import Outcome, compare_solvers
-from linop_hess.cli.networks import ACTIVATIONS, DIGITS, digits_problem
+from linop_hess.cli.models import ACTIVATIONS, FAMILIES
+from linop_hess.cli.networks import DIGITS, digits_problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         The exit status. Wrong arguments end in ``SystemExit(2)`` with a usage message.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    family = FAMILIES[arguments.model]
+    if arguments.activation and not family.activation:
+        parser.error(
+            f"argument --activation: expected none with --model {arguments.model}, which has its own: leave it out"
+        )
+    for size in ("depth", "width", "batch", "activation"):
+        if getattr(arguments, size) is None:
+            setattr(arguments, size, getattr(family, size) or None)
     return int(arguments.command(arguments))
 
 
@@ -46,18 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         help="compare Krylov and direct solvers of one Newton system",
-        description="Solve (H + damping I) x = gradient for a deep, narrow classifier of scikit-learn's "
-        "digits by Krylov solvers, preconditioned ones, and the exact inverse. Prints a table, writes "
-        "convergence.png and results.json.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Solve (H + damping I) x = gradient for a small classifier of scikit-learn's digits (8 x 8 pixels) by "
+        "Krylov solvers, preconditioned ones, and the exact inverse. Prints a table, writes convergence.png and results.json.",
+        epilog=_families(),
+        formatter_class=_Help,
     )
     compare.set_defaults(command=_compare)
     add = compare.add_argument
-    add("--depth", type=_integer(1), default=24, metavar="N", help="hidden layers, at least 1")
-    add("--width", type=_integer(1), default=8, metavar="N", help="neurons a hidden layer, at least 1")
-    add("--batch", type=_integer(1, DIGITS), default=16, metavar="N", help=f"images in the loss, 1 to {DIGITS}")
+    add("--model", choices=tuple(FAMILIES), default="mlp", help="the network; what sizes mean there is said below")
+    add("--depth", type=_integer(1), metavar="N", help="layers or blocks, at least 1")
+    add("--width", type=_integer(1), metavar="N", help="neurons, channels or entries of a layer, at least 1")
+    add("--batch", type=_integer(1, DIGITS), metavar="N", help=f"images in the loss, 1 to {DIGITS}")
     add("--damping", type=_positive(), default=1e-3, metavar="X", help="added to the diagonal, positive")
-    add("--activation", choices=tuple(ACTIVATIONS), default="tanh", help="between the layers")
+    add("--activation", choices=tuple(ACTIVATIONS), help="between the layers")
     add("--train-steps", type=_integer(0), default=0, metavar="N", help="Adam steps first, at least 0")
     add("--seed", type=_integer(0, 2**63 - 1), default=0, metavar="N", help="from 0 to 2^63 - 1")
     add("--rtol", type=_positive(1.0), default=1e-10, metavar="X", help="for Krylov, between 0 and 1")
@@ -66,6 +77,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=_folder, default=Path("."), metavar="DIR", help="where the files go, made if missing")
     add("--no-progress", action="store_true", help="no progress bars")
     return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults where there are any, and lines as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+def _families() -> str:
+    """What depth and width count in each model, and the sizes where none are given."""
+    lines = ["models, with their sizes where none are given:"]
+    for name, f in FAMILIES.items():
+        own = f.activation or "its own activations"
+        lines.append(f"  {name:12}--depth {f.depth} {f.layers}, --width {f.width} {f.units}, --batch {f.batch}, {own}")
+    return "\n".join(lines)
 
 
 def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -125,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     problem = digits_problem(
         arguments.depth, arguments.width, arguments.batch,
-        arguments.activation, arguments.train_steps, arguments.seed,
+        arguments.activation, arguments.train_steps, arguments.seed, arguments.model,
     )  # fmt: skip
     outcome = compare_solvers(
         problem,
@@ -155,8 +185,9 @@ def _bar(label: str, total: int) -> Any:
 
 
 def _headline(arguments: argparse.Namespace, outcome: Outcome) -> str:
+    family, activation = FAMILIES[arguments.model], f"{arguments.activation}, " if arguments.activation else ""
     return (
-        f"digits, {arguments.depth} hidden layers of {arguments.width}, {arguments.activation}, "
+        f"digits, {arguments.model}, depth {arguments.depth} ({family.layers}), width {arguments.width} ({family.units}), {activation}"
         f"{arguments.batch} images, {arguments.train_steps} training steps, seed {arguments.seed}\n"
         f"{outcome.parameters:,} parameters, loss {outcome.loss:.4g}, "
         f"|gradient| {outcome.gradient_norm:.3g}\n"
@@ -168,7 +199,7 @@ def _headline(arguments: argparse.Namespace, outcome: Outcome) -> str:
 
 def _draw(arguments: argparse.Namespace, outcome: Outcome, path: Path) -> None:
     title = (
-        f"Newton step of a {arguments.depth}×{arguments.width} {arguments.activation} network on digits "
+        f"Newton step, {arguments.model} of depth {arguments.depth} and width {arguments.width}, on digits "
         f"({outcome.parameters:,} parameters, damping {arguments.damping:g})"
     )
     plot.convergence(outcome.comparison, title=title).savefig(path)

@@ -8,6 +8,7 @@ import torch
 
 from linop_hess.cli import compare
 from linop_hess.cli import main as cli
+from linop_hess.cli.models import FAMILIES
 
 SMALL = ["--depth", "3", "--width", "4", "--batch", "5", "--maxiter", "30", "--no-progress"]
 
@@ -29,6 +30,8 @@ SMALL = ["--depth", "3", "--width", "4", "--batch", "5", "--maxiter", "30", "--n
         (["--train-steps", "-1"], "--train-steps: expected an integer of at least 0"),
         (["--seed", "-1"], "--seed: expected an integer from 0 to"),
         (["--activation", "cosine"], "tanh"),
+        (["--model", "gru", "--activation", "tanh"], "--activation: expected none with --model gru"),
+        (["--model", "resnet"], "resmlp"),
         (["--out", __file__], "--out: expected a folder"),
         (["--speed"], "--speed"),
     ],
@@ -49,6 +52,27 @@ def test_a_command_is_required(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
+def test_help_says_what_sizes_mean_in_each_model(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for name, family in FAMILIES.items():
+        assert f"{name:12}--depth {family.depth} {family.layers}, --width {family.width} {family.units}" in said
+
+
+@pytest.mark.parametrize("model", [name for name in FAMILIES if name != "mlp"])
+def test_every_model_is_solved_exactly(model, capsys, tmp_path):
+    sizes = ["--depth", "1", "--width", "2", "--batch", "2", "--maxiter", "5", "--train-steps", "3", "--no-progress"]
+    assert cli.main(["compare", "--model", model, *sizes, "--out", str(tmp_path)]) == 0
+    assert f"digits, {model}, depth 1 (" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["options"]["model"] == model
+    rows = {row["name"]: row for row in results["rows"]}
+    for name in ("exact inverse, banded", "exact inverse, riccati", "exact inverse, dense", "dense LU"):
+        assert rows[name]["backward_error"] <= 1e-14, name
+
+
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out") / "new"
@@ -62,6 +86,7 @@ def test_compare_writes_what_it_says(outcome):
     folder, results = outcome
     assert (folder / "convergence.png").read_bytes().startswith(b"\x89PNG")
     assert results["options"]["seed"] == 3
+    assert (results["options"]["model"], results["options"]["activation"]) == ("mlp", "tanh")
     # 64 pixels to 4, twice 4 to 4, 4 to 10 classes, with biases.
     assert results["parameters"] == 64 * 4 + 4 + 2 * (4 * 4 + 4) + 4 * 10 + 10
 
