@@ -54,7 +54,7 @@ def linearize(
         `nn.Sequential` of known layers is taken layer by layer; of any other model one run is recorded (docs/models.md).
     loss_fn : callable
         ``loss_fn(output, target)`` gives a scalar; one of three arguments is called as ``loss_fn(output, target, params)`` with the
-        dict of parameters, for penalties on them.
+        dict of parameters, for penalties on them. Separable ones, as weight decay, cost nothing: they are a diagonal of H.
     inputs : object
         A tensor, a tuple of what the model takes, ``model(*inputs)``, or anything else that it takes, as ``model(inputs)``.
     targets : object

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from linop_hess.autograd.calling import constant, takes_parameters
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.capture import Capture, capture, watched
 from linop_hess.graph.layers import known_layers, linearize_layers
-from linop_hess.graph.recorded import build_graph
+from linop_hess.graph.penalty import Penalty, without_penalty
+from linop_hess.graph.recorded import Graph, build_graph
 from linop_hess.graph.rules.loss import LossParts, linearize_loss
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.lq.problem import Problem
@@ -111,14 +112,7 @@ def build_chain(
     seen = capture(*run, second.sharpness is not None)
     if layers is None:
         _has_surrogates(second, run)
-    parameter = parameters[0]
-    sizes = {name: p.numel() for name, p in zip(names, parameters, strict=True)}
-    parts = _whole_loss(seen, loss_fn, targets, parameter.dtype, second) if seen.reads_output_alone else None
-    if parts is not None:
-        target = seen.output_ids[parts.order.cpu().numpy()]
-        graph = build_graph(seen.trace, target, parts.stage, parameter, sizes, second)
-    else:
-        graph = build_graph(seen.trace, np.array([seen.loss_id]), None, parameter, sizes, second)
+    graph = _recorded(seen, loss_fn, targets, dict(zip(names, parameters, strict=True)), second)
     _compare_gradients(seen, graph.gradient, names)
     shape = tuple(names), shapes, graph.generic, graph.cuts, seen.looks_inside, graph.differenced
     return Chain(graph.problem, seen.loss, graph.gradient, *shape)
@@ -135,6 +129,30 @@ def _has_surrogates(second: SecondDerivatives, run: tuple[Any, ...]) -> bool:
     return False
 
 
+def _recorded(
+    seen: Capture,
+    loss_fn: Callable[..., Tensor],
+    targets: Any,
+    parameters: dict[str, nn.Parameter],
+    second: SecondDerivatives,
+) -> Graph:
+    """A recorded run as a chain, what is separable in its loss as a diagonal."""
+    parameter = next(iter(parameters.values()))
+    sizes = {name: p.numel() for name, p in parameters.items()}
+    penalty = without_penalty(seen.trace, seen.loss_id, seen.output_ids, second)
+    trace = seen.trace if penalty is None else penalty.trace
+    parts = None
+    if seen.reads_output_alone(trace):
+        of_output = seen.loss_of_output if penalty is not None or takes_parameters(loss_fn) else loss_fn
+        parts = _whole_loss(seen, of_output, targets, parameter.dtype, second)
+    if parts is not None:
+        target = seen.output_ids[parts.order.cpu().numpy()]
+        graph = build_graph(trace, target, parts.stage, parameter, sizes, second)
+    else:
+        graph = build_graph(trace, np.array([seen.loss_id]), None, parameter, sizes, second)
+    return graph if penalty is None else _with_penalty(graph, penalty)
+
+
 def _whole_loss(
     seen: Capture, loss_fn: Callable[..., Tensor], targets: Any, dtype: torch.dtype, second: SecondDerivatives
 ) -> LossParts | None:
@@ -145,6 +163,15 @@ def _whole_loss(
         if not second.finite:
             raise
         return None
+
+
+def _with_penalty(graph: Graph, penalty: Penalty) -> Graph:
+    """The chain with a separable penalty as its diagonal."""
+    gradient, curvature = (part.to(graph.gradient) for part in (penalty.gradient, penalty.curvature))
+    problem = graph.problem
+    if bool(curvature.any()):
+        problem = problem.with_curvature(problem.blocks, curvature)
+    return replace(graph, problem=problem, gradient=graph.gradient + gradient)
 
 
 def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str]) -> None:

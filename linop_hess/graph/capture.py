@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,11 @@ class Capture:
     loss : float
     gradient : list of Tensor
         By autograd, of each parameter.
-    reads_output_alone : bool
-        Whether the loss depends on the parameters through the output alone.
     looks_inside : str
         The first operation of the loss, if any, that reads what the model computed on the way to the output, as one that differentiates
         the output does; empty where the loss is a function of output and parameters.
+    loss_of_output : callable
+        ``loss_of_output(output, targets)``: the loss with the parameters, where it reads them itself, as constants.
     """
 
     trace: Trace
@@ -53,8 +54,13 @@ class Capture:
     loss_id: int
     loss: float
     gradient: list[Tensor]
-    reads_output_alone: bool
     looks_inside: str
+    loss_of_output: Callable[[Any, Any], Tensor]
+
+    def reads_output_alone(self, trace: Trace) -> bool:
+        """Whether the loss of a trace, this run's or what is left of it, depends on the parameters through the output alone."""
+        beyond, known = _first_beyond(trace, self.output_ids)
+        return not beyond and bool(known[self.loss_id])
 
 
 def capture(
@@ -99,7 +105,7 @@ def capture(
         tensors = _floating(output)
         ids = np.concatenate([recorder.ids_of(t) for t in tensors] or [np.zeros(0, dtype=np.int64)])
         kept = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, output)
-        between.extend((kept, ids, len(recorder.trace.nodes)))
+        between.extend((kept, ids))
         recorder.in_loss = True
         with recorder:
             return checked_loss(own.loss(output, own_targets))
@@ -129,8 +135,8 @@ def capture(
             "expected a model and a loss that give the same value each time, got two values for the same input: call "
             "model.eval(), or remove the randomness"
         )
-    kept, ids, modelled = between
-    beyond, known = _first_beyond(recorder.trace, modelled, ids)
+    kept, ids = between
+    given = np.append(ids, np.arange(1, recorder.trace.parameters + 1))
     return Capture(
         recorder.trace,
         kept,
@@ -138,9 +144,8 @@ def capture(
         int(loss_ids[0]),
         float(value.detach()),
         [g.detach() for g in gradient],
-        not beyond and bool(known[int(loss_ids[0])]),
-        beyond
-        and _first_beyond(recorder.trace, modelled, np.append(ids, np.arange(1, recorder.trace.parameters + 1)))[0],
+        _first_beyond(recorder.trace, given)[0],
+        partial(own.loss_of_output, loss_fn),
     )
 
 
@@ -188,6 +193,7 @@ class _Private:
         self.constants = [*others.values(), *self._copies.values()]
         self._stand_ins = {id(named[name]): tensor for name, tensor in {**self.leaves, **others}.items()}
         self._stand_ins |= {id(self._buffers[name]): copy for name, copy in self._copies.items()}
+        self._places = {name: id(named[name]) for name in names}
 
     def data(self) -> tuple[Any, Any]:
         """Copies of inputs and targets, new ones each time."""
@@ -198,13 +204,21 @@ class _Private:
         """What the loss function makes of an output."""
         return call_loss(self._loss_fn, output, targets, self.leaves)
 
+    def loss_of_output(self, loss_fn: Callable[..., Tensor], output: Any, targets: Any) -> Any:
+        """The same of the loss, or of a copy of it in float64, with the parameters as constants."""
+        constants = {name: leaf.detach() for name, leaf in self.leaves.items()}
+        with self.standing_in(loss_fn, constants):
+            return call_loss(loss_fn, output, targets, constants)
+
     @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """The copies in the places of the model's own, and all that model and loss had put back afterwards."""
+    def standing_in(self, loss_fn: Any = None, constants: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """The copies, or constants, in the places of the model's own, and all that model and loss had put back afterwards."""
+        loss_fn = self._loss_fn if loss_fn is None else loss_fn
+        replaced = {self._places[name]: tensor for name, tensor in (constants or {}).items()}
         with ExitStack() as stack:
-            if isinstance(self._loss_fn, nn.Module):
-                stack.enter_context(StandIns(self._loss_fn, {}))
-            stack.enter_context(StandIns(self._model, self._stand_ins))
+            if isinstance(loss_fn, nn.Module):
+                stack.enter_context(StandIns(loss_fn, {}))
+            stack.enter_context(StandIns(self._model, {**self._stand_ins, **replaced}))
             yield
 
     def require_unchanged(self) -> None:
@@ -232,12 +246,14 @@ def _floating(output: Any) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _first_beyond(trace: Trace, modelled: int, given: np.ndarray) -> tuple[str, np.ndarray]:
+def _first_beyond(trace: Trace, given: np.ndarray) -> tuple[str, np.ndarray]:
     """The first operation of the loss that reads what depends on parameters and is neither given nor computed by the loss, or ""."""
     known = np.zeros(trace.ids + 1, dtype=bool)
     known[0] = True
     known[given] = True
-    for node in trace.nodes[modelled:]:
+    for node in trace.nodes:
+        if not node.in_loss:
+            continue
         for ids in node.arguments:
             if not bool(known[ids.ids() if isinstance(ids, Strided) else ids].all()):
                 return node.title, known

@@ -101,7 +101,7 @@ def _extent(output: Strided) -> int:
     return output.offset + 1 + sum((size - 1) * step for size, step in zip(output.shape, output.stride, strict=True))
 
 
-def grouped(nodes: Sequence[Node], parameters: int, second: SecondDerivatives) -> list[Group]:
+def grouped(nodes: Sequence[Node], parameters: int, target: np.ndarray, second: SecondDerivatives) -> list[Group]:
     """Group nodes by signature and by the roles of what they read, and choose a rule for each group.
 
     Parameters
@@ -109,6 +109,8 @@ def grouped(nodes: Sequence[Node], parameters: int, second: SecondDerivatives) -
     nodes : sequence of Node
     parameters : int
         Number of parameter entries N.
+    target : ndarray of int
+        Elements that the objective reads besides.
     second : SecondDerivatives
         Where they come from.
 
@@ -123,7 +125,7 @@ def grouped(nodes: Sequence[Node], parameters: int, second: SecondDerivatives) -
     batches = [(members, [nodes[k] for k in members]) for members in by_signature.values()]
     slots = [_slots(chosen) for _, chosen in batches]
     reads = [part for (_, chosen), ids in zip(batches, slots, strict=True) for part in _distinct_reads(chosen, ids)]
-    count = uses(parameters, reads)
+    count = uses(parameters, [*reads, np.unique(target)])
     groups: list[Group] = []
     for (members, chosen), ids in zip(batches, slots, strict=True):
         outputs = np.concatenate(

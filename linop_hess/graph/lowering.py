@@ -1,8 +1,9 @@
-"""Fused operations as the parts they are made of, so that their parameters enter as scale and shift."""
+"""Fused operations as the parts they are made of: normalizations, whose parameters scale and shift, and sums over parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -74,7 +75,7 @@ def _then_affine(
     return [first, second] if first.active else [second]
 
 
-def _named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any]:
+def named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any]:
     """The flattened arguments of an operation by their names in its schema, those that were given."""
     args, kwargs = tree_unflatten(list(flat), spec) if spec is not None else (flat, {})
     return {**{a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}, **kwargs}
@@ -82,7 +83,7 @@ def _named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any
 
 def _reader(node: Node) -> tuple[Callable[..., Any], dict[int, Ids]]:
     ids = {id(node.flat[i]): a for i, a in zip(node.active, node.arguments, strict=True)}
-    arguments = _named_arguments(node.func, node.flat, node.spec)
+    arguments = named_arguments(node.func, node.flat, node.spec)
     return lambda *names: [arguments.get(name) for name in names], ids
 
 
@@ -141,6 +142,99 @@ def _batch_norm(trace: Trace, node: Node) -> list[Node]:
     value = standardize(x, mean, var, eps)
     first = _derived(trace, node, standardize, (x, mean, var, eps), ids, None)
     return _then_affine(trace, node, ids, first, value, *_by_channel(ids, x, weight, bias))
+
+
+# Losses of two tensors, entry by entry where nothing is added up: their reductions as the operation that adds up.
+LOSSES = (aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default)
+_REDUCTIONS = {1: aten.mean.default, 2: aten.sum.default}
+
+
+def opened(trace: Trace, nodes: Sequence[Node], outputs: np.ndarray) -> list[Node]:
+    """The nodes, with sums over entries that a loss function takes of parameters alone as what is entry by entry, and its sum.
+
+    These are x·x, ‖x‖², and losses between parameters and numbers.
+
+    Parameters
+    ----------
+    trace : Trace
+        Its number of elements grows.
+    nodes : sequence of Node
+    outputs : ndarray of int
+        Elements that the model returned.
+    """
+    alone = np.zeros(trace.ids + 1, dtype=bool)
+    alone[: trace.parameters + 1] = True
+    alone[outputs[outputs > 0]] = False
+    norms: dict[int, Node] = {}  # by the element that is the norm
+    out: list[Node] = []
+    for node in nodes:
+        if not node.in_loss or len(node.outputs) != 1:
+            out.append(node)
+            continue
+        mine = [ids.ids() if isinstance(ids, Strided) else ids for ids in node.arguments]
+        if not all(bool(alone[ids].all()) for ids in mine):
+            out.append(node)
+            continue
+        alone[node.outputs[0][1].ids()] = True
+        if _is_norm(node):
+            norms[int(node.outputs[0][1].ids()[0])] = node
+        squared = norms.get(int(mine[0][0])) if _squares(node, mine) else None
+        out += _opened(trace, node, squared)
+    return out
+
+
+def _is_norm(node: Node) -> bool:
+    """Whether a node is the 2-norm of all entries of one tensor."""
+    if node.func is not aten.linalg_vector_norm.default or node.active != [0]:
+        return False
+    order = named_arguments(node.func, node.flat, node.spec).get("ord", 2)
+    return order == 2 and int(np.prod(node.outputs[0][1].shape, dtype=np.int64)) == 1
+
+
+def _squares(node: Node, ids: Sequence[np.ndarray]) -> bool:
+    """Whether a node squares one element."""
+    if any(one.size != 1 for one in ids):
+        return False
+    if node.func is aten.pow.Tensor_Scalar:
+        return bool(node.flat[1] == 2)
+    return node.func is aten.mul.Tensor and len(ids) == 2 and bool(ids[0][0] == ids[1][0])
+
+
+def _opened(trace: Trace, node: Node, norm: Node | None) -> list[Node]:
+    if norm is not None:
+        x, ids = norm.flat[0], norm.arguments[0]
+        return _summed(trace, node, aten.mul.Tensor, (x, x), [(0, ids), (1, ids)], aten.sum.default)
+    if node.func is aten.dot.default:
+        places = list(zip(node.active, node.arguments, strict=True))
+        return _summed(trace, node, aten.mul.Tensor, tuple(node.flat), places, aten.sum.default)
+    if node.func in LOSSES:
+        arguments = named_arguments(node.func, node.flat, node.spec)
+        names = [a.name for a in node.func._schema.arguments]
+        reduce = _REDUCTIONS.get(arguments.get("reduction", 1))
+        if reduce is not None:
+            given = {**{a.name: a.default_value for a in node.func._schema.arguments}, **arguments, "reduction": 0}
+            args = tuple(given[name] for name in names)
+            places = [
+                (k, ids)
+                for i, ids in zip(node.active, node.arguments, strict=True)
+                for k, a in enumerate(args)
+                if a is node.flat[i]
+            ]
+            return _summed(trace, node, node.func, args, places, reduce)
+    return [node]
+
+
+def _summed(
+    trace: Trace, node: Node, func: Any, args: tuple[Any, ...], places: Sequence[tuple[int, Ids]], reduce: Any
+) -> list[Node]:
+    """`func` entry by entry, and `reduce` of what it gives, in the place of a node."""
+    value = func(*args)
+    shape = tuple(value.shape)
+    each = Strided(trace.ids + 1, shape, contiguous_strides(shape), 0)
+    trace.ids += value.numel()
+    active, ids = [k for k, _ in places], [one for _, one in places]
+    first = replace(node, func=func, flat=list(args), spec=None, active=active, arguments=ids, outputs=[(0, each)])
+    return [first, replace(node, func=reduce, flat=[value], spec=None, active=[0], arguments=[each])]
 
 
 _PARTS: dict[Any, Callable[[Trace, Node], list[Node]]] = {

@@ -81,7 +81,7 @@ def build_graph(
     """
     nodes = live_nodes(lower(trace), target[target > 0], trace.ids)
     nodes = split_late(nodes, trace.ids)
-    groups = grouped(nodes, trace.parameters, second)
+    groups = grouped(nodes, trace.parameters, target, second)
 
     def cuts_of(what: np.ndarray, birth: np.ndarray, last: np.ndarray) -> LiveCuts:
         return LiveCuts(_labels(groups, what), birth, last, parameters, like.element_size())

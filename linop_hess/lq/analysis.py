@@ -1,13 +1,25 @@
 """All that the damping does not change, made once: what sparse direct solvers call the analysis.
 
 Every factorization, at any damping and by any method, starts from it. What only one method needs it keeps for that method, by `once`.
+
+What the damping does change, where H = H_c + D has a diagonal D apart from its stages, are the variables in which it is factored. With
+d = ε + D and one sign of it, T = (|η|/|d|)^½ and η of that sign,
+
+    H + εI = T⁻¹ (T H_c T + ηI) T⁻¹,
+
+so that the factors of a chain without a diagonal, whose controls are in units T, at the damping η, answer everything: no p × p pivot
+anywhere. Where signs are mixed, controls of the rarer one keep their unit, and d − η as a curvature of their own. |η| is the geometric
+mean of |d|, which makes det T = 1: then this is a congruence with the same signs and the same determinant.
+Where D is one number c, T = 1 and η = ε + c. This is the one place that knows of it; see `Change`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,7 +29,8 @@ from linop_hess.lq.condensed import Condensed, condense
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.scaling import state_scales
 from linop_hess.lq.segments import SegmentGroup, order_of, segment_groups
-from linop_hess.lq.stages.base import common_samples
+from linop_hess.lq.stages.base import Stage, common_samples
+from linop_hess.lq.stages.penalized import CurvedStage, scaled
 from linop_hess.lq.stages.row_space import RowSpace
 
 _Made = TypeVar("_Made")
@@ -26,20 +39,82 @@ _Made = TypeVar("_Made")
 _POWER_STEPS = 7
 
 
+class Solves(Protocol):
+    """Factors, as far as solves need them; see `lq.methods.base.Factorization`."""
+
+    @property
+    def analysis(self) -> Analysis: ...
+    def solve(self, g: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Change:
+    """H + εI = T⁻¹(H̃ + ηI)T⁻¹, T diagonal and positive with det T = 1: what is factored at ε, and how its answers are read.
+
+    Inertia and determinant are the same; (H + εI)⁻¹ = T(H̃ + ηI)⁻¹T.
+
+    Attributes
+    ----------
+    analysis : Analysis
+        Of H̃, a chain without a diagonal.
+    damping : float
+        η.
+    asked : float
+        ε.
+    units : Tensor or None, shape (N, 1)
+        T in float64; None: 1.
+    """
+
+    analysis: Analysis
+    damping: float
+    asked: float
+    units: Tensor | None = None
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """T x for x of shape (N, k)."""
+        return x if self.units is None else self.units * x
+
+    def solve(self, factors: Solves, g: Tensor) -> Tensor:
+        """(H + εI)⁻¹ g for g of shape (N, k) by factors of H̃ + ηI, in their precision or more."""
+        if self.units is None:
+            return factors.solve(g)
+        return self.units * factors.solve((self.units * g).to(factors.analysis.problem.dtype))
+
+    def diagonal(self, entries: Tensor) -> Tensor:
+        """The diagonal of T X T from that of X, (N,)."""
+        return entries if self.units is None else entries * self.units[:, 0].square()
+
+    def blocks(self, blocks: list[Tensor]) -> list[Tensor]:
+        """The diagonal blocks of T X T from those of X, one for each stage with controls."""
+        if self.units is None:
+            return blocks
+        layout = self.analysis.problem.layout
+        own = [self.units[torch.from_numpy(layout.controls(int(l)))] for l in np.flatnonzero(layout.p)]
+        return [block * t * t.mT for block, t in zip(blocks, own, strict=True)]
+
+    def to_asked(self, damping: float) -> float:
+        """Return about the ε that another η belongs to."""
+        return self.asked + (damping - self.damping)
+
+
 class Analysis:
     """Row spaces, units, segments and norms of a problem.
 
     Parameters
     ----------
     problem : Problem
+    in_float64 : Analysis, optional
+        That of the same problem in float64; by default it is made when it is needed.
 
     Attributes
     ----------
     problem : Problem
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, in_float64: Analysis | None = None) -> None:
         self.problem = problem
+        self._twin = in_float64
+        self._change: Change | None = None
         self._made: dict[Callable[..., Any], Any] = {}
         self._condensed: dict[int, Condensed] = {}
 
@@ -51,7 +126,17 @@ class Analysis:
 
     @cached_property
     def row_spaces(self) -> list[RowSpace | None]:
-        """The row space of each stack; None where it has no controls."""
+        """The row space of each stack; None where it has no controls.
+
+        Raises
+        ------
+        ValueError
+            If the problem has a diagonal, which no stage knows of.
+        """
+        if self.problem.diagonal is not None:
+            raise ValueError(
+                "expected a problem without a diagonal, got one with it: factor `analysis.at(damping)`, or ask `lq.Inverse`"
+            )
         return [block.row_space() if block.p else None for block in self.problem.blocks]
 
     @cached_property
@@ -125,8 +210,56 @@ class Analysis:
     @cached_property
     def in_float64(self) -> Analysis:
         """The analysis of the problem in float64, itself where it is."""
+        if self._twin is not None:
+            return self._twin
         return self if self.problem.dtype == torch.float64 else Analysis(self.problem.to(torch.float64))
 
     def gauss_newton(self) -> Analysis:
         """Analysis of the Gauss-Newton problem: only the curvature of the objective remains."""
         return Analysis(self.problem.gauss_newton())
+
+    def at(self, damping: float) -> Change:
+        """Return what is factored at a damping; itself where the problem has no diagonal. The last one is kept."""
+        if self.problem.diagonal is None:
+            return Change(self, damping, damping)
+        if self._change is None or self._change.asked != damping:
+            self._change = self._changed(damping)
+        return self._change
+
+    def _changed(self, damping: float) -> Change:
+        diagonal = self.problem.diagonal
+        assert diagonal is not None
+        if bool((diagonal == diagonal[:1]).all()):
+            c = float(diagonal[0]) if diagonal.numel() else 0.0
+            return Change(self.once(_without_diagonal), damping + c, damping)
+        if self.problem.dtype != torch.float64:
+            # Units are not rounded to single precision, where they would no longer be those of D.
+            twin = self.in_float64.at(damping)
+            mine = Analysis(twin.analysis.problem.to(self.problem.dtype), twin.analysis)
+            return Change(mine, twin.damping, damping, twin.units)
+        return _in_units(self.problem, diagonal + damping, damping)
+
+
+def _without_diagonal(analysis: Analysis) -> Analysis:
+    return Analysis(analysis.problem.with_curvature(analysis.problem.blocks))
+
+
+def _in_units(problem: Problem, d: Tensor, damping: float) -> Change:
+    """Change of variables for H_c + diag(d), in float64, d of more than one value.
+
+    Controls of the sign that most have get units. Of the others d − η stays in A, which makes them visible, each in a pivot of its stage.
+    """
+    sign = 1.0 if int((d > 0.0).sum()) >= int((d < 0.0).sum()) else -1.0
+    alike = sign * d > 0.0
+    eta = sign * math.exp(float(d[alike].abs().log().mean()))
+    units = torch.where(alike, eta / torch.where(alike, d, eta), 1.0).sqrt()[:, None]
+    rest = torch.where(alike, 0.0, d - eta)[:, None]
+    blocks: list[Stage] = []
+    for block, slots in zip(problem.blocks, problem.layout.x_slots, strict=True):
+        changed = block
+        if block.p:
+            changed = scaled(block, slots.gather(units)[..., 0].contiguous())
+            curvature = slots.gather(rest)[..., 0].contiguous()
+            changed = CurvedStage(changed, curvature) if bool(curvature.any()) else changed
+        blocks.append(changed)
+    return Change(Analysis(problem.with_curvature(blocks)), eta, damping, units)

@@ -56,6 +56,8 @@ def assemble(problem: Problem) -> Tensor:
     _mirror(H)
     if problem.layout.places is not None:
         _permute(H, torch.from_numpy(np.argsort(problem.layout.places)).to(H.device))
+    if problem.diagonal is not None:
+        H.diagonal().add_(problem.diagonal)
     return H
 
 

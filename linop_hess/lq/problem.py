@@ -4,7 +4,8 @@
     δ_l = F_l δ_{l−1} + G_l x_l,   δ_0 = 0.
 
 Its solution is (H + εI)⁻¹g with H = A + B P M⁻¹ G + Gᵀ M⁻ᵀ Pᵀ Bᵀ + Gᵀ M⁻ᵀ Pᵀ C P M⁻¹ G. The state after the last stage
-is free.
+is free. A diagonal part of A, the curvature of a separable penalty on the controls, may stand apart: no stage sees it, so that their
+structure is that of the chain without it (`Analysis.at` says how it is factored).
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ class Problem:
         flat vectors are in that order. Everything of size N is flat: gradients, H, its diagonal, samples.
     of_loss : frozenset of int
         Stacks whose curvature Gauss-Newton keeps, beside objectives.
+    diagonal : Tensor, shape (N,), optional
+        What is added to the diagonal of A, and so of H; flat, of the dtype of the stages.
 
     Attributes
     ----------
+    diagonal : Tensor or None
     layout : Layout
         Sizes and places of controls and states.
     transition : Transition
@@ -49,7 +53,8 @@ class Problem:
     Raises
     ------
     ValueError
-        If there is no stage, neighbouring stages do not fit together, or `places` is not a permutation.
+        If there is no stage, neighbouring stages do not fit together, `places` is not a permutation, or `diagonal` is not one number a
+        control.
     """
 
     def __init__(
@@ -59,10 +64,12 @@ class Problem:
         names: Sequence[object] | None = None,
         places: np.ndarray | None = None,
         of_loss: frozenset[int] = frozenset(),
+        diagonal: Tensor | None = None,
     ) -> None:
         self.blocks = tuple(blocks)
         self.names = names
         self.of_loss = of_loss
+        self.diagonal = diagonal
         if not len(order):
             raise ValueError("expected at least one stage, got none: an LQ problem is a chain of stages")
         self.layout = layout = Layout(self.blocks, order, places)
@@ -72,6 +79,10 @@ class Problem:
             raise ValueError(
                 f"stage {self.name(l)} leaves a state of size {layout.n_out[l]}, but stage {self.name(l + 1)} "
                 f"expects one of size {layout.n_in[l + 1]}: make the F and C of neighbours agree"
+            )
+        if diagonal is not None and (diagonal.shape != (layout.size,) or not bool(torch.isfinite(diagonal).all())):
+            raise ValueError(
+                f"expected a diagonal of {layout.size} finite numbers, got one of shape {tuple(diagonal.shape)}: give each control its own"
             )
         self.transition = Transition(self.blocks, layout)
 
@@ -114,11 +125,15 @@ class Problem:
 
     @classmethod
     def stacked(
-        cls, stages: Iterable[Stage], names: Sequence[object] | None = None, places: np.ndarray | None = None
+        cls,
+        stages: Iterable[Stage],
+        names: Sequence[object] | None = None,
+        places: np.ndarray | None = None,
+        diagonal: Tensor | None = None,
     ) -> Problem:
         """Build a problem from single stages, each a stack of one."""
         blocks = list(stages)
-        return cls(blocks, np.array([(b, 0) for b in range(len(blocks))]), names, places)
+        return cls(blocks, np.array([(b, 0) for b in range(len(blocks))]), names, places, diagonal=diagonal)
 
     def name(self, l: int) -> str:
         """What to call stage l (0-based) in a message."""
@@ -162,7 +177,7 @@ class Problem:
     @property
     def nbytes(self) -> int:
         """Bytes held by the blocks."""
-        return sum(block.nbytes for block in self.blocks)
+        return sum(block.nbytes for block in self.blocks) + (0 if self.diagonal is None else self.diagonal.nbytes)
 
     @cached_property
     def stages(self) -> list[Stage]:
@@ -209,7 +224,8 @@ class Problem:
     def apply_A(self, x: Tensor) -> Tensor:
         """DD_xx: (N, k) to (N, k)."""
         q = self.layout
-        return self._blockwise(x, q.x_slots, q.x_slots, q.size, lambda s, v: s.A(v), "A")
+        out = self._blockwise(x, q.x_slots, q.x_slots, q.size, lambda s, v: s.A(v), "A")
+        return out if self.diagonal is None else out.addcmul_(self.diagonal[:, None], x)
 
     def apply_B(self, d: Tensor) -> Tensor:
         """DD_zx: (Σ n_0..L−1, k) to (N, k)."""
@@ -237,19 +253,29 @@ class Problem:
                 controls.add(out, stage.A(controls.gather(x)))
             if controls.size and states.size and "B" in stage.nonzero:
                 controls.add(out, stage.B(states.gather(d)))
+        if self.diagonal is not None:
+            out.addcmul_(self.diagonal[:, None], x)
         return out.add_(x, alpha=damping) if damping else out
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem in another floating-point dtype."""
-        return Problem([block.to(dtype) for block in self.blocks], self.order, self.names, self.places, self.of_loss)
+        diagonal = None if self.diagonal is None else self.diagonal.to(dtype)
+        return self._with([block.to(dtype) for block in self.blocks], diagonal)
 
-    def with_curvature(self, blocks: Sequence[Stage]) -> Problem:
-        """Return the problem with other stages of the same F; M is kept as it is."""
-        problem = Problem(blocks, self.order, self.names, self.places, self.of_loss)
+    def with_curvature(self, blocks: Sequence[Stage], diagonal: Tensor | None = None) -> Problem:
+        """Return the problem with other stages of the same F, and another diagonal, by default none; M is kept as it is."""
+        problem = self._with(blocks, diagonal)
         problem.transition = self.transition
         return problem
 
     def gauss_newton(self) -> Problem:
-        """Return the Gauss-Newton problem: only the curvature of the loss remains, that of objectives and of `of_loss`."""
+        """Return the Gauss-Newton problem: only the curvature of the loss remains.
+
+        That is the curvature of objectives and of `of_loss`, and the diagonal, a penalty's.
+        """
         kept = self.of_loss
-        return self.with_curvature([s if b in kept else s.gauss_newton() for b, s in enumerate(self.blocks)])
+        blocks = [s if b in kept else s.gauss_newton() for b, s in enumerate(self.blocks)]
+        return self.with_curvature(blocks, self.diagonal)
+
+    def _with(self, blocks: Sequence[Stage], diagonal: Tensor | None) -> Problem:
+        return Problem(blocks, self.order, self.names, self.places, self.of_loss, diagonal)

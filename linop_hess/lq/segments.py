@@ -19,7 +19,7 @@ from torch import Tensor
 from linop_hess.lq.layout import Slots
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage
-from linop_hess.lq.stages.initial import InitialStage
+from linop_hess.lq.stages.injection import InitialStage
 from linop_hess.lq.stages.row_space import RowSpace
 
 # Dense blocks cost more flops and fewer calls; up to this size (r + n_in + widest state) the calls are what takes the time.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import linop_hess as lh
+from linop_hess.graph.layers import flatten
 from linop_hess.graph.rules.affine import Linear
 from linop_hess.graph.rules.pointwise import ELEMENTWISE, Pointwise
-from linop_hess.graph.sequential import flatten
 from tests.helpers import differenced_hessian, oracle_gradient, oracle_hessian
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}

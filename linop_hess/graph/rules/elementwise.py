@@ -20,7 +20,7 @@ from linop_hess.graph.rules.operation import (
 )
 from linop_hess.graph.rules.primitive import ByRows, Rows
 from linop_hess.lq.stages.base import Stage
-from linop_hess.lq.stages.initial import InitialStage
+from linop_hess.lq.stages.injection import InitialStage
 from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
 
 aten = torch.ops.aten

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,10 +53,14 @@ class SecondDerivatives:
 
     def smoothed(self, op: Operation) -> Operation:
         """An operation, with the surrogate's sharpness where it has a kink and surrogates are asked for."""
-        if self.sharpness is None or not base_name(op.func) or surrogate(op.func, self.sharpness) is None:
-            return op
-        args, kwargs = tree_unflatten(list(op.flat), op.spec) if op.spec is not None else (op.flat, {})
-        return replace(op, sharpness=self.sharpness) if is_kinked(op.func, *args, **kwargs) else op
+        return replace(op, sharpness=self.sharpness) if self.smooths(op.func, op.flat, op.spec) else op
+
+    def smooths(self, func: Any, flat: Sequence[Any], spec: Any) -> bool:
+        """Whether an operation of some flattened arguments has its second derivatives from a surrogate."""
+        if self.sharpness is None or not base_name(func) or surrogate(func, self.sharpness) is None:
+            return False
+        args, kwargs = tree_unflatten(list(flat), spec) if spec is not None else (flat, {})
+        return is_kinked(func, *args, **kwargs)
 
 
 _POOLS = {

@@ -200,7 +200,16 @@ def out_of_place(func: Any) -> Any:
     if schema is None or not schema.name.endswith("_") or schema.name.endswith("__"):
         return func
     packet = getattr(torch.ops.aten, schema.name.split("::")[1][:-1], None)
-    return getattr(packet, func._overloadname, func) if packet is not None else func
+    if packet is None:
+        return func
+    # By what it takes: pow_.Scalar is pow.Tensor_Scalar, and pow.Scalar another operation.
+    taken = [str(a.type) for a in schema.arguments]
+    own = getattr(packet, func._overloadname, None)
+    others = (getattr(packet, name) for name in packet.overloads())
+    for other in [own, *others] if own is not None else others:
+        if [str(a.type) for a in other._schema.arguments] == taken and not other._schema.is_mutable:
+            return other
+    return func if own is None else own
 
 
 def is_aten(func: Any) -> bool:

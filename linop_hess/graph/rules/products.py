@@ -16,7 +16,7 @@ from linop_hess.graph.rules.primitive import ByRows, Rows
 from linop_hess.lq.stages.affine import AffineStage
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.convolution import Arrangement, ConvolutionStage
-from linop_hess.lq.stages.initial import InitialStage
+from linop_hess.lq.stages.injection import InitialStage
 
 aten = torch.ops.aten
 

@@ -72,7 +72,7 @@ class DiagonalEntries:
     """
 
     def __init__(self, factors: Factors, solver: Solver) -> None:
-        self._factors, analysis = factors, factors.analysis
+        self._factors, analysis = factors, solver.analysis.in_float64
         self._solver = solver if analysis is solver.analysis else Solver(analysis, solver.damping)
         self._inverse: Tensor | None = None
         if analysis.problem.size <= SOLVED_UP_TO:
@@ -98,6 +98,14 @@ class DiagonalEntries:
 
     def _ways(self) -> list[tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]]:
         """How to get the diagonal and the blocks, each way more accurate than the one before, and slower."""
+        change = self._factors.change
+        return [
+            (lambda d=diagonal: change.diagonal(d()), lambda b=blocks: change.blocks(b()))  # type: ignore[misc]
+            for diagonal, blocks in self._ways_there()
+        ]
+
+    def _ways_there(self) -> list[tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]]:
+        """The same in the variables that are factored in."""
         factors = self._factors
         if self._solver.method != "riccati" and "entries" in self._solver.factorization.answers:
             own = cast(Entrywise, factors.answering("entries"))

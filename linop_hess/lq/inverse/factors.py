@@ -99,10 +99,19 @@ class Factors:
     plan : Plan
     solving : Factorization, optional
         Factors that solves use.
+
+    Attributes
+    ----------
+    change : Change
+        What is factored at that damping, in the variables that answers are read in; without a diagonal of the problem itself.
+    analysis : Analysis
+    damping : float
+        Those of `change`.
     """
 
     def __init__(self, analysis: Analysis, damping: float, plan: Plan, solving: Factorization | None = None) -> None:
-        self.analysis, self.damping, self._plan = analysis.in_float64, damping, plan
+        self.change = analysis.in_float64.at(damping)
+        self.analysis, self.damping, self._plan = self.change.analysis, self.change.damping, plan
         # Factors that only solve, such as those promoted from another precision, stand for no method here.
         known = solving is not None and solving.analysis is self.analysis and solving.answers > {"solve"}
         self._asked_for = None if solving is None else solving.method
@@ -193,10 +202,11 @@ class Factors:
         """
         smallest = SMALLEST_DAMPING * self.analysis.norm
         if self.analysis.hidden and abs(self.damping) < 0.99 * smallest:
+            enough, asked = self.change.to_asked(smallest), self.change.asked
             raise FactorizationError(
-                f"at damping={self.damping:g} signs of pivots are lost in rounding; it must be at least {smallest:.1e} in size",
-                damping=self.damping,
-                suggested_damping=smallest,
+                f"at damping={asked:g} signs of pivots are lost in rounding; it must be at least {enough:.1e} in size",
+                damping=asked,
+                suggested_damping=enough,
             )
 
     def report(self) -> list[SegmentReport]:

@@ -44,11 +44,12 @@ def _certain(factors: Factors, found: Answering, zero_below: float) -> Inertia:
     moved = (Factors(analysis, damping + side * move, make_plan(analysis, damping)) for side in (-1, 1))
     if all(_riccati_inertia(other, zero_below) == inertia for other in moved):
         return inertia
+    asked = factors.change.asked
     raise FactorizationError(
-        f"at damping={damping:g} an eigenvalue lies within {move:.1e} of zero, which is what rounding may make of the factors of this "
+        f"at damping={asked:g} an eigenvalue lies within {move:.1e} of zero, which is what rounding may make of the factors of this "
         "chain; move damping by more than that",
-        damping=damping,
-        suggested_damping=damping + 3 * move,
+        damping=asked,
+        suggested_damping=asked + 3 * move,
     )
 
 
@@ -67,12 +68,13 @@ def inertia_at(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVO
     FactorizationError
         As of `inertia_of_factors`.
     """
-    analysis = analysis.in_float64
-    scale = max(analysis.norm, abs(damping))
-    legs = analysis.once(legs_of)
-    found = None if legs is None else legs.inertia(damping, UNSURE_PIVOT * scale)
+    change = analysis.in_float64.at(damping)
+    scale = max(change.analysis.norm, abs(change.damping))
+    legs = change.analysis.once(legs_of)
+    found = None if legs is None else legs.inertia(change.damping, UNSURE_PIVOT * scale)
     if found is not None and not found.zero:
         return found
+    analysis = analysis.in_float64
     return inertia_of_factors(Factors(analysis, damping, make_plan(analysis, damping)), zero_below)
 
 

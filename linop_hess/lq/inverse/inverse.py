@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.errors import FactorizationError, SingularPivotError
-from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.analysis import Analysis, Change
 from linop_hess.lq.inverse import determinant, sampling
 from linop_hess.lq.inverse.entries import DiagonalEntries
 from linop_hess.lq.inverse.factors import Factors, SegmentReport
@@ -122,7 +122,7 @@ class Inverse:
             definite = False
         if definite and self.analysis.problem.dtype == torch.float64:
             return _Certified(self.solver)
-        return _Positive(self._asked(Factors.bounded))
+        return _Positive(self._asked(Factors.bounded), self.factors.change)
 
     @cached_property
     def entries(self) -> DiagonalEntries:
@@ -148,7 +148,8 @@ class Inverse:
             If H + εI is not positive definite; it names the inertia and a damping that works.
         """
         sampling.require_definite(self.inertia, self.analysis, self.damping)
-        return self._asked(lambda factors: sampling.sample(factors.answering("sample"), k, generator))
+        drawn = self._asked(lambda factors: sampling.sample(factors.answering("sample"), k, generator, self.damping))
+        return self.factors.change.vectors(drawn)
 
 
 class _Certified:
@@ -162,10 +163,11 @@ class _Certified:
 
 
 class _Positive:
-    """L⁻ᵀ|D|⁻¹L⁻¹ as a product."""
+    """T L⁻ᵀ|D|⁻¹L⁻¹ T as a product, T the units that are factored in."""
 
-    def __init__(self, factors: sampling.Answering) -> None:
-        self._factors = factors
+    def __init__(self, factors: sampling.Answering, change: Change) -> None:
+        self._factors, self._change = factors, change
 
     def __call__(self, g: Tensor) -> Tensor:
-        return sampling.positive(self._factors, g)
+        there = self._change.vectors(g.to(torch.float64))
+        return self._change.vectors(sampling.positive(self._factors, there)).to(g.dtype)

@@ -45,8 +45,10 @@ def require_definite(found: Inertia, analysis: Analysis, damping: float) -> None
         )
 
 
-def sample(factors: Answering, k: int, generator: torch.Generator | None) -> Tensor:
+def sample(factors: Answering, k: int, generator: torch.Generator | None, asked: float | None = None) -> Tensor:
     """K samples of N(0, (H + εI)⁻¹), shape (N, k), in float64; H + εI must be positive definite.
+
+    `asked` is the damping that messages tell, by default that of the factors.
 
     Raises
     ------
@@ -58,8 +60,9 @@ def sample(factors: Answering, k: int, generator: torch.Generator | None) -> Ten
     xi = torch.randn(factors.noise, k, generator=generator, dtype=torch.float64, device=noise_on).to(device)
     out = factors.color(xi)
     if not bool(torch.isfinite(out).all()):
+        told = factors.damping if asked is None else asked
         raise FactorizationError(
-            f"at damping={factors.damping:g} H + damping·I is so close to singular that rounding made a pivot negative; use a larger one",
-            damping=factors.damping,
+            f"at damping={told:g} H + damping·I is so close to singular that rounding made a pivot negative; use a larger one",
+            damping=told,
         )
     return out

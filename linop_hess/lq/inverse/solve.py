@@ -98,6 +98,7 @@ class Solver:
         if not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
         self.max_refinements = max_refinements
+        self.change = self.analysis.at(self.damping)
         self.plan: Plan = make_plan(self.analysis, self.damping)
         v, product = self.analysis.probe
         self._norm_bound = float((product + self.damping * v).double().norm())
@@ -117,7 +118,7 @@ class Solver:
                 self._check_feasible(method)
                 asked = False
             try:
-                self._factorization = factor(self.analysis, self.damping)
+                self._factorization = factor(self.change.analysis, self.change.damping)
                 return
             except SingularPivotError as error:
                 stage = error.stage if error.stage is not None else stage
@@ -137,7 +138,7 @@ class Solver:
 
     @property
     def factorization(self) -> Factorization:
-        """The factors in use."""
+        """The factors in use: of what `Analysis.at` changes H + εI to."""
         assert self._factorization is not None
         return self._factorization
 
@@ -191,11 +192,11 @@ class Solver:
 
     def _refined(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
         """x, its backward error, residual norms and refinement steps, for right-hand sides of size one."""
-        x = self.factorization.solve(g).to(g.dtype)
+        x = self._solved(g)
         error, residuals, r = self._backward_error(g, x, tolerance)
         steps = 0
         while not error <= tolerance and steps < self.max_refinements and math.isfinite(error):
-            candidate = x + self.factorization.solve(r).to(g.dtype)
+            candidate = x + self._solved(r).to(g.dtype)
             new_error, new_residuals, new_r = self._backward_error(g, candidate, tolerance)
             steps += 1
             if not new_error < error:
@@ -206,9 +207,13 @@ class Solver:
                 break
         return x, error, residuals, steps
 
+    def _solved(self, g: Tensor) -> Tensor:
+        return self.change.solve(self.factorization, g).to(g.dtype)
+
     def _product(self, x: Tensor) -> Tensor:
         """(H + εI) x without the factors, in the precision of the factors."""
-        problem = self.factorization.analysis.problem
+        is_own = self.factorization.analysis.problem.dtype == self.problem.dtype
+        problem = self.problem if is_own else self.analysis.in_float64.problem
         return problem.hessian_product(x.to(problem.dtype), self.damping)
 
     def _backward_error(self, g: Tensor, x: Tensor, tolerance: float) -> tuple[float, Tensor, Tensor]:
@@ -260,13 +265,14 @@ def damping_that_works(analysis: Analysis, damping: float, factor: Factor, toler
     # What is advised must have worked: two steps of refinement and the backward error, as in a solve, but for its own norm.
     for power in range(2, 17, 2):
         trial = float(f"{max(abs(damping), unit) * 10.0**power:.0e}")
+        change = analysis.at(trial)
         try:
-            factors = factor(analysis, trial)
+            factors = factor(change.analysis, change.damping)
         except SingularPivotError:
             continue
-        x = factors.solve(g)
+        x = change.solve(factors, g).to(g.dtype)
         for _ in range(2):
-            x = x + factors.solve(g - problem.hessian_product(x, trial))
+            x = x + change.solve(factors, g - problem.hessian_product(x, trial)).to(g.dtype)
         r = g - problem.hessian_product(x, trial)
         if float(r.norm()) <= tolerance * (norm * float(x.norm()) + float(g.norm())):
             return trial

@@ -79,7 +79,7 @@ def make_plan(analysis: Analysis, damping: float) -> Plan:
     Plan
     """
     available = available_bytes()
-    costs = analysis.once(estimates)
+    costs = analysis.at(damping).analysis.once(estimates)
     able = [name for name, method in METHODS.items() if method.is_automatic and not costs[name].why_not]
     fitting = [name for name in able if costs[name].nbytes <= available]
     choice = min(fitting or able, key=lambda m: costs[m].seconds if fitting else costs[m].nbytes)

@@ -6,8 +6,9 @@ from linop_hess.lq.stages.convolution import Arrangement, ConvolutionStage
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.stages.diagonal import DiagonalStage
 from linop_hess.lq.stages.embedding import EmbeddingStage
-from linop_hess.lq.stages.injection import IdleStage, InjectionStage
+from linop_hess.lq.stages.injection import IdleStage, InitialStage, InjectionStage
 from linop_hess.lq.stages.objective import ObjectiveStage
+from linop_hess.lq.stages.penalized import CurvedStage, ScaledStage, scaled
 from linop_hess.lq.stages.row_space import DenseRowSpace, IdentityRowSpace, Joint, RowSpace
 from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
 from linop_hess.lq.stages.stacked import Stacked
@@ -18,6 +19,7 @@ __all__ = [
     "AffineStage",
     "Arrangement",
     "ConvolutionStage",
+    "CurvedStage",
     "DenseRowSpace",
     "DenseStage",
     "DiagonalStage",
@@ -25,16 +27,19 @@ __all__ = [
     "Features",
     "IdentityRowSpace",
     "IdleStage",
+    "InitialStage",
     "InjectionStage",
     "Joint",
     "ObjectiveStage",
     "RowSpace",
     "SampleRows",
     "ScaleShiftStage",
+    "ScaledStage",
     "Stacked",
     "Stage",
     "WiredRowSpace",
     "WiredStage",
     "Wiring",
     "common_samples",
+    "scaled",
 ]

@@ -9,13 +9,14 @@ The row space comes from the rows alone: Z̃ = ρ Q_wᵀ gives Q = Q_w ⊗ I_o a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from linop_hess.lq.stages.base import SampleRows, Stage
+from linop_hess.lq.stages.penalized import EntrywiseRowSpace
 from linop_hess.lq.stages.row_space import (
     Controlled,
     IdentityRowSpace,
@@ -39,6 +40,8 @@ class AffineStage(Stage):
         Adjoint of the output rows; None: B = 0.
     weight, bias : bool
         Whether W, and whether w₀, is a control.
+    units : Tensor or None, shape (K, 2)
+        Units of the controls W and w₀, by which Z and β are multiplied already and the ones in Z̃ are; None: 1. F is not touched.
     """
 
     W: Tensor
@@ -46,6 +49,7 @@ class AffineStage(Stage):
     beta: Tensor | None
     weight: bool
     bias: bool
+    units: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def rows(self) -> int:
@@ -80,6 +84,16 @@ class AffineStage(Stage):
     def Ft(self, y: Tensor) -> Tensor:
         return _map_rows(self.W.mT, y, self.rows)
 
+    @property
+    def _ones(self) -> Tensor:
+        """The column of Z̃ that stands for w₀, (K, b, 1)."""
+        ones = self.Z.new_ones(self.Z.shape[0], self.rows, 1)
+        return ones if self.units is None else ones * self.units[:, 1, None, None]
+
+    def _in_unit_of_bias(self, v: Tensor) -> Tensor:
+        """The bias's part of controls, (K, o, k), times its unit."""
+        return v if self.units is None else v * self.units[:, 1, None, None]
+
     def _weight_part(self, x: Tensor) -> Tensor:
         """The rows of W in x: (K, p, k) to (K, o, i, k)."""
         K, o, i = self.W.shape
@@ -96,7 +110,7 @@ class AffineStage(Stage):
             else:
                 y = (self.Z @ X.transpose(1, 2).reshape(K, i, o * k)).view(K, self.rows, o, k)
         if self.bias:
-            y = y + x[:, x.shape[1] - o :][:, None]
+            y = y + self._in_unit_of_bias(x[:, x.shape[1] - o :])[:, None]
         return y.reshape(K, self.rows * o, k)
 
     def Gt(self, y: Tensor) -> Tensor:
@@ -110,7 +124,7 @@ class AffineStage(Stage):
                 X = (self.Z.mT @ Y.reshape(K, self.rows, o * k)).view(K, i, o, k).transpose(1, 2)
             parts.append(X.reshape(K, o * i, k))
         if self.bias:
-            parts.append(Y.sum(1))
+            parts.append(self._in_unit_of_bias(Y.sum(1)))
         return torch.cat(parts, 1)
 
     def B(self, d: Tensor) -> Tensor:
@@ -126,18 +140,51 @@ class AffineStage(Stage):
 
     def with_adjoint(self, beta: Tensor) -> Self:
         K, o, _ = self.W.shape
-        return replace(self, beta=beta.reshape(K, self.rows, o).contiguous())
+        beta = beta.reshape(K, self.rows, o).contiguous()
+        return replace(self, beta=beta if self.units is None else beta * self.units[:, 0, None, None])
+
+    def in_units(self, t: Tensor) -> Self | None:
+        weights = t[:, : self.W.shape[1] * self.W.shape[2] * self.weight]
+        biases = t[:, weights.shape[1] :]
+        parts = [part[:, 0] if part.shape[1] else t.new_ones(t.shape[0]) for part in (weights, biases)]
+        if any(bool((part != one[:, None]).any()) for part, one in zip((weights, biases), parts, strict=True)):
+            return None
+        units = torch.stack(parts, 1)
+        of_weight = units[:, 0, None, None]
+        beta = None if self.beta is None else self.beta * of_weight
+        return replace(self, Z=self.Z * of_weight, beta=beta, units=units if self.units is None else units * self.units)
 
     def gauss_newton(self) -> Self:
         return replace(self, beta=None)
 
     def row_space(self) -> RowSpace:
-        return AffineRowSpace(*self._row_space_parts()) if self.p else IdentityRowSpace(self)
+        return self._space(*_rows_split(self._rows_of_controls()), None) if self.p else IdentityRowSpace(self)
 
-    def _row_space_parts(self) -> tuple[Tensor, Tensor, Tensor | None, int, int, bool, bool]:
-        basis, rho = _rows_split(self.Z, self.weight, self.bias)
+    def curved_row_space(self, diagonal: Tensor) -> RowSpace | None:
+        # With w₀ in columns of its own, Q = diag(Q_w, 1) ⊗ I_o, the structure stays where only w₀ is curved, and if all is visible anyway.
+        weights = diagonal[:, : self.W.shape[1] * self.W.shape[2] * self.weight]
+        if self.rows > self.W.shape[2]:
+            return self._space(*_rows_split(self._rows_of_controls()), diagonal)
+        if not (self.weight and self.bias) or bool(weights.any()):
+            return super().curved_row_space(diagonal)
+        basis, rho = _rows_split(self.Z)
+        K, i, rank = basis.shape
+        own = basis.new_zeros(K, i + 1, rank + 1)
+        own[:, :i, :rank], own[:, i, rank] = basis, 1.0
+        return self._space(own, torch.cat([rho, self._ones], 2), diagonal)
+
+    def row_space_in_units(self, t: Tensor) -> RowSpace | None:
+        if not self.weight or self.rows > self.W.shape[2]:
+            return None
+        return EntrywiseRowSpace.of(self._rows_of_controls(), self.beta, t, *self.W.shape[1:])
+
+    def _rows_of_controls(self) -> Tensor:
+        """Z̃, (K, b, c)."""
+        return torch.cat([self.Z] * self.weight + [self._ones] * self.bias, 2)
+
+    def _space(self, basis: Tensor, rho: Tensor, curved_by: Tensor | None) -> RowSpace:
         o, i = self.W.shape[1:]
-        return basis, rho, self.beta, o, i, self.weight, self.bias
+        return AffineRowSpace(basis, rho, self.beta, o, i, self.weight, self.bias, curved_by=curved_by)
 
     def dense_F(self) -> Tensor:
         (K, o, i), b = self.W.shape, self.rows
@@ -153,9 +200,8 @@ class AffineStage(Stage):
     def sample_rows(self, samples: int) -> SampleRows | None:
         if self.rows != samples or not self.p:
             return None
-        parts = [self.Z[0]] * self.weight + [self.Z.new_ones(self.rows, 1)] * self.bias
         beta = self.beta[0] if self.beta is not None and self.weight else None
-        return SampleRows(torch.cat(parts, 1), beta, self.weight, self.bias)
+        return SampleRows(self._rows_of_controls()[0], beta, self.weight, self.bias)
 
     def G_columns(self, start: int, stop: int) -> Tensor:
         o, i = self.W.shape[1:]
@@ -164,7 +210,7 @@ class AffineStage(Stage):
         weights = control[: max(0, min(stop, self.weight * o * i) - start)]
         out[:, weights // max(i, 1), weights - start] = self.Z[0][:, weights % max(i, 1)]
         biases = control[weights.numel() :]
-        out[:, biases - self.weight * o * i, biases - start] = 1.0
+        out[:, biases - self.weight * o * i, biases - start] = self._ones[0]
         return out.view(1, self.rows * o, stop - start)
 
     def Gt_each(self, y: Tensor, samples: int) -> Tensor:
@@ -178,7 +224,7 @@ class AffineStage(Stage):
             else:
                 X.copy_((Z.mT @ Y.reshape(samples, each, o * k)).view(samples, i, o, k).transpose(1, 2))
         if self.bias:
-            out[:, self.p - o :] = Y.sum(1)
+            out[:, self.p - o :] = self._in_unit_of_bias(Y.sum(1))
         return out
 
     def entries(self, block: str) -> int:
@@ -211,15 +257,11 @@ def _outer(beta: Tensor, d: Tensor, bias: bool) -> Tensor:
     return torch.cat([X, X.new_zeros(K, o, k)], 1) if bias else X
 
 
-def _rows_split(Z: Tensor, weight: bool, bias: bool) -> tuple[Tensor, Tensor]:
-    """Q_w of shape (K, c, rank) and ρ of shape (K, b, rank) with [Z, 1] = ρ Q_wᵀ, of the parts that are controls."""
-    parts = [Z] if weight else []
-    if bias:
-        parts.append(Z.new_ones(Z.shape[0], Z.shape[1], 1))
-    rows = torch.cat(parts, 2)
+def _rows_split(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Q_w of shape (K, c, rank) and ρ of shape (K, b, rank) with Z̃ = ρ Q_wᵀ, for the rows Z̃ of shape (K, b, c)."""
     b, c = rows.shape[1:]
     if b >= c:
-        return torch.eye(c, dtype=rows.dtype, device=rows.device).expand(Z.shape[0], c, c), rows
+        return torch.eye(c, dtype=rows.dtype, device=rows.device).expand(rows.shape[0], c, c), rows
     if b > 1:
         basis = row_basis(rows)
         return basis, rows @ basis

@@ -19,8 +19,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.row_space import RowSpace, generic_row_space
+from linop_hess._memory import require
+from linop_hess.lq.stages.row_space import RowSpace, generic_row_space, showing_row_space
 from linop_hess.lq.stages.stacked import Stacked
+
+# Arrays of the size of G and B that a row space from arrays takes at once: these, and a singular value decomposition.
+_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,33 @@ class Stage(Stacked, ABC):
     def row_space(self) -> RowSpace:
         """The controls split into those the output sees and those it does not, for every stage of the stack; nothing is cached."""
         return generic_row_space(self)
+
+    def curved_row_space(self, diagonal: Tensor) -> RowSpace | None:
+        """The same where A = diag(diagonal), of shape (K, p), is added; None where all controls are visible then."""
+        if self.p <= self.n_out or "A" in self.nonzero or bool((diagonal != 0.0).any(0).all()):
+            return None
+        self.require_dense()
+        return showing_row_space(self, diagonal)
+
+    def require_dense(self) -> None:
+        """Raise where there is no memory for a row space from G as an array.
+
+        Raises
+        ------
+        MemoryError
+        """
+        numbers = float(_COPIES * self.count * self.p * (self.n_out + self.n_in))
+        require(
+            numbers * self.dtype.itemsize, f"the row space of {self.p} parameters, each with a curvature of its own"
+        )
+
+    def row_space_in_units(self, t: Tensor) -> RowSpace | None:
+        """Return the row space of `in_units` where that is None, but its structure known; None where that is not."""
+        return None
+
+    def in_units(self, t: Tensor) -> Stage | None:
+        """Return stages that know their structure with controls x̃, x = t ∘ x̃; None where no kind does. See `lq.stages.penalized.scaled`."""
+        return None
 
     def eye(self, size: int) -> Tensor:
         """K identity matrices, shape (K, size, size), sharing memory."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linop_hess.lq.stages.affine import AffineRowSpace, AffineStage
 from linop_hess.lq.stages.base import SampleRows, Stage
-from linop_hess.lq.stages.row_space import Controlled, IdentityRowSpace, Joint, RowSpace
+from linop_hess.lq.stages.row_space import Controlled, Joint, RowSpace
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,14 @@ class ConvolutionStage(AffineStage):
     def with_adjoint(self, beta: Tensor) -> Self:
         return super().with_adjoint(self.arrangement.from_state(beta[..., None]))
 
-    def row_space(self) -> RowSpace:
-        return ConvolutionRowSpace(*self._row_space_parts(), self.arrangement) if self.p else IdentityRowSpace(self)
+    def row_space_in_units(self, t: Tensor) -> RowSpace | None:
+        return None  # of arranged outputs only where a tensor has one unit
+
+    def _space(self, basis: Tensor, rho: Tensor, curved_by: Tensor | None) -> RowSpace:
+        o, i = self.W.shape[1:]
+        return ConvolutionRowSpace(
+            basis, rho, self.beta, o, i, self.weight, self.bias, self.arrangement, curved_by=curved_by
+        )
 
     def dense_F(self) -> Tensor:
         return Stage.dense_F(self)

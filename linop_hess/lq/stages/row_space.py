@@ -11,7 +11,7 @@ What that leaves in the cost-to-go is −NᵀN/ε, N a factor of Bᵀ(I − QQ�
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -66,7 +66,16 @@ class Joint:
 
 @dataclass(frozen=True)
 class RowSpace(Stacked, ABC):
-    """x = Q s + x⊥ for a stack of K stages, with G = R Qᵀ."""
+    """x = Q s + x⊥ for a stack of K stages, with G = R Qᵀ.
+
+    Parameters
+    ----------
+    curved_by : Tensor or None, shape (K, p)
+        The diagonal of A where that is one: zero but on controls each of which is a column of Q, so that none is hidden. None: A = 0, or
+        a kind of row space knows it.
+    """
+
+    curved_by: Tensor | None = field(default=None, kw_only=True)
 
     @property
     @abstractmethod
@@ -100,7 +109,9 @@ class RowSpace(Stacked, ABC):
         """Rᵀ y: (K, n_out, k) to (K, r, k)."""
 
     def QtAQ(self) -> Tensor:
-        """QᵀAQ, shape (K, r, r); zero but where all controls are visible."""
+        """QᵀAQ, shape (K, r, r); zero but where A acts on visible controls alone."""
+        if self.curved_by is not None:
+            return torch.diag_embed(self.Qt(self.curved_by[..., None])[..., 0])
         return torch.zeros(self.count, self.r, self.r, dtype=self.dtype, device=self.device)
 
     @abstractmethod
@@ -314,6 +325,17 @@ def generic_row_space(stage: Controlled) -> RowSpace:
     G = stage.dense_G()
     basis = row_basis(G)
     return DenseRowSpace(basis, G @ basis, stage.dense_B(), "B" in stage.nonzero)
+
+
+def showing_row_space(stage: Controlled, curved_by: Tensor) -> RowSpace:
+    """Row space by thin SVD for A = diag(curved_by), (K, p): controls where that is not zero are columns of Q, beside those of the rest."""
+    G = stage.dense_G()
+    shown = (curved_by != 0.0).any(0)
+    K, p = curved_by.shape
+    columns = torch.eye(p, dtype=G.dtype, device=G.device)[:, shown].expand(K, p, -1)
+    if stage.n_out:
+        columns = torch.cat([columns, row_basis(torch.where(shown, 0.0, G))], 2)
+    return DenseRowSpace(columns, G @ columns, stage.dense_B(), "B" in stage.nonzero, curved_by=curved_by)
 
 
 def row_basis(rows: Tensor) -> Tensor:

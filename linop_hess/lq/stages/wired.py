@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.stages.base import SampleRows, Stage
+from linop_hess.lq.stages.penalized import scaled
 from linop_hess.lq.stages.row_space import Controlled, Joint, RowSpace
 from linop_hess.lq.wiring import Wiring
 
@@ -87,6 +88,9 @@ class WiredStage(Stage):
     def with_adjoint(self, beta: Tensor) -> Self:
         return self.with_inner(self.inner.with_adjoint(self.local_adjoint(beta)))
 
+    def in_units(self, t: Tensor) -> Self:
+        return self.with_inner(scaled(self.inner, t))
+
     def gauss_newton(self) -> Self:
         flat = self.inner.gauss_newton()
         return self if flat is self.inner else self.with_inner(flat)
@@ -132,6 +136,10 @@ class WiredStage(Stage):
 
     def row_space(self) -> RowSpace:
         return WiredRowSpace(self.inner.row_space(), self.inner, self.wiring)
+
+    def curved_row_space(self, diagonal: Tensor) -> RowSpace | None:
+        space = self.inner.curved_row_space(diagonal)
+        return None if space is None else WiredRowSpace(space, self.inner, self.wiring)
 
     def dense_F(self) -> Tensor:
         wiring = self.wiring

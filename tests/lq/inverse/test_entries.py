@@ -89,3 +89,18 @@ def test_what_no_way_gets_right_is_told(no_columns, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         entries_of(truth, 0.5)
+
+
+@pytest.mark.parametrize("method", ["riccati", "dense"])
+@pytest.mark.parametrize("shape", WIRED)
+def test_blocks_of_controls_that_lie_anywhere(shape, method, no_columns):
+    """A set of places is ascending, whatever the order of the stage that they belong to."""
+    truth = setting(shape)
+    found = entries_of(truth, 0.5, method)
+    inverse = np.linalg.inv(truth.shifted(0.5))
+    sets = [np.sort(own) for own in truth.controls()]
+    sets += [own[:-1] for own in sets] + [np.arange(len(inverse))]
+    for places, block in zip(sets, found.blocks_at(sets), strict=True):
+        np.testing.assert_allclose(
+            block.numpy(), inverse[np.ix_(places, places)], rtol=0, atol=1e-11 * np.abs(inverse).max()
+        )

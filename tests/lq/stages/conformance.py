@@ -224,7 +224,9 @@ class StageConformance:
         close(space.QtB(), Q.mT @ blocks.B, dtype, p * _size(blocks.B))
         close(space.project_out(stage.eye(p)), torch.eye(p, dtype=torch.float64) - Q @ Q.mT, dtype, 1.0)
         if space.hidden:
-            assert r <= stage.n_out and not bool(blocks.A.any())
+            # A, if any, acts on visible controls alone, and is all that adds to what the output sees.
+            assert r <= stage.n_out + int(blocks.A.any(0).any(0).sum())
+            close((blocks.A @ Q) @ Q.mT, blocks.A, torch.float64, _size(blocks.A) * _rounding(dtype))
 
     def test_hidden_coupling(self, case: Case, dtype: torch.dtype):
         stage, blocks = case.stage.to(dtype), case.blocks
