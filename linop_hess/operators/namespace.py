@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
 # As Any: the stubs some have installed for SciPy know no namespaces.
@@ -23,7 +23,7 @@ class InNamespace(_ScipyOperator):
     ----------
     operator : Operator, shape (m, n)
     xp : module
-        The namespace: `torch`, `numpy`, or array_api_compat's of either, the same object as that of the operators to compose with.
+        The namespace: `torch`, `numpy`, or that of the operators to compose with (array_api_compat's of either).
 
     Raises
     ------
@@ -31,18 +31,17 @@ class InNamespace(_ScipyOperator):
         If SciPy is older than 1.18.
     TypeError
         If the arrays of `xp` are neither NumPy's nor torch's.
+    RuntimeError
+        If `xp` is `torch` and SciPy's switch for arrays of other libraries is off.
     """
 
     def __init__(self, operator: Any, xp: Any) -> None:
-        kind = type(xp.empty(0)) if hasattr(xp, "empty") else type(xp)
-        if kind not in (np.ndarray, Tensor):
-            raise TypeError(
-                f"expected the namespace of NumPy or torch, got {getattr(xp, '__name__', xp)!r}: convert arrays to one of them"
-            )
+        kind = _kind(xp)
         if not hasattr(operator, "_xp"):
             raise NotImplementedError(
                 "expected SciPy 1.18 or later for array namespaces, got an earlier one: upgrade it"
             )
+        xp = _scipys(xp, kind)
         super().__init__(operator.torch_dtype if kind is Tensor else operator.dtype, operator.shape, xp=xp)
         self.args = (operator,)
 
@@ -79,3 +78,29 @@ class InNamespace(_ScipyOperator):
 
     def _transpose(self) -> InNamespace:
         return self._adjoint()
+
+
+def _kind(xp: Any) -> type:
+    """Type of the arrays of a namespace."""
+    kind = type(xp.empty(0)) if hasattr(xp, "empty") else None
+    if kind is np.ndarray or kind is Tensor:
+        return kind
+    raise TypeError(
+        f"expected the namespace of NumPy or torch, got {getattr(xp, '__name__', xp)!r}: convert arrays to one of them"
+    )
+
+
+def _scipys(xp: Any, kind: type) -> Any:
+    """SciPy's own namespace for a library; any other namespace as it is."""
+    if xp is not np and xp is not torch:
+        return xp
+    try:
+        own = aslinearoperator(xp.empty((1, 1)))._xp
+    except TypeError:  # tensors are no arrays to it
+        own = np
+    if _kind(own) is not kind:
+        raise RuntimeError(
+            "expected SCIPY_ARRAY_API=1 in the environment for operators of torch, got it unset: set it before SciPy is "
+            "imported"
+        )
+    return own

@@ -135,6 +135,8 @@ class Products(_ScipyOperator):
             If SciPy is older than 1.18.
         TypeError
             If the arrays of `xp` are neither NumPy's nor torch's.
+        RuntimeError
+            If `xp` is `torch` and that variable is not set.
         """
         return InNamespace(self, xp)
 
