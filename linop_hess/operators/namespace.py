@@ -9,11 +9,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
-# As Any: the stubs some have installed for SciPy know no namespaces.
-_ScipyOperator: Any = LinearOperator
 
-
-class InNamespace(_ScipyOperator):
+class InNamespace(LinearOperator):
     """An operator as SciPy's operators of an array namespace are: its dtype and its arrays are those of the namespace.
 
     SciPy composes operators of one namespace only, from 1.18 on. Sums and products of this with others of the namespace are SciPy's;

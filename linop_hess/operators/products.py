@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, Self, overload
 
 import numpy as np
 import scipy
@@ -18,15 +18,19 @@ from linop_hess.operators.convert import plain_arithmetic, to_numpy
 from linop_hess.operators.namespace import InNamespace
 from linop_hess.operators.operand import Fold, as_operand
 
-# As Any: the stubs some have installed for SciPy fix result types that compositions here refine.
-_ScipyOperator: Any = LinearOperator
-
 _SCIPY = tuple(int(part) for part in scipy.__version__.split(".")[:2])
 # What SciPy says of a matvec with (n, 1): nothing, from 1.18 on a FutureWarning, from 1.20 on an error.
 _COLUMNS_WARN, _COLUMNS_END = (1, 18), (1, 20)
 
 
-class Products(_ScipyOperator):
+class Foreign(Protocol):
+    """Another operator of SciPy's, for type checkers."""
+
+    def matvec(self, x: Any) -> Any: ...
+    def rmatvec(self, x: Any) -> Any: ...
+
+
+class Products(LinearOperator):
     """What multiplies arrays: subclasses give `_apply` and `_apply_adjoint` on column blocks; see `Operator`."""
 
     symmetric: bool = False
@@ -35,6 +39,12 @@ class Products(_ScipyOperator):
     dtype: np.dtype
     torch_dtype: torch.dtype
     device: torch.device
+
+    if (
+        TYPE_CHECKING
+    ):  # the stubs of SciPy give LinearOperator a __new__, which some checkers take for that of subclasses too
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Self: ...
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         require_dtype(dtype, type(self).__name__)

@@ -10,13 +10,15 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator, gmres
 from linop_hess.operators.namespace import InNamespace
 from tests.operators.test_operator import matrix
 
-XP = aslinearoperator(torch.eye(1))._xp
+
+def scipys_torch():
+    return aslinearoperator(torch.eye(1))._xp
 
 
 def foreign(dense: torch.Tensor) -> LinearOperator:
     return LinearOperator(
         tuple(dense.shape), matvec=lambda x: x @ dense.T, rmatvec=lambda x: x @ dense, matmat=lambda X: dense @ X,
-        rmatmat=lambda X: dense.T @ X, dtype=dense.dtype, xp=XP,
+        rmatmat=lambda X: dense.T @ X, dtype=dense.dtype, xp=scipys_torch(),
     )  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def test_a_view_multiplies_as_its_operator_does():
 def test_pickled():
     view = pickle.loads(pickle.dumps(matrix(3, 4).to_xp(torch)))
     x = torch.ones(4, dtype=torch.float64)
-    assert view._xp is XP and torch.equal(view @ x, matrix(3, 4) @ x)
+    assert view._xp is scipys_torch() and torch.equal(view @ x, matrix(3, 4) @ x)
 
 
 def test_arrays_of_numpy_too():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +28,11 @@ from linop_hess.lq.scaling import times_two_to
 _REACH = {torch.float64: 1000, torch.float32: 120}
 
 
+Array = TypeVar("Array")
+
+
 @dataclass(frozen=True)
-class Solution:
+class Solution(Generic[Array]):
     """A solution of (H + εI)x = g and what is known of its quality.
 
     Attributes
@@ -46,7 +49,7 @@ class Solution:
         The method whose factors gave x.
     """
 
-    x: Any
+    x: Array
     backward_error: float
     residual_norm: float
     refinement_steps: int
@@ -147,7 +150,7 @@ class Solver:
         """Bytes held by the factors."""
         return self.factorization.nbytes
 
-    def solve(self, g: Tensor, tolerance: float | None = None) -> Solution:
+    def solve(self, g: Tensor, tolerance: float | None = None) -> Solution[Tensor]:
         """Solve for g of shape (N, k); the Solution holds a Tensor of the same shape.
 
         Parameters
