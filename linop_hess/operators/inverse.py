@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -130,10 +131,8 @@ class HessianInverse(NamedOperator):
                 device=self.device,
                 who=type(self).__name__,
             )
-            solution = self._inverse.solve(operand[:, None] if operand.ndim == 1 else operand)
-            x = solution.x.reshape(operand.shape)
-            x = x.clone() if isinstance(g, Tensor) else to_numpy(x)
-        return Solution(x, solution.backward_error, solution.residual_norm, solution.refinement_steps, solution.method)
+            solution = self._inverse.solve(operand)
+        return replace(solution, x=solution.x.clone() if isinstance(g, Tensor) else to_numpy(solution.x))
 
     def inertia(self) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + εI.

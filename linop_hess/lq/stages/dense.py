@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess._validate import NUMPY_DTYPES
 from linop_hess.lq.accuracy import SYMMETRIC
 from linop_hess.lq.stages.base import Stage
 
@@ -81,10 +82,16 @@ class DenseStage(Stage):
             If a dtype is not a floating one of at least 32 bits, or dtypes differ.
         """
         A, B, C, F, G = blocks = [
-            block.detach().clone() if isinstance(block, Tensor) else torch.from_numpy(np.array(block))
-            for block in (A, B, C, F, G)
+            block.detach().clone() if isinstance(block, Tensor) else _array(l, name, block)
+            for name, block in zip("ABCFG", (A, B, C, F, G), strict=True)
         ]
-        p, n = B.shape if B.ndim == 2 else (-1, -1)
+        for name, block in zip("ABCFG", blocks, strict=True):
+            if block.ndim != 2:
+                raise ValueError(
+                    f"expected blocks that are matrices, got {name} of shape {tuple(block.shape)} at stage {l + 1}: pass arrays of "
+                    "two dimensions, (1, 1) for a number"
+                )
+        p, n = B.shape
         expected = {"A": (p, p), "B": (p, n), "C": (n, n), "F": (F.shape[0], n), "G": (F.shape[0], p)}
         for name, block in zip("ABCFG", blocks, strict=True):
             if tuple(block.shape) != expected[name]:
@@ -183,3 +190,12 @@ class DenseStage(Stage):
 
     def entries(self, block: str) -> int:
         return super().entries(block) // (self.samples if block in "FC" else 1)
+
+
+def _array(l: int, name: str, block: Any) -> Tensor:
+    array = np.array(block)
+    if array.dtype not in NUMPY_DTYPES.values():
+        raise TypeError(
+            f"expected blocks of float32 or float64, got {name} of dtype {array.dtype} at stage {l + 1}: convert it"
+        )
+    return torch.from_numpy(array)
