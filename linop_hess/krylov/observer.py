@@ -89,10 +89,11 @@ class _Counted(LinearOperator):
         except Exception as error:
             self._observer.foreign = error
             raise
-        if np.may_share_memory(x, y):  # SciPy's solvers write into both
-            y = y.copy()
         with self._observer.clock.halted():
             self.products += 1
+            # SciPy's solvers keep products and write into them, and products are taken for the record in between: an operator may return
+            # its operand, or one buffer time and again.
+            y = np.array(y)
             if not np.isfinite(y).all():
                 raise Breakdown(f"product {self.products} with {self._name} is not finite")
             form = float(np.dot(x.ravel(), y.ravel()))
@@ -154,16 +155,18 @@ class Observer:
             self._close_cycle()
         if np.array_equal(x, self.x):
             return
-        # SciPy answers b = 0 by x = 0 before any iteration.
-        if self._announced == 0 or self.cycle is not None:
-            self.residuals.pop()
         self._append(x)
+        # SciPy answers b = 0 by x = 0 before any iteration, and gmres has counted the iteration already.
+        if self._announced == 0 or self.cycle is not None:
+            del self.residuals[-2]
 
     def _append(self, x: np.ndarray) -> None:
-        self.x = np.array(x).reshape(self.b.shape)  # a copy: cg's x is live
-        self.residuals.append(relative_residual(self.base, self.x, self.b) if np.isfinite(self.x).all() else math.nan)
-        if math.isnan(self.residuals[-1]):
-            raise Breakdown(f"the iterate or its residual is not finite after {self.iterations} iterations")
+        x = np.array(x).reshape(self.b.shape)  # a copy: cg's x is live
+        residual = relative_residual(self.base, x, self.b) if np.isfinite(x).all() else math.nan
+        if math.isnan(residual):
+            raise Breakdown(f"iterate {self.iterations + 1}, or its product with A, is not finite")
+        self.x = x
+        self.residuals.append(residual)
 
     def _seen_A(self, x: np.ndarray, y: np.ndarray) -> None:
         if self.cycle is not None:

@@ -147,10 +147,10 @@ def run(
     residuals = np.array(observer.residuals)
     with np.errstate(all="ignore"):
         x = np.ldexp(observer.x, exponent)
-        is_exact = np.array_equal(np.ldexp(x, -exponent), observer.x)
-    if not is_exact and np.isfinite(observer.x).all():
+        returned = np.ldexp(x, -exponent)
+    if not np.array_equal(returned, observer.x) and np.isfinite(observer.x).all():
         # Rounded where it is too small or too large for its dtype.
-        residuals[-1] = relative_residual(A, x, b) if np.isfinite(x).all() else math.nan
+        residuals[-1] = relative_residual(A, returned, scaled) if np.isfinite(x).all() else math.nan
         if not np.isfinite(x).all():
             problem = f"the solution exceeds the range of {x.dtype}: scale b down"
     converged = bool(residuals[-1] <= SLACK * allowed) and problem is None

@@ -271,15 +271,18 @@ def test_single_precision_positive():
         assert np.linalg.eigvalsh((P + P.T) / 2)[0] > -1e-6 * np.abs(P).max()
 
 
-def test_single_precision_underflow_is_told():
+def test_what_underflows_in_single_precision_is_right_to_the_smallest_normal_number():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
         x, y = torch.randn(5, 3), torch.randn(5, 2)
     lin = lh.linearize(model, lambda o, t: 1e25 * (o - t).square().sum(), x, y)
     inverse = lin.inverse(float(lin.analysis.norm))
-    with pytest.raises(OverflowError, match="below the range"):
-        inverse.solve(np.full(inverse.shape[0], 1e-30, dtype=np.float32))
+    g = np.random.default_rng(0).standard_normal((inverse.shape[0], 3)).astype(np.float32)
+    found = inverse.solve(g * np.float32([1e-30, 1e-12, 1.0])).x
+    truth = inverse.solve(g).x.astype(float) * [1e-30, 1e-12, 1.0]
+    assert np.abs(found - truth).max() <= 1e-37 and not found[:, 0].any() and found[:, 1].any()
+    assert np.array_equal(found[:, 2], inverse.solve(g[:, 2]).x)
 
 
 def test_segments_without_visible_controls():
