@@ -14,7 +14,13 @@ from linop_hess._validate import finite_real, whole
 def check_system(
     A: Any, b: Any, M: Any, x0: Any
 ) -> tuple[LinearOperator, np.ndarray, LinearOperator | None, np.ndarray | None]:
-    """Return A and M as operators and b and x0 as float vectors, or raise."""
+    """Return A and M as operators and b and x0 as float vectors, or raise.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If one of them is not usable, or M has another shape than A.
+    """
     A = check_operator("A", A)
     b = check_vector("b", b, A)
     M = None if M is None else check_operator("M", M)
@@ -24,7 +30,15 @@ def check_system(
 
 
 def check_operator(name: str, operand: Any) -> LinearOperator:
-    """Return a square real matrix as an operator, or raise."""
+    """Return a square real matrix as an operator, or raise.
+
+    Raises
+    ------
+    TypeError
+        If it is complex.
+    ValueError
+        If its shape is another, or a vector holds NaN or Inf.
+    """
     base = aslinearoperator(operand)
     if len(base.shape) != 2 or base.shape[0] != base.shape[1]:
         raise ValueError(f"expected a square {name}, got shape {base.shape}: pass one with as many rows as columns")
@@ -34,7 +48,15 @@ def check_operator(name: str, operand: Any) -> LinearOperator:
 
 
 def check_vector(name: str, vector: Any, A: LinearOperator) -> np.ndarray:
-    """Return a real, finite vector of A's length as floats, or raise."""
+    """Return a real, finite vector of A's length as floats, or raise.
+
+    Raises
+    ------
+    TypeError
+        If it is complex.
+    ValueError
+        If its shape is another, or a vector holds NaN or Inf.
+    """
     array = np.asarray(vector)
     n = A.shape[0]
     if array.shape not in ((n,), (n, 1)):
@@ -50,14 +72,26 @@ def check_vector(name: str, vector: Any, A: LinearOperator) -> np.ndarray:
 
 
 def check_rtol(rtol: float) -> float:
-    """Return a positive tolerance, or raise."""
+    """Return a positive tolerance, or raise.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
     if finite_real(rtol, "rtol") <= 0:
         raise ValueError(f"expected a positive rtol, got {rtol}: pass one such as 1e-8")
     return float(rtol)
 
 
 def check_atol(atol: float) -> float:
-    """Return a tolerance of at least zero, or raise."""
+    """Return a tolerance of at least zero, or raise.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
     if finite_real(atol, "atol") < 0:
         raise ValueError(f"expected an atol of at least zero, got {atol}: pass 0.0 or a bound on ||b - A x||")
     return float(atol)
@@ -66,7 +100,13 @@ def check_atol(atol: float) -> float:
 def check_options(
     solver: str, n: int, rtol: float, maxiter: int, restart: int | None, inner_m: int | None, solvers: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the keywords SciPy's solver takes besides the system and the tolerance, or raise."""
+    """Return the keywords SciPy's solver takes besides the system and the tolerance, or raise.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a solver or an option is not known, or an option belongs to another solver.
+    """
     if solver not in solvers:
         raise ValueError(f"expected a solver of {', '.join(solvers)}, got {solver!r}: choose one of them")
     check_rtol(rtol)

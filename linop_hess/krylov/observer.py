@@ -136,7 +136,13 @@ class Observer:
         return len(self.residuals) - 1
 
     def callback(self, state: Any) -> None:
-        """SciPy's callback: an iterate, or for gmres a norm that only marks an inner iteration."""
+        """SciPy's callback: an iterate, or for gmres a norm that only marks an inner iteration.
+
+        Raises
+        ------
+        Reached
+            Where the true residual meets an ``atol`` that the solver does not know.
+        """
         with self.clock.halted():
             self._announced += 1
             if self.cycle is not None:

@@ -142,7 +142,13 @@ class BandedFactorization:
         return state if group.in_units else state * group.unit_in
 
     def solve_band(self, rhs: Tensor) -> Tensor:
-        """Solve the band system for right-hand sides of shape (order, k)."""
+        """Solve the band system for right-hand sides of shape (order, k).
+
+        Raises
+        ------
+        ValueError
+            If LAPACK refuses an argument, which is a defect here.
+        """
         kl = self.layout.bandwidth
         if not rhs.numel():
             return rhs
