@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess._validate import NUMPY_DTYPES
 from linop_hess.lq.accuracy import SYMMETRIC
 from linop_hess.lq.stages.base import Stage
 
@@ -88,8 +87,8 @@ class DenseStage(Stage):
         for name, block in zip("ABCFG", blocks, strict=True):
             if block.ndim != 2:
                 raise ValueError(
-                    f"expected blocks that are matrices, got {name} of shape {tuple(block.shape)} at stage {l + 1}: pass arrays of "
-                    "two dimensions, (1, 1) for a number"
+                    f"stage {l + 1}: {name} has shape {tuple(block.shape)}, expected a matrix: pass an array of two dimensions, "
+                    "(1, 1) for a number"
                 )
         p, n = B.shape
         expected = {"A": (p, p), "B": (p, n), "C": (n, n), "F": (F.shape[0], n), "G": (F.shape[0], p)}
@@ -194,8 +193,6 @@ class DenseStage(Stage):
 
 def _array(l: int, name: str, block: Any) -> Tensor:
     array = np.array(block)
-    if array.dtype not in NUMPY_DTYPES.values():
-        raise TypeError(
-            f"expected blocks of float32 or float64, got {name} of dtype {array.dtype} at stage {l + 1}: convert it"
-        )
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"stage {l + 1}: {name} has dtype {array.dtype}, expected float32 or float64")
     return torch.from_numpy(array)
