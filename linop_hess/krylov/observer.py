@@ -13,13 +13,37 @@ from scipy.linalg import solve_triangular
 from scipy.sparse.linalg import LinearOperator
 
 
+def norm(v: np.ndarray) -> float:
+    """Return ``||v||``, whose squares neither under- nor overflow."""
+    v = np.asarray(v, dtype=np.float64)
+    largest = float(np.abs(v).max(initial=0.0))
+    if not 0.0 < largest < math.inf:
+        return largest
+    return largest * float(np.linalg.norm(v / largest))
+
+
 def relative_norm(r: np.ndarray, b: np.ndarray) -> float:
     """Return ``||r|| / ||b||``, or ``||r||`` if b = 0."""
-    return float(np.linalg.norm(r)) / (float(np.linalg.norm(b)) or 1.0)
+    scale = float(np.abs(b).max(initial=0.0))
+    if scale == 0.0:
+        return norm(r)
+    # A denormal b has no reciprocal: divide both.
+    return norm(np.asarray(r, dtype=np.float64) / scale) / norm(np.asarray(b, dtype=np.float64) / scale)
+
+
+def relative_residual(A: LinearOperator, x: np.ndarray, b: np.ndarray) -> float:
+    """Return ``||b - A x|| / ||b||`` of a finite x, or ``||A x||`` if b = 0; NaN where it cannot be computed."""
+    with np.errstate(all="ignore"):
+        product = np.asarray(A.matvec(x.copy()), dtype=np.float64)
+        return relative_norm(b - product, b) if np.isfinite(product).all() else math.nan
 
 
 class Breakdown(Exception):
     """Ends a solver that has left the finite numbers."""
+
+
+class Reached(Exception):
+    """Ends a solver that knows no ``atol`` where the true residual meets it."""
 
 
 class _Clock:
@@ -60,14 +84,21 @@ class _Counted(LinearOperator):
             if not np.isfinite(x).all():
                 after = f"after {self._observer.iterations} iterations"
                 raise Breakdown(f"{self._observer.solver}'s vectors are not finite {after}")
-        y = self._base.matvec(x)
+        try:
+            y = self._base.matvec(x)
+        except Exception as error:
+            self._observer.foreign = error
+            raise
         with self._observer.clock.halted():
             self.products += 1
+            # SciPy's solvers keep products and write into them, and products are taken for the record in between: an operator may return
+            # its operand, or one buffer time and again.
+            y = np.array(y)
             if not np.isfinite(y).all():
                 raise Breakdown(f"product {self.products} with {self._name} is not finite")
             form = float(np.dot(x.ravel(), y.ravel()))
             floor = float(np.finfo(y.dtype).eps) if np.issubdtype(y.dtype, np.floating) else 0.0
-            self.negative += form < -floor * float(np.linalg.norm(x)) * float(np.linalg.norm(y))
+            self.negative += form < -floor * norm(x) * norm(y)
             self._seen(x, y)
         return y
 
@@ -86,12 +117,15 @@ class Observer:
         M: LinearOperator | None,
         x0: np.ndarray | None,
         progress: Callable[[int], None] | None,
+        stop_at: float = 0.0,
     ) -> None:
         self.solver = solver
         self.clock = _Clock()
         self.base, self.b, self.progress = A, b, progress
         self.x = np.zeros_like(b) if x0 is None else x0.copy()
-        self.residuals = [relative_norm(b if x0 is None else b - A.matvec(x0), b)]
+        self.stop_at = stop_at
+        self.foreign: Exception | None = None
+        self.residuals = [relative_norm(b, b) if x0 is None else relative_residual(A, x0, b)]
         self.cycle = _Cycle(b, preconditioned=M is not None) if solver == "gmres" else None
         self.A = _Counted("A", A, self, self._seen_A)
         self.M = None if M is None else _Counted("M", M, self, self._seen_M)
@@ -102,7 +136,13 @@ class Observer:
         return len(self.residuals) - 1
 
     def callback(self, state: Any) -> None:
-        """SciPy's callback: an iterate, or for gmres a norm that only marks an inner iteration."""
+        """SciPy's callback: an iterate, or for gmres a norm that only marks an inner iteration.
+
+        Raises
+        ------
+        Reached
+            Where the true residual meets an ``atol`` that the solver does not know.
+        """
         with self.clock.halted():
             self._announced += 1
             if self.cycle is not None:
@@ -111,22 +151,28 @@ class Observer:
                 self._append(state)
             if self.progress is not None:
                 self.progress(self._announced)
+            if self.residuals[-1] <= self.stop_at:
+                raise Reached
 
     def finish(self, x: np.ndarray) -> None:
-        """Take the returned x, which bicgstab and lgmres may not have announced."""
+        """Take the returned x, which bicgstab and lgmres may not have announced, and gmres may not have multiplied."""
         x = np.asarray(x).reshape(self.b.shape)
         if self.cycle is not None:
             self._close_cycle()
-            self.x = x.copy()
-        elif not np.array_equal(x, self.x):
-            self._append(x)
+        if np.array_equal(x, self.x):
+            return
+        self._append(x)
+        # SciPy answers b = 0 by x = 0 before any iteration, and gmres has counted the iteration already.
+        if self._announced == 0 or self.cycle is not None:
+            del self.residuals[-2]
 
     def _append(self, x: np.ndarray) -> None:
-        self.x = np.array(x).reshape(self.b.shape)  # a copy: cg's x is live
-        if not np.isfinite(self.x).all():
-            self.residuals.append(math.nan)
-            raise Breakdown(f"the iterate is not finite after {self.iterations} iterations")
-        self.residuals.append(relative_norm(self.b - self.base.matvec(self.x), self.b))
+        x = np.array(x).reshape(self.b.shape)  # a copy: cg's x is live
+        residual = relative_residual(self.base, x, self.b) if np.isfinite(x).all() else math.nan
+        if math.isnan(residual):
+            raise Breakdown(f"iterate {self.iterations + 1}, or its product with A, is not finite")
+        self.x = x
+        self.residuals.append(residual)
 
     def _seen_A(self, x: np.ndarray, y: np.ndarray) -> None:
         if self.cycle is not None:
@@ -146,8 +192,8 @@ class Observer:
         inner = self.cycle.residual_norms()
         self.cycle.restart_from(self.b - Ax)
         if inner:
-            scale = float(np.linalg.norm(self.b)) or 1.0
-            self.residuals += [norm / scale for norm in inner[:-1]] + [relative_norm(self.b - Ax, self.b)]
+            scale = norm(self.b) or 1.0
+            self.residuals += [size / scale for size in inner[:-1]] + [relative_norm(self.b - Ax, self.b)]
 
 
 class _Cycle:
@@ -197,5 +243,5 @@ class _Cycle:
         Y = solve_triangular(R, np.triu(np.repeat(c[:k, None], AV.shape[1], axis=1)))
         norms: list[float] = []
         for j in range(0, AV.shape[1], 256):
-            norms += np.linalg.norm(self.r[:, None] - AV @ Y[:, j : j + 256], axis=0).tolist()
+            norms += map(norm, (self.r[:, None] - AV @ Y[:, j : j + 256]).T)
         return norms

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg as spla
-from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from linop_hess._validate import finite_real, whole
-from linop_hess.krylov.observer import Breakdown, Observer, relative_norm
+from linop_hess.krylov.checks import check_atol, check_options, check_rtol, check_system
+from linop_hess.krylov.observer import Breakdown, Observer, Reached, norm, relative_residual
 from linop_hess.krylov.record import Comparison, Record, compare
 
 __all__ = ["SOLVERS", "Comparison", "Record", "compare", "direct", "run"]
@@ -42,12 +42,13 @@ def run(
     x0: np.ndarray | None = None,
     *,
     rtol: float = 1e-8,
+    atol: float = 0.0,
     maxiter: int = 1000,
     restart: int | None = None,
     inner_m: int | None = None,
     name: str | None = None,
     setup_seconds: float = 0.0,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int], None] | None = None,
 ) -> Record:
     """Solve ``A x = b`` with one of SciPy's Krylov solvers and record how it went.
 
@@ -64,9 +65,12 @@ def run(
     x0 : ndarray, shape (N,), optional
         The start; zero by default.
     rtol : float
-        The tolerance given to SciPy. ``converged`` means that the true residual ends at or below
-        ``1.1 * rtol``; the 10 % is for rounding in the solver's own, updated, residual. minres tests
+        The tolerance given to SciPy. ``converged`` means that the true residual ``||b - A x||`` ends at or below
+        ``1.1 * max(rtol ||b||, atol)``; the 10 % is for rounding in the solver's own, updated, residual. minres tests
         ``||r|| <= rtol ||A|| ||x||`` instead and so often stops before the true residual is there.
+    atol : float
+        SciPy's absolute tolerance, 0 by default. minres has none in SciPy: it is stopped at the first iterate whose true residual
+        meets it.
     maxiter : int
         The most iterations. cg, minres: one product with A each. bicgstab: two. gmres: an *inner*
         iteration, one product each, whatever `restart`. lgmres: an outer cycle of about `inner_m` products,
@@ -79,8 +83,9 @@ def run(
         The record's label; the solver's name by default.
     setup_seconds : float
         Copied into the record, for the time it took to make M.
-    progress : callable, optional
-        Called with the number of iterations done, off the clock.
+    progress : bool or callable, optional
+        True shows a progress bar (needs tqdm), as it does everywhere in this package; a callable is called with the number of
+        iterations done, off the clock.
 
     Returns
     -------
@@ -92,13 +97,18 @@ def run(
     TypeError
         If anything is complex, or `maxiter` is not an integer.
     ValueError
-        For an unknown solver, wrong shapes, NaN or Inf, ``rtol <= 0``, ``maxiter < 1``, or an option that
+        For an unknown solver, wrong shapes, NaN or Inf, ``rtol <= 0``, ``atol < 0``, ``maxiter < 1``, or an option that
         belongs to another solver.
+    ImportError
+        If ``progress=True`` and tqdm is not installed.
 
     Notes
     -----
     *What is timed.* `seconds` covers SciPy's code and its products with A and M. The residual ``b - A x``
     is formed in the callback with the clock stopped, and its product is not counted.
+
+    *Size.* SciPy's solvers square norms. A system whose b would under- or overflow in them is solved for b scaled by a power of
+    two, which changes no digit.
 
     *gmres* builds its iterate only at the end of a cycle, where the recorded residual is ``b - A x`` of that
     iterate. In between it has no iterate, but its definition fixes one: from start residual r, basis V and
@@ -119,47 +129,42 @@ def run(
     >>> record.status, record.iterations, record.products_A
     ('converged', 3, 3)
     """
-    A, b, M, x0 = _check_system(A, b, M, x0)
-    options = _check_options(solver, len(b), rtol, maxiter, restart, inner_m)
-    observer = Observer(solver, A, b, M, x0, progress)
-    keywords = {"x0": None if x0 is None else x0.copy(), "M": observer.M, "rtol": float(rtol), **options}
-    info: int | None = None
-    problem = None
-    observer.clock.start()
-    try:
-        with np.errstate(all="ignore"):
-            x, info = SOLVERS[solver](observer.A, b.copy(), callback=observer.callback, **keywords)
-        observer.clock.stop()
-        observer.finish(x)
-    except Breakdown as stop:
-        observer.clock.stop()
-        problem = f"breakdown: {stop}"
-    except ValueError as error:
-        observer.clock.stop()
-        if solver != "minres" or M is None or str(error) not in _MINRES_INDEFINITE:
-            raise
-        problem = (
-            f"indefinite preconditioner: minres stopped after {observer.iterations} iterations; "
-            "M must be positive definite"
-        )
-    except RuntimeError as error:
-        observer.clock.stop()
-        if solver != "lgmres" or "zero vector" not in str(error):
-            raise
-        problem = "breakdown: M returned the zero vector"
+    A, b, M, x0 = check_system(A, b, M, x0)
+    atol = check_atol(atol)
+    options = check_options(solver, len(b), rtol, maxiter, restart, inner_m, SOLVERS)
+    exponent = _exponent(b, x0)
+    scaled, start = np.ldexp(b, -exponent), None if x0 is None else np.ldexp(x0, -exponent)
+    size = norm(scaled) or 1.0
+    with np.errstate(over="ignore"):
+        absolute = float(np.ldexp(atol, -exponent))
+    allowed = max(float(rtol), absolute / size)
+    if solver != "minres":
+        options["atol"] = absolute
+    with _steps(progress, solver, options["maxiter"]) as step:
+        stop_at = allowed if solver == "minres" and atol > 0.0 else -1.0
+        observer = Observer(solver, A, scaled, M, start, step, stop_at)
+        info, problem = _solve(observer, {"x0": start, "M": observer.M, "rtol": float(rtol), **options})
     residuals = np.array(observer.residuals)
-    converged = bool(residuals[-1] <= SLACK * rtol)
+    with np.errstate(all="ignore"):
+        x = np.ldexp(observer.x, exponent)
+        returned = np.ldexp(x, -exponent)
+    if not np.array_equal(returned, observer.x) and np.isfinite(observer.x).all():
+        # Rounded where it is too small or too large for its dtype.
+        residuals[-1] = relative_residual(A, returned, scaled) if np.isfinite(x).all() else math.nan
+        if not np.isfinite(x).all():
+            problem = f"the solution exceeds the range of {x.dtype}: scale b down"
+    converged = bool(residuals[-1] <= SLACK * allowed) and problem is None
     return Record(
         name=solver if name is None else name,
         solver=solver,
-        x=observer.x,
+        x=x,
         iterations=observer.iterations,
         products_A=observer.A.products,
         products_M=0 if observer.M is None else observer.M.products,
         seconds=observer.clock.seconds,
         info=None if info is None else int(info),
         residuals=residuals,
-        converged=converged and problem is None,
+        converged=converged,
         status=problem or _status(solver, info, residuals, converged, observer),
         negative_curvature=observer.A.negative,
         negative_curvature_M=0 if observer.M is None else observer.M.negative,
@@ -168,12 +173,97 @@ def run(
     )
 
 
+def _solve(observer: Observer, keywords: dict[str, Any]) -> tuple[int | None, str | None]:
+    """Run SciPy's solver; return its exit code, and in words what ended it otherwise."""
+    solver, info = observer.solver, None
+    if math.isnan(observer.residuals[0]):
+        return None, "breakdown: the product of A with x0 is not finite"
+    if observer.residuals[0] <= observer.stop_at or not observer.b.size:
+        return 0, None
+    start = keywords.pop("x0")
+    observer.clock.start()
+    try:
+        with np.errstate(all="ignore"):
+            x, info = SOLVERS[solver](
+                observer.A,
+                observer.b.copy(),
+                x0=None if start is None else start.copy(),
+                callback=observer.callback,
+                **keywords,
+            )
+            observer.clock.stop()
+            observer.finish(x)
+    except Breakdown as stop:
+        return info, f"breakdown: {stop}"
+    except Reached:
+        return 0, None
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        if error is observer.foreign or not (words := _ending(observer, error)):
+            raise
+        return info, words
+    finally:
+        observer.clock.stop()
+    return info, None
+
+
+def _ending(observer: Observer, error: Exception) -> str:
+    """What an error that SciPy raises says of the system; empty where nothing."""
+    if observer.solver == "minres" and observer.M is not None and str(error) in _MINRES_INDEFINITE:
+        return f"indefinite preconditioner: minres stopped after {observer.iterations} iterations; M must be positive definite"
+    if observer.solver == "lgmres" and "zero vector" in str(error):
+        return "breakdown: M returned the zero vector"
+    if isinstance(error, ArithmeticError):
+        return f"breakdown: {error} in {observer.solver}"
+    return ""
+
+
+def _exponent(b: np.ndarray, x0: np.ndarray | None) -> int:
+    """The power of two by which b is divided: 0 unless squares of its entries, or of what is left of them, leave the range of its dtype."""
+    largest = float(np.abs(b).max(initial=0.0))
+    comfortable = 1e15 if b.dtype.itemsize == 4 else 1e120
+    if largest == 0.0 or 1.0 / comfortable < largest < comfortable:
+        return 0
+    exponent = math.frexp(largest)[1]
+    if x0 is not None:
+        with np.errstate(all="ignore"):
+            moved = np.ldexp(x0, -exponent)
+            if not np.array_equal(np.ldexp(moved, exponent), x0):
+                return 0
+    return exponent
+
+
+@contextmanager
+def _steps(
+    progress: bool | Callable[[int], None] | None, solver: str, maxiter: int
+) -> Iterator[Callable[[int], None] | None]:
+    """What to call after each iteration."""
+    if progress is None or callable(progress):
+        yield progress
+        return
+    if not isinstance(progress, bool | np.bool_):
+        raise TypeError(
+            f"expected progress to be a bool or callable, got {type(progress).__name__}: pass True or leave it out"
+        )
+    if not progress:
+        yield None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError(
+            "expected tqdm for progress=True, got no such package: run `python -m pip install tqdm`, or leave progress out"
+        ) from None
+    with tqdm(desc=solver, total=maxiter, unit="it", disable=None) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
 def direct(
     solve: Callable[[np.ndarray], np.ndarray],
     A: Any,
     b: np.ndarray,
     *,
     rtol: float = 1e-8,
+    atol: float = 0.0,
     name: str = "direct",
     setup_seconds: float = 0.0,
     memory: int | None = None,
@@ -188,8 +278,8 @@ def direct(
         The matrix that judges x; it need not be what `solve` was made from.
     b : ndarray, shape (N,)
         The right-hand side.
-    rtol : float
-        `converged` means a true residual of at most ``1.1 * rtol``.
+    rtol, atol : float
+        `converged` means a true residual of at most ``1.1 * max(rtol ||b||, atol)``.
     name, setup_seconds, memory
         Copied into the record.
 
@@ -205,79 +295,20 @@ def direct(
     ValueError
         For wrong shapes, that of what `solve` returns included, NaN or Inf.
     """
-    A, b, _, _ = _check_system(A, b, None, None)
+    A, b, _, _ = check_system(A, b, None, None)
+    allowed = max(check_rtol(rtol), check_atol(atol) / (norm(b) or 1.0))
     begin = time.perf_counter()
     x = np.asarray(solve(b.copy()))
     seconds = time.perf_counter() - begin
     if x.shape != b.shape:
         raise ValueError(f"expected solve(b) of shape {b.shape}, got {x.shape}: return one vector")
-    residual = relative_norm(b - A.matvec(x), b) if np.isfinite(x).all() else math.nan
-    converged = residual <= SLACK * rtol
+    residual = relative_residual(A, x, b) if np.isfinite(x).all() else math.nan
+    converged = residual <= SLACK * allowed
     status = "converged" if converged else f"not solved: the true residual is {residual:.1e}"
     return Record(
         name, "direct", x, 0, 0, 0, seconds, None, np.array([residual]), converged, status,
         setup_seconds=float(setup_seconds), memory=memory,
     )  # fmt: skip
-
-
-def _check_system(
-    A: Any, b: Any, M: Any, x0: Any
-) -> tuple[LinearOperator, np.ndarray, LinearOperator | None, np.ndarray | None]:
-    """Return A and M as operators and b and x0 as float vectors, or raise."""
-    A = _check_operator("A", A)
-    b = _check_vector("b", b, A)
-    M = None if M is None else _check_operator("M", M)
-    if M is not None and M.shape != A.shape:
-        raise ValueError(f"expected M of A's shape {A.shape}, got {M.shape}: M approximates the inverse of A")
-    return A, b, M, None if x0 is None else _check_vector("x0", x0, A).astype(b.dtype)
-
-
-def _check_operator(name: str, operand: Any) -> LinearOperator:
-    base = aslinearoperator(operand)
-    if len(base.shape) != 2 or base.shape[0] != base.shape[1]:
-        raise ValueError(f"expected a square {name}, got shape {base.shape}: pass one with as many rows as columns")
-    if np.issubdtype(base.dtype, np.complexfloating):
-        raise TypeError(f"expected a real {name}, got {base.dtype}: complex systems are not supported")
-    return base
-
-
-def _check_vector(name: str, vector: Any, A: LinearOperator) -> np.ndarray:
-    array = np.asarray(vector)
-    n = A.shape[0]
-    if array.shape not in ((n,), (n, 1)):
-        raise ValueError(f"expected {name} of shape ({n},) or ({n}, 1) for this A, got {array.shape}: reshape it")
-    if np.issubdtype(array.dtype, np.complexfloating):
-        raise TypeError(f"expected a real {name}, got {array.dtype}: solve for its two parts apart")
-    if not np.issubdtype(array.dtype, np.floating):
-        array = array.astype(A.dtype if np.issubdtype(A.dtype, np.floating) else np.float64)
-    if not np.isfinite(array).all():
-        count = np.count_nonzero(~np.isfinite(array))
-        raise ValueError(f"expected a finite {name}, got {count} NaN or Inf entries: find where they arise")
-    return array.reshape(n)
-
-
-def _check_options(
-    solver: str, n: int, rtol: float, maxiter: int, restart: int | None, inner_m: int | None
-) -> dict[str, Any]:
-    """Return the keywords SciPy's solver takes besides the system and the tolerance, or raise."""
-    if solver not in SOLVERS:
-        raise ValueError(f"expected a solver of {', '.join(SOLVERS)}, got {solver!r}: choose one of them")
-    if finite_real(rtol, "rtol") <= 0:
-        raise ValueError(f"expected a positive rtol, got {rtol}: pass one such as 1e-8")
-    options: dict[str, Any] = {"maxiter": whole(maxiter, "maxiter", least=1)}
-    for key, value, owner in (("restart", restart, "gmres"), ("inner_m", inner_m, "lgmres")):
-        if value is None:
-            continue
-        if solver != owner:
-            raise ValueError(f"expected no {key} for {solver}, got {value!r}, an option of {owner}: leave it out")
-        options[key] = whole(value, key, least=1)
-    if solver != "minres":
-        options["atol"] = 0.0
-    if solver == "gmres":
-        # "legacy" is the mode that counts maxiter in inner iterations and reports each of them.
-        options["callback_type"] = "legacy"
-        options["restart"] = min(options.get("restart", 20), options["maxiter"], n)
-    return options
 
 
 def _status(solver: str, info: int | None, residuals: np.ndarray, converged: bool, observer: Observer) -> str:

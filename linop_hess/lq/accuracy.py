@@ -13,8 +13,17 @@ import torch
 # Backward error that a solve must reach, by dtype: a few roundings of a sum over N terms.
 BACKWARD_ERROR = {torch.float64: 1e-14, torch.float32: 1e-6}
 
-# ‖H + εI‖‖x‖/‖g‖ is a lower bound of the condition number; above this, H + εI is singular to double precision.
+# ‖H + εI‖‖x‖/‖g‖ is a lower bound of the condition number; above this, H + εI as a matrix is singular to double precision, and a
+# solution is believed only where the blocks it is made of determine it, ...
 SINGULAR_CONDITION = 0.25 / np.finfo(np.float64).eps
+# ... which they do where rounding in them moves it by so much at most. Chains whose states grow have 1e-13, singular ones 1e-1 and more.
+DETERMINED = 1e-6
+# A solution that rounding in the blocks moves by this much or more is none, which is looked at from this condition on: rounding may make
+# an eigenvalue of zero look as large as that.
+UNDETERMINED = 0.1
+NEARLY_SINGULAR = 1e-2 * SINGULAR_CONDITION
+# Factors of the matrix itself see nothing of the blocks: their solutions are looked at from this condition on.
+DENSE_CONDITION = 1e-4 * SINGULAR_CONDITION
 
 # A step of refinement that does not halve the backward error is the last one: rounding has been reached.
 STALLED = 0.5
@@ -73,6 +82,9 @@ GROWTH_DETERMINANT = 1e4
 # Below this |ε| rounding makes the signs of pivots uncertain that are ε by themselves.
 SMALLEST_DAMPING = 1e-12
 
+# Rounding in H may move an eigenvalue by this; the sign of one that is smaller is not told.
+ROUNDED_EIGENVALUE = 1e-14
+
 # A pivot below this counts as zero.
 ZERO_PIVOT = 1e-15
 
@@ -84,6 +96,15 @@ CERTAIN = 1e-12
 
 # A shift that is an eigenvalue to rounding is moved by this.
 NUDGE = 1e-7
+
+# Pivots are right although ‖H + εI‖ exceeds them by more than 1/eps where random errors in the blocks of this share of their size ...
+BLOCKS_MOVED = 1e-9
+# ... move each of them by no more than this share, a seventh of its digits being left so; pivots that are rounding move by 1e7, ...
+PIVOTS_MOVED = 0.1
+# ... and the logarithms of determinants by two eliminations differ by no more than this times √N.
+DETERMINANTS_DIFFER = 1e-6
+# A condition from which on this is looked at.
+DETERMINED_CONDITION = 1e-3 * SINGULAR_CONDITION
 
 # --- Entries of the inverse, compared with certified solves ------------------------------------------------------------------------
 

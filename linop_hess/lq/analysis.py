@@ -15,6 +15,7 @@ Where D is one number c, T = 1 and η = ε + c. This is the one place that knows
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.condensed import Condensed, condense
+from linop_hess.lq.condensed import Condensed, block_sizes, condense, moved
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.scaling import state_scales
 from linop_hess.lq.segments import SegmentGroup, order_of, segment_groups
@@ -164,6 +165,14 @@ class Analysis:
     def condensed(self) -> list[Condensed]:
         """Dense blocks of every group."""
         return [self.condensed_group(g) for g in range(len(self.groups))]
+
+    def moved(self, damping: float, share: float, seed: int) -> Analysis:
+        """Analysis of a problem whose condensed blocks are moved by random errors of that share of what they are made of."""
+        other, generator = copy.copy(self), torch.Generator().manual_seed(seed)
+        other._made, other._condensed = {}, {}
+        for g, group in enumerate(self.groups):
+            other._condensed[g] = moved(self.condensed_group(g), block_sizes(group), damping, share, generator)
+        return other
 
     @cached_property
     def is_narrow(self) -> bool:

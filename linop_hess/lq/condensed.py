@@ -9,12 +9,16 @@ Without the hidden controls and the states between its stages a segment is, with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from linop_hess.lq.segments import SegmentGroup, identity
+
+# Random signs that sizes are taken with.
+_SIGNS = 16
 
 
 @dataclass(frozen=True)
@@ -78,3 +82,83 @@ def condense(group: SegmentGroup) -> Condensed:
     T[:, :, r:] *= unit.mT
     gram = group.space.hidden_gram() * unit * unit.mT if group.is_coupled else None
     return Condensed(r, T, gram, W)
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """What the entries of the condensed blocks of a group of K segments are made of, nothing cancelled.
+
+    Attributes
+    ----------
+    ss, sd, dd : Tensor, shape (K, 1, 1)
+        Sizes of the parts of T: on controls, between controls and states, on states.
+    s, d : Tensor, shape (K, n_out, 1)
+        Sizes of the rows of R and F.
+    hidden : Tensor, shape (K, 1, 1)
+        √‖Bᵀ(I − QQᵀ)B‖.
+    """
+
+    ss: Tensor
+    sd: Tensor
+    dd: Tensor
+    s: Tensor
+    d: Tensor
+    hidden: Tensor
+
+
+def block_sizes(group: SegmentGroup) -> BlockSizes:
+    """Sizes of what the condensed blocks of a group are summed from, as `condense` sums them.
+
+    Products are taken with random signs on the sizes of rows: what cancels in the blocks themselves does not then.
+    """
+    control, space, n_in = group.control, group.space, group.n_in
+    one = space.R(identity(group)).new_zeros(group.count, 1, 1)
+    s, d = _row_sizes(space.R(identity(group))), _row_sizes(control.dense_F() * group.unit_in.mT)
+    ss, sd, dd, hidden = one, one, one, one
+    if "A" in control.nonzero:
+        ss = _size(space.QtAQ())
+    if "B" in control.nonzero and n_in:
+        sd = _size(space.QtB() * group.unit_in.mT)
+        if group.is_coupled:
+            hidden = _size(space.hidden_gram() * group.unit_in * group.unit_in.mT).sqrt()
+    if "C" in control.nonzero and n_in:
+        dd = _size(control.dense_C() * group.unit_in * group.unit_in.mT)
+    signs = torch.Generator().manual_seed(0)
+    for stage in group.free:
+        if "C" in stage.nonzero:
+            of_s, of_d = _without_cancelling(stage.C, s, signs), _without_cancelling(stage.C, d, signs)
+            ss = ss + (s * of_s).sum(1, keepdim=True)
+            sd = sd + (s * of_d).sum(1, keepdim=True)
+            dd = dd + (d * of_d).sum(1, keepdim=True)
+        s, d = _without_cancelling(stage.F, s, signs), _without_cancelling(stage.F, d, signs)
+    return BlockSizes(ss, sd, dd, s / group.unit_out, d / group.unit_out, hidden)
+
+
+def _without_cancelling(product: Callable[[Tensor], Tensor], size: Tensor, generator: torch.Generator) -> Tensor:
+    """√(Σ_j M_ij² size_j²), to within some per cent, for the product with M, of sizes of shape (K, n, 1)."""
+    signs = torch.randn(*size.shape[:2], _SIGNS, generator=generator, dtype=size.dtype)
+    return product(size * signs).square().mean(2, keepdim=True).sqrt()
+
+
+def _row_sizes(block: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(block, dim=2, keepdim=True)
+
+
+def _size(block: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(block, keepdim=True)
+
+
+def moved(blocks: Condensed, sizes: BlockSizes, damping: float, share: float, generator: torch.Generator) -> Condensed:
+    """Return blocks moved by random errors of so large a share of what they are made of at a damping."""
+
+    def errors(of: Tensor) -> Tensor:
+        return share * torch.randn(of.shape, generator=generator, dtype=of.dtype)
+
+    r, T, W = blocks.r, blocks.curvature, blocks.W
+    size = torch.zeros_like(T)
+    size[:, :r, :r] = sizes.ss + abs(damping)
+    size[:, :r, r:] = sizes.sd
+    size[:, r:, r:] = sizes.dd + (sizes.hidden.square() / abs(damping) if blocks.gram is not None else 0.0)
+    E = (size * errors(T)).triu()
+    of_W = torch.cat([sizes.s.expand(-1, -1, r), sizes.d.expand(-1, -1, W.shape[2] - r)], 2)
+    return Condensed(r, T + E + E.triu(1).mT, blocks.gram, W + of_W * errors(W))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, cast, overload
 
 import numpy as np
@@ -138,10 +139,8 @@ class HessianInverse(NamedOperator):
                 device=self.device,
                 who=type(self).__name__,
             )
-            solution = self._inverse.solve(operand[:, None] if operand.ndim == 1 else operand)
-            flat = solution.x.reshape(operand.shape)
-            x: Any = flat.clone() if isinstance(g, Tensor) else to_numpy(flat)
-        return Solution(x, solution.backward_error, solution.residual_norm, solution.refinement_steps, solution.method)
+            solution = self._inverse.solve(operand)
+        return replace(cast(Any, solution), x=solution.x.clone() if isinstance(g, Tensor) else to_numpy(solution.x))
 
     def inertia(self) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + εI.

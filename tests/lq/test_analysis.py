@@ -82,3 +82,15 @@ def test_order(shape):
     assert analysis.condensed_group(0) is analysis.condensed[0]
     assert [space is None for space in analysis.row_spaces] == [block.p == 0 for block in analysis.problem.blocks]
     assert analysis.samples == 1
+
+
+def test_moved_blocks_are_those_of_another_problem():
+    """Factors of moved blocks differ by about as much; the analysis itself stays as it was."""
+    analysis = setting("equal").analysis
+    factor = METHODS["riccati"].factor
+    before = factor(analysis, 0.3).logabsdet()
+    other = analysis.moved(0.3, 1e-7, 0)
+    assert 1e-10 < abs(factor(other, 0.3).logabsdet() - before) < 1e-4
+    assert factor(analysis, 0.3).logabsdet() == before
+    assert factor(analysis.moved(0.3, 1e-7, 0), 0.3).logabsdet() == factor(other, 0.3).logabsdet()
+    assert factor(analysis.moved(0.3, 0.0, 1), 0.3).logabsdet() == before

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from linop_hess.lq.condensed import condense
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.condensed import block_sizes, condense, moved
 from tests.lq.methods.conformance import DTYPES, SIZES, setting
-from tests.lq.problems import random_blocks
+from tests.lq.problems import Blocks, random_blocks
 
 
 def rollout(blocks, first, last, x, d):
@@ -61,3 +62,33 @@ def test_damping_and_hidden_controls(shape):
             torch.testing.assert_close(other[:, r:, r:], found.curvature[:, r:, r:])
         torch.testing.assert_close(T, expected)
         assert (found.gram is not None) == group.is_coupled and T is not found.curvature
+
+
+def test_sizes_see_what_cancels():
+    """A chain of a control and two stages, its curvature and its row cancelling: sizes are those of the summands."""
+    one, minus = np.array([[1.0]]), np.array([[-1.0]])
+    two = np.array([[1.0], [1.0]])
+    blocks = Blocks(
+        A=[minus * 1e6, np.zeros((0, 0)), np.zeros((0, 0))],
+        B=[one * 0, np.zeros((0, 2)), np.zeros((0, 1))],
+        C=[one * 0, np.diag([1e6, 0.0]), one],
+        F=[two * 0, np.array([[1e3, -1e3]]), one],
+        G=[two, np.zeros((1, 0)), np.zeros((1, 0))],
+    )
+    group = Analysis(blocks.problem()).groups[0]
+    condensed, sizes = condense(group), block_sizes(group)
+    assert not condensed.curvature.any() and not condensed.W.any()
+    assert 1e6 <= float(sizes.ss) <= 4e6 and 300 <= float(sizes.s) <= 4e3
+
+
+def test_moved_by_a_share_of_the_sizes():
+    truth = setting("equal")
+    for group in truth.analysis.groups:
+        blocks, sizes = condense(group), block_sizes(group)
+        other = moved(blocks, sizes, 0.3, 1e-3, torch.Generator().manual_seed(0))
+        E = other.curvature - blocks.curvature
+        assert torch.allclose(E, E.mT)
+        of_controls = E[:, : blocks.r, : blocks.r].abs().amax((1, 2))
+        assert bool((of_controls <= 5e-3 * (sizes.ss[:, 0, 0] + 0.3)).all()) and bool((of_controls > 0).all())
+        of_rows = (other.W - blocks.W).abs().amax(2, keepdim=True)
+        assert bool((of_rows <= 5e-3 * torch.maximum(sizes.s, sizes.d)).all())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from linop_hess.errors import FactorizationError, SingularPivotError
-from linop_hess.lq.accuracy import CERTAIN, NUDGE, UNSURE_PIVOT, ZERO_PIVOT
+from linop_hess.lq.accuracy import CERTAIN, NUDGE, ROUNDED_EIGENVALUE, UNSURE_PIVOT, ZERO_PIVOT
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.factors import Answering, Factors
 from linop_hess.lq.methods.dense import assembled
@@ -97,3 +97,23 @@ def inertia(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVOT) 
             stage=None if error.stage is None else analysis.problem.name(error.stage),
             suggested_damping=damping + move,
         ) from None
+
+
+def between(analysis: Analysis, damping: float, found: Inertia) -> Inertia:
+    """Inertia of an H + εI that is nearly singular: eigenvalues whose sign rounding may have made are counted as zero.
+
+    They are those that change their sign, or are found to be zero, when the damping is moved by what rounding in H may be.
+
+    Parameters
+    ----------
+    analysis : Analysis
+    damping : float
+    found : Inertia
+        What the factors at this damping say.
+    """
+    move = ROUNDED_EIGENVALUE * max(analysis.norm, abs(damping))
+    if analysis.hidden and abs(damping) <= 2.0 * move:
+        return found  # the eigenvalue ε of the hidden controls is no rounding
+    below, above = inertia(analysis, damping - move), inertia(analysis, damping + move)
+    negative, positive = min(found.negative, above.negative), min(found.positive, below.positive)
+    return Inertia(negative, analysis.problem.size - negative - positive, positive)

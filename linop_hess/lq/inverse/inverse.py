@@ -13,10 +13,12 @@ from torch import Tensor
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq.analysis import Analysis, Change
 from linop_hess.lq.inverse import determinant, sampling
+from linop_hess.lq.inverse.determined import determined, looks_singular
 from linop_hess.lq.inverse.entries import DiagonalEntries
 from linop_hess.lq.inverse.factors import Factors, SegmentReport
-from linop_hess.lq.inverse.inertia import inertia, inertia_of_factors
+from linop_hess.lq.inverse.inertia import between, inertia, inertia_of_factors
 from linop_hess.lq.inverse.solve import Solution, Solver
+from linop_hess.lq.methods.riccati import RiccatiFactorization
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 
@@ -85,9 +87,29 @@ class Inverse:
     @cached_property
     def inertia(self) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + εI."""
+        if self._determined is not None:
+            return self._determined.inertia(0.0)
+        found = self._of_matrix()
+        if not self._looks_singular or self.analysis.problem.size == 0:
+            return found
+        return between(self.analysis, self.damping, found)
+
+    @cached_property
+    def _looks_singular(self) -> bool:
+        return looks_singular(self.solver.factorization)
+
+    def _of_matrix(self) -> Inertia:
         if "inertia" in self.solver.factorization.answers:
             return self._asked(inertia_of_factors)
         return inertia(self.analysis, self.damping)
+
+    @cached_property
+    def _determined(self) -> RiccatiFactorization | None:
+        """Factors that the blocks of the problem determine, where the matrix is singular to working precision."""
+        if not self._looks_singular:
+            return None
+        change = self.factors.change
+        return determined(change.analysis, change.damping, self.solver.plan)
 
     @property
     def is_positive_definite(self) -> bool:
@@ -108,6 +130,8 @@ class Inverse:
                 damping=self.damping,
             )
         sign = -1.0 if self.inertia.negative % 2 else 1.0
+        if self._determined is not None:
+            return sign, self._determined.logabsdet()
         return sign, self._asked(lambda factors: determinant.logabsdet(factors, self.solver.plan))
 
     def report(self) -> list[SegmentReport]:
@@ -122,7 +146,8 @@ class Inverse:
             definite = False
         if definite and self.analysis.problem.dtype == torch.float64:
             return _Certified(self.solver)
-        return _Positive(self._asked(Factors.bounded), self.factors.change)
+        factors = self._asked(Factors.bounded) if self._determined is None else self._determined
+        return _Positive(factors, self.factors.change)
 
     @cached_property
     def entries(self) -> DiagonalEntries:
@@ -148,7 +173,12 @@ class Inverse:
             If H + εI is not positive definite; it names the inertia and a damping that works.
         """
         sampling.require_definite(self.inertia, self.analysis, self.damping)
-        drawn = self._asked(lambda factors: sampling.sample(factors.answering("sample"), k, generator, self.damping))
+        if self._determined is not None:
+            drawn = sampling.sample(self._determined, k, generator, self.damping)
+        else:
+            drawn = self._asked(
+                lambda factors: sampling.sample(factors.answering("sample"), k, generator, self.damping)
+            )
         return self.factors.change.vectors(drawn)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.factors import Answering
+from linop_hess.lq.inverse.right_hand_side import times_power_of_two, to_size_one
 from linop_hess.lq.pivots.inertia import Inertia
 
 _ABOVE_NORM = 1.5
@@ -24,8 +25,18 @@ def positive(factors: Answering, g: Tensor) -> Tensor:
         In float64.
     g : Tensor, shape (N, k)
         In any precision, which the result has too.
+
+    Raises
+    ------
+    OverflowError
+        If the product exceeds the range of the dtype.
     """
-    return factors.positive(g.to(torch.float64)).to(g.dtype)
+    # Columns of size one: those of other sizes would under- or overflow on the way.
+    columns, exponents = to_size_one(g)
+    out = times_power_of_two(factors.positive(columns.to(torch.float64)), exponents).to(g.dtype)
+    if not bool(torch.isfinite(out.sum())) and not bool(torch.isfinite(out).all()):
+        raise OverflowError(f"the product exceeds the range of {g.dtype}: scale the vector down")
+    return out
 
 
 def require_definite(found: Inertia, analysis: Analysis, damping: float) -> None:

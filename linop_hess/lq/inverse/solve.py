@@ -6,9 +6,10 @@ more robust factorizations in turn; if none reaches it, `FactorizationError` is 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +18,26 @@ from torch import Tensor
 from linop_hess._memory import require
 from linop_hess._validate import finite_real
 from linop_hess.errors import FactorizationError, SingularPivotError
-from linop_hess.lq.accuracy import SINGULAR_CONDITION, STALLED, default_tolerance
+from linop_hess.lq.accuracy import (
+    DENSE_CONDITION,
+    DETERMINED,
+    NEARLY_SINGULAR,
+    SINGULAR_CONDITION,
+    STALLED,
+    UNDETERMINED,
+    default_tolerance,
+)
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.right_hand_side import checked, times_power_of_two, to_size_one
+from linop_hess.lq.inverse.structured import StructuredSolver
 from linop_hess.lq.methods.base import Factor, Factorization
 from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.scaling import times_two_to
 
-# Exponents of two to which right-hand sides are scaled at most, by dtype.
-_REACH = {torch.float64: 1000, torch.float32: 120}
+# A solution that looks singular is worth so many times the fastest factorization to tell.
+_WORTH = 100.0
+# One that is nearly so is worth less.
+_WORTH_A_LOOK = 4.0
 
 
 Array = TypeVar("Array")
@@ -41,12 +53,16 @@ class Solution(Generic[Array]):
         As the right-hand side came.
     backward_error : float
         max over columns of ‖g − (H+εI)x‖ / (‖H+εI‖‖x‖ + ‖g‖): how much H and g would have to be changed, relatively, for x
-        to be exact. ‖H+εI‖ is estimated from below, so this errs on the large side.
+        to be exact. ‖H+εI‖ is estimated from below, so this errs on the large side. It tells as much of x as the condition number
+        of H + εI allows: where that exceeds 1/eps, nothing, and `structured_error` is what x is judged by.
     residual_norm : float
         max over columns of ‖g − (H+εI)x‖.
     refinement_steps : int
     method : str
         The method whose factors gave x.
+    structured_error : float
+        Where H + εI as a matrix is singular to working precision although its stages determine x, as in chains whose states grow:
+        max over columns of the part of ‖x‖ by which rounding in the blocks of the stages moves x. NaN where it was not needed.
     """
 
     x: Array
@@ -54,6 +70,19 @@ class Solution(Generic[Array]):
     residual_norm: float
     refinement_steps: int
     method: str
+    structured_error: float = math.nan
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A `Solution` for columns of size one, with the residual of each."""
+
+    x: Tensor
+    backward_error: float
+    residuals: Tensor
+    steps: int
+    method: str
+    structured_error: float = math.nan
 
 
 class Solver:
@@ -97,6 +126,10 @@ class Solver:
         self.analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
         self.problem = self.analysis.problem
         self.damping = finite_real(damping, "damping")
+        if abs(self.damping) > torch.finfo(self.problem.dtype).max:
+            raise ValueError(
+                f"expected a damping within the range of {self.problem.dtype}, got {self.damping:g}: compute in float64"
+            )
         self.requested = method
         self.tolerance = default_tolerance(self.problem.dtype) if tolerance is None else float(tolerance)
         if not 0.0 < self.tolerance < 1.0:
@@ -108,6 +141,7 @@ class Solver:
         self._norm_bound = float((product + self.damping * v).double().norm())
         self._norm_is_final = False
         self._factorization: Factorization | None = None
+        self._judge: StructuredSolver | None = None
         chosen = self.plan.choice if method == "auto" else method
         self._ladder: list[tuple[str, Factor]] = ladder(self.plan, chosen, self.problem.dtype)
         self._climb()
@@ -151,30 +185,49 @@ class Solver:
         """Bytes held by the factors."""
         return self.factorization.nbytes
 
-    def solve(self, g: Tensor, tolerance: float | None = None) -> Solution[Tensor]:
-        """Solve for g of shape (N, k); the Solution holds a Tensor of the same shape.
+    def solve(self, g: Any, tolerance: float | None = None) -> Solution[Tensor]:
+        """Solve (H + εI) x = g.
 
         Parameters
         ----------
-        g : Tensor
+        g : Tensor or array_like, shape (N,) or (N, k)
+            A floating tensor must have the problem's dtype and device.
         tolerance : float, optional
             Backward error to accept, by default the solver's.
 
+        Returns
+        -------
+        Solution
+            With x as a Tensor of the shape of `g`. A column so small that its solution underflows is exact to the smallest normal number.
+
         Raises
         ------
+        ValueError, TypeError
+            If `g` is no real, finite array of that shape.
         FactorizationError
             If no method reaches the tolerance, or the solution shows that H + εI is singular to working precision.
         OverflowError
             If the solution exceeds the range of the dtype.
         """
-        if not g.numel():
-            return Solution(torch.zeros_like(g), 0.0, 0.0, 0, self.method)
-        g, exponents = _scaled(g)
+        operand = checked(g, self.problem)
+        if not operand.numel():
+            return Solution(torch.zeros_like(operand), 0.0, 0.0, 0, self.method)
+        columns, exponents = to_size_one(operand[:, None] if operand.ndim == 1 else operand)
         tolerance = self.tolerance if tolerance is None else tolerance
+        found = self._determined(columns, self._solved(columns, tolerance), tolerance)
+        x = times_power_of_two(found.x, exponents)
+        if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
+            raise OverflowError(f"the solution exceeds the range of {x.dtype}: scale the right-hand side down")
+        residual = float(times_power_of_two(found.residuals, exponents).max())
+        error, steps = found.backward_error, found.steps
+        return Solution(x.reshape(operand.shape), error, residual, steps, found.method, found.structured_error)
+
+    def _solved(self, g: Tensor, tolerance: float) -> _Found:
+        """A solution of this backward error for columns of size one, by the first method that reaches it."""
         while True:
             x, error, residuals, steps = self._refined(g, tolerance)
             if error <= tolerance:
-                break
+                return _Found(x, error, residuals, steps, self.method)
             if not self._ladder:
                 self._fail(
                     f"could not be solved to a backward error of {tolerance:.0e}; the best was "
@@ -182,25 +235,57 @@ class Solver:
                     None,
                 )
             self._climb()
-        # Columns have norm ≥ ½ or are zero, and a zero one has x = 0.
-        if x.numel() and self._norm_bound * float((_norms(x) / _norms(g).clamp_min(0.5)).max()) > SINGULAR_CONDITION:
+
+    def _determined(self, g: Tensor, found: _Found, tolerance: float) -> _Found:
+        """The solution where the matrix determines it, or the blocks of the stages do.
+
+        A large ‖H + εI‖‖x‖/‖g‖ is no proof that the problem is singular: a matrix as ill-conditioned as that, rounded, has another
+        solution, but nothing here rounds it. Factors of the KKT system tell whether rounding in what is there moves x.
+        """
+        # A zero column has x = 0. What rounding does is to be measured by ‖H‖, which may exceed ‖H + εI‖, but by no more than |ε|.
+        condition = max(self._norm_bound, abs(self.damping)) * float(
+            (_norms(found.x) / _norms(g).clamp_min(torch.finfo(g.dtype).tiny)).max()
+        )
+        formed = found.method in ("dense", "woodbury")
+        if condition <= (DENSE_CONDITION if formed else NEARLY_SINGULAR):
+            return found
+        looks_singular = condition > SINGULAR_CONDITION
+        structured = self._structured(_WORTH if looks_singular else _WORTH_A_LOOK)
+        if structured is not None:
+            x, errors = structured.solve(self.change.vectors(g.double()))
+            error, x = float(errors.max()), self.change.vectors(x).to(g.dtype)
+            backward_error, residuals, _ = self._backward_error(g, x, tolerance)
+            if error <= DETERMINED and backward_error <= tolerance:
+                gap = float((_norms(x - found.x) / _norms(x).clamp_min(torch.finfo(g.dtype).tiny)).max())
+                if gap <= max(error, tolerance):
+                    return replace(found, structured_error=max(error, gap))
+                if METHODS[self.plan.choice if self.requested == "auto" else self.requested].is_automatic:
+                    return _Found(x, backward_error, residuals, found.steps, "banded", error)
+            looks_singular |= error > UNDETERMINED
+        if looks_singular and self._ladder and self.factorization.analysis.problem.dtype != torch.float64:
+            self._climb()  # singular to single precision it may be; what comes is in float64
+            return self._determined(g, self._solved(g, tolerance), tolerance)
+        if looks_singular:
             self._fail("is singular to working precision", None)
-        sizes = x.abs().amax(0)
-        x = times_two_to(x, exponents)
-        if bool(((sizes > 0) & (x.abs().amax(0) < torch.finfo(x.dtype).tiny)).any()):
-            raise OverflowError(f"the solution is below the range of {x.dtype}: scale the right-hand side up")
-        if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
-            raise OverflowError(f"the solution exceeds the range of {x.dtype}: scale the right-hand side down")
-        residual = float(times_two_to(residuals, exponents[0]).max()) if residuals.numel() else 0.0
-        return Solution(x, error, residual, steps, self.method)
+        return found
+
+    def _structured(self, worth: float) -> StructuredSolver | None:
+        """The KKT system as a judge, made once; None where it is singular, does not fit, or takes more than `worth` of the fastest way."""
+        if self._judge is None:
+            costs = self.plan.costs
+            affordable = costs["banded"].seconds <= worth * costs[self.plan.choice].seconds
+            with contextlib.suppress(SingularPivotError):
+                if self.plan.fits("banded", 3) and affordable:
+                    self._judge = StructuredSolver(self.change.analysis, self.change.damping)
+        return self._judge
 
     def _refined(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
         """x, its backward error, residual norms and refinement steps, for right-hand sides of size one."""
-        x = self._solved(g)
+        x = self._by_factors(g)
         error, residuals, r = self._backward_error(g, x, tolerance)
         steps = 0
         while not error <= tolerance and steps < self.max_refinements and math.isfinite(error):
-            candidate = x + self._solved(r).to(g.dtype)
+            candidate = x + self._by_factors(r)
             new_error, new_residuals, new_r = self._backward_error(g, candidate, tolerance)
             steps += 1
             if not new_error < error:
@@ -211,7 +296,7 @@ class Solver:
                 break
         return x, error, residuals, steps
 
-    def _solved(self, g: Tensor) -> Tensor:
+    def _by_factors(self, g: Tensor) -> Tensor:
         return self.change.solve(self.factorization, g).to(g.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -286,10 +371,3 @@ def damping_that_works(analysis: Analysis, damping: float, factor: Factor, toler
 def _norms(columns: Tensor) -> Tensor:
     """Norms of columns, in float64, so that those of small or large float32 numbers neither under- nor overflow."""
     return torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64)
-
-
-def _scaled(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale the columns to size one by powers of two, so that norms neither under- nor overflow; also the exponents."""
-    largest = _REACH[g.dtype]
-    exponents = torch.frexp(g.abs().amax(0, keepdim=True)).exponent.clamp(-largest, largest)
-    return times_two_to(g, -exponents), exponents

@@ -60,8 +60,8 @@ class BandedFactorization:
         self.analysis, self.damping = analysis, damping
         if damping == 0.0 and analysis.hidden:
             raise SingularPivotError(int(next(group.stages[0] for group in analysis.groups if group.hidden)))
-        self._layout = layout = analysis.once(BandLayout)
-        band = self._assemble()
+        self.layout = layout = analysis.once(BandLayout)
+        band = self.assemble()
         gbtrf = lapack.dgbtrf if analysis.problem.dtype == torch.float64 else lapack.sgbtrf
         kl = layout.bandwidth
         self._lu, self._pivots, info = band.storage.T, np.zeros(0, dtype=np.int32), 0
@@ -72,19 +72,20 @@ class BandedFactorization:
             g, k = analysis.order[segment]
             raise SingularPivotError(int(analysis.groups[g].stages[k]))
 
-    def _assemble(self) -> BandMatrix:
-        analysis, layout = self.analysis, self._layout
+    def assemble(self) -> BandMatrix:
+        """Return the band matrix, in the layout of LAPACK's gbtrf."""
+        analysis, layout = self.analysis, self.layout
         kl = layout.bandwidth
         band = BandMatrix(layout.order, 3 * kl + 1, 2 * kl, analysis.problem.numpy_dtype)
         Ts = [blocks.T(self.damping).numpy() for blocks in analysis.condensed]
         # Multiply the constraints by a power of two that makes them as large as the curvatures.
         reach = _REACH[analysis.problem.dtype]
         largest = max((max(float(T.max()), -float(T.min())) for T in Ts if T.size), default=0.0)
-        self._weight = (
+        self.weight = (
             2.0 ** float(np.clip(np.round(np.log2(largest)), -reach, reach)) if 0.0 < largest < np.inf else 1.0
         )
         for group, blocks, T in zip(analysis.groups, analysis.condensed, Ts, strict=True):
-            W, r = blocks.W.numpy() * self._weight, group.r
+            W, r = blocks.W.numpy() * self.weight, group.r
             s = layout.start[group.segments]
             state = layout.state_before[group.segments]
             band.put(s, s, T[:, :r, :r])
@@ -97,7 +98,7 @@ class BandedFactorization:
             s, state, R, F = s[inner], state[inner], W[inner, :, :r], W[inner, :, r:]
             n = F.shape[1]
             multiplier = s + r
-            minus_one = np.broadcast_to(-self._weight * np.eye(n, dtype=F.dtype), (s.size, n, n))
+            minus_one = np.broadcast_to(-self.weight * np.eye(n, dtype=F.dtype), (s.size, n, n))
             band.put(multiplier, state, F)
             band.put(state, multiplier, F.transpose(0, 2, 1))
             band.put(multiplier, s, R)
@@ -108,21 +109,31 @@ class BandedFactorization:
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k), without refinement."""
-        layout, damping, groups = self._layout, self.damping, self.analysis.groups
+        rhs, hidden = self.band_load(g)
+        return self.controls(self.solve_band(rhs), hidden)
+
+    def band_load(self, g: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """What g of shape (N, k) puts on the unknowns of the band system, (order, k); and g⊥/ε of each group."""
+        layout = self.layout
+        hidden: list[Tensor | None] = []
         rhs = g.new_zeros(layout.order, g.shape[1])
-        load = [loads(group, g, damping) for group in groups]
         # The elimination of x⊥ leaves (1/ε) g⊥ᵀB δ in the objective, which on the right-hand side has the other sign.
-        for group, part in zip(groups, load, strict=True):
+        for group in self.analysis.groups:
+            part = loads(group, g, self.damping)
             Slots(layout.start[group.segments], group.r).put(rhs, part.visible)
             if part.state is not None:
                 Slots(layout.state_before[group.segments], group.n_in).add(rhs, -self._in_units(group, part.state))
-        y = self._solve_band(rhs)
-        x = torch.empty_like(g)
-        for group, part in zip(groups, load, strict=True):
+            hidden.append(None if part.hidden is None else part.hidden.div_(self.damping))
+        return rhs, hidden
+
+    def controls(self, y: Tensor, hidden: list[Tensor | None]) -> Tensor:
+        """Controls, (N, k), of the unknowns y of the band system, (order, k), and what is hidden of them, as of `band_load`."""
+        layout = self.layout
+        x = y.new_empty(self.analysis.problem.size, y.shape[1])
+        for group, mine in zip(self.analysis.groups, hidden, strict=True):
             s = Slots(layout.start[group.segments], group.r).gather(y)
             d = Slots(layout.state_before[group.segments], group.n_in).gather(y)
-            hidden = None if part.hidden is None else part.hidden.div_(damping)
-            put_controls(x, group, hidden, s, d if group.in_units else d * group.unit_in, damping)
+            put_controls(x, group, mine, s, d if group.in_units else d * group.unit_in, self.damping)
         return x
 
     @staticmethod
@@ -130,8 +141,15 @@ class BandedFactorization:
         """Return a load on states in their units, in which the band keeps them; where recursions keep them so it is there already."""
         return state if group.in_units else state * group.unit_in
 
-    def _solve_band(self, rhs: Tensor) -> Tensor:
-        kl = self._layout.bandwidth
+    def solve_band(self, rhs: Tensor) -> Tensor:
+        """Solve the band system for right-hand sides of shape (order, k).
+
+        Raises
+        ------
+        ValueError
+            If LAPACK refuses an argument, which is a defect here.
+        """
+        kl = self.layout.bandwidth
         if not rhs.numel():
             return rhs
         gbtrs = lapack.dgbtrs if rhs.dtype == torch.float64 else lapack.sgbtrs
@@ -143,8 +161,8 @@ class BandedFactorization:
     def logabsdet(self) -> float:
         """Logarithm of |det(H + εI)|: that of the band matrix, and one ε for each hidden control."""
         hidden = self.analysis.hidden
-        pivots = np.abs(self._lu[2 * self._layout.bandwidth], dtype=np.float64) if self._layout.order else np.ones(0)
-        of_weight = -2.0 * int(self._layout.n.sum()) * math.log(self._weight)
+        pivots = np.abs(self._lu[2 * self.layout.bandwidth], dtype=np.float64) if self.layout.order else np.ones(0)
+        of_weight = -2.0 * int(self.layout.n.sum()) * math.log(self.weight)
         of_pivots = float(np.log(pivots).sum(dtype=np.longdouble) + np.longdouble(of_weight))
         return of_pivots + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
 

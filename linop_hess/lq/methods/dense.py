@@ -37,9 +37,19 @@ def _is_kept(problem: Problem) -> bool:
 
 
 def _assemble(analysis: Analysis) -> Tensor:
-    """Form H and compare it with a product, so that what is asked of its factors without a certificate is not asked of another matrix."""
+    """Form H and compare it with a product, so that what is asked of its factors without a certificate is not asked of another matrix.
+
+    Raises
+    ------
+    SingularPivotError
+        If entries are beyond the range of the dtype.
+    ArithmeticError
+        If they differ.
+    """
     H = assemble(analysis.problem)
     v, product = analysis.probe
+    if not bool(torch.isfinite(product).all()):
+        raise SingularPivotError(None)  # entries beyond the range of the dtype
     gap, bound = float((H @ v - product).norm()), ASSEMBLED * torch.finfo(H.dtype).eps * float(H.norm())
     if not gap <= max(bound, ASSEMBLED * torch.finfo(H.dtype).eps * float(product.norm())):
         raise ArithmeticError(

@@ -89,6 +89,8 @@ def make_plan(analysis: Analysis, damping: float) -> Plan:
 def ladder(plan: Plan, method: str, dtype: torch.dtype) -> list[tuple[str, Factor]]:
     """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64."""
     asked: tuple[str, Factor] = (method, METHODS[method].factor)
+    if dtype != torch.float64 and 0.0 < abs(plan.damping) < 1.0 / torch.finfo(dtype).max:
+        asked = (method, promoted(asked[1]))  # 1/ε is no number of this dtype
     if not METHODS[method].is_automatic:
         return [asked]  # kept to be compared with, so that no other method may stand in
     robust: list[tuple[str, Factor]] = [

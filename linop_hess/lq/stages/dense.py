@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -81,10 +81,16 @@ class DenseStage(Stage):
             If a dtype is not a floating one of at least 32 bits, or dtypes differ.
         """
         A, B, C, F, G = blocks = [
-            block.detach().clone() if isinstance(block, Tensor) else torch.from_numpy(np.array(block))
-            for block in (A, B, C, F, G)
+            block.detach().clone() if isinstance(block, Tensor) else _array(l, name, block)
+            for name, block in zip("ABCFG", (A, B, C, F, G), strict=True)
         ]
-        p, n = B.shape if B.ndim == 2 else (-1, -1)
+        for name, block in zip("ABCFG", blocks, strict=True):
+            if block.ndim != 2:
+                raise ValueError(
+                    f"stage {l + 1}: {name} has shape {tuple(block.shape)}, expected a matrix: pass an array of two dimensions, "
+                    "(1, 1) for a number"
+                )
+        p, n = B.shape
         expected = {"A": (p, p), "B": (p, n), "C": (n, n), "F": (F.shape[0], n), "G": (F.shape[0], p)}
         for name, block in zip("ABCFG", blocks, strict=True):
             if tuple(block.shape) != expected[name]:
@@ -183,3 +189,10 @@ class DenseStage(Stage):
 
     def entries(self, block: str) -> int:
         return super().entries(block) // (self.samples if block in "FC" else 1)
+
+
+def _array(l: int, name: str, block: Any) -> Tensor:
+    array = np.array(block)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"stage {l + 1}: {name} has dtype {array.dtype}, expected float32 or float64")
+    return torch.from_numpy(array)

@@ -254,8 +254,11 @@ def test_what_a_solution_says():
 def test_overflow_is_told():
     truth = setting("equal", torch.float32)
     solver = lq.Solver(truth.problem, 1e-3)
-    with pytest.raises(OverflowError, match="below the range of torch.float32"):
-        lq.Solver(truth.problem, 1e30).solve(torch.full((12, 1), 1e-30))
+    with pytest.raises(ValueError, match="damping within the range of torch.float32, got 1e\\+39"):
+        lq.Solver(truth.problem, 1e39)
+    # What underflows is right to the smallest normal number.
+    x = lq.Solver(truth.problem, 1e30).solve(torch.full((12, 1), 1e-10)).x
+    assert torch.equal(x, torch.full((12, 1), 1e-40)) and not lq.Solver(truth.problem, 1e30).solve(x).x.any()
     smallest = np.abs(truth.eigenvalues + 1e-3).min()
     assert smallest < 0.9
     vector = np.linalg.eigh(truth.H)[1][:, np.abs(truth.eigenvalues + 1e-3).argmin()]

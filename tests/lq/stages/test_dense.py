@@ -89,7 +89,9 @@ def test_stage_from_arrays():
     ("changes", "error", "message"),
     [
         ({"F": np.ones((4, 3))}, ValueError, r"stage 3: F has shape \(4, 3\), expected \(4, 2\)"),
-        ({"B": np.ones(3)}, ValueError, "stage 3: A has shape"),
+        ({"B": np.ones(3)}, ValueError, r"stage 3: B has shape \(3,\), expected a matrix"),
+        ({"A": 1.0}, ValueError, r"stage 3: A has shape \(\), expected a matrix"),
+        ({"F": "F"}, TypeError, "stage 3: F has dtype <U1"),
         ({"A": np.triu(np.ones((3, 3)))}, ValueError, "stage 3: A is not symmetric"),
         ({"G": np.full((4, 3), np.nan)}, ValueError, "stage 3: G holds NaN or Inf"),
         ({"G": np.ones((4, 3), dtype=np.float32)}, TypeError, "stage 3: all blocks need one dtype"),
