@@ -199,5 +199,7 @@ class _Positive:
         self._factors, self._change = factors, change
 
     def __call__(self, g: Tensor) -> Tensor:
+        if self._change.units is None:
+            return sampling.positive(self._factors, g)
         there = self._change.vectors(g.to(torch.float64))
-        return self._change.vectors(sampling.positive(self._factors, there)).to(g.dtype)
+        return sampling.in_range(self._change.vectors(sampling.positive(self._factors, there)), g.dtype)

@@ -33,9 +33,20 @@ def positive(factors: Answering, g: Tensor) -> Tensor:
     """
     # Columns of size one: those of other sizes would under- or overflow on the way.
     columns, exponents = to_size_one(g)
-    out = times_power_of_two(factors.positive(columns.to(torch.float64)), exponents).to(g.dtype)
+    return in_range(times_power_of_two(factors.positive(columns.to(torch.float64)), exponents), g.dtype)
+
+
+def in_range(product: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a product in another dtype.
+
+    Raises
+    ------
+    OverflowError
+        If it exceeds the range of the dtype.
+    """
+    out = product.to(dtype)
     if not bool(torch.isfinite(out.sum())) and not bool(torch.isfinite(out).all()):
-        raise OverflowError(f"the product exceeds the range of {g.dtype}: scale the vector down")
+        raise OverflowError(f"the product exceeds the range of {dtype}: scale the vector down")
     return out
 
 
