@@ -108,6 +108,11 @@ def test_what_is_separable_is_a_diagonal(name, dtype):
     values = np.linalg.eigvalsh(H)
     for damping in (1e-1, 1e-3, 1e-6, -1e-2):
         inverse = lin.inverse(damping)
+        try:
+            inverse.solve(lin.gradient)
+        except lh.errors.FactorizationError:  # the damping takes a penalty's curvature off
+            assert np.abs(values + damping).min() < np.finfo(lin.problem.numpy_dtype).eps * np.abs(values).max()
+            continue
         x_ = inverse @ lin.gradient
         assert backward_error(found.astype(float), damping, x_, lin.gradient) <= (
             1e-14 if dtype == torch.float64 else 1e-6
