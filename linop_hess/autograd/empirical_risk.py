@@ -235,7 +235,7 @@ class RiskCurvature(NamedOperator):
 
     def _probes(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype).to(self.device)
+        return torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype, device="cpu").to(self.device)
 
     def _check_symmetric(self, scale: float) -> None:
         """Raise where uᵀHv and vᵀHu differ, for random u and v, by more than rounding explains."""
@@ -274,7 +274,7 @@ class RiskCurvature(NamedOperator):
         with plain_arithmetic(self.device):
             try:
                 for parameter in self.parameters:
-                    change = torch.randn(parameter.shape, generator=generator, dtype=self.torch_dtype)
+                    change = torch.randn(parameter.shape, generator=generator, dtype=self.torch_dtype, device="cpu")
                     parameter.mul_(1 + 2 * ulp * change.to(self.device))
                 return self._products(X, Recordings(self.device, keep=False)) - products
             finally:
