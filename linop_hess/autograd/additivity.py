@@ -57,8 +57,8 @@ class Additivity:
     ----------
     worst : float
         By how much, relatively, the loss or its derivatives were off the weighted sum, at most; 0 for rounding.
-    worst_part : Part or None
-        The second of the two batches.
+    worst_targets : list
+        Those of these two batches.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Additivity:
         )
         self._before: Part | None = None
         self.worst = 0.0
-        self.worst_part: Part | None = None
+        self.worst_targets: list[Any] = []
 
     def take(self, part: Part) -> None:
         """Compare the next batch with the one before; keep the worst gap."""
@@ -86,7 +86,7 @@ class Additivity:
         if before is not None:
             gap = self._gap(before, part)
             if gap > self.worst:
-                self.worst, self.worst_part = gap, part
+                self.worst, self.worst_targets = gap, [before.targets, part.targets]
 
     def _gap(self, before: Part, part: Part) -> float:
         """0 where the gap is no more than rounding, and where nothing can be compared."""

@@ -102,7 +102,13 @@ class Batches:
             )
 
     def weight_of(self, inputs: Any, targets: Any) -> float:
-        """Return what the mean of a batch divides by: the number of samples, or what `weight_fn` gives."""
+        """Return what the mean of a batch divides by: the number of samples, or what `weight_fn` gives.
+
+        Raises
+        ------
+        ValueError
+            If that is no number, not finite or negative, or there is no number of samples.
+        """
         if self._weight_fn is None:
             return sample_count(inputs, targets)
         weight = self._weight_fn(inputs, targets)
@@ -173,7 +179,7 @@ class Batches:
                 "mean is NaN: leave it out, or pass weight_fn, which gives the number of the others"
             )
 
-    def refuse(self, loss_fn: Callable[..., Any], targets: Any, gap: float) -> NoReturn:
+    def refuse(self, loss_fn: Callable[..., Any], targets: list[Any], gap: float) -> NoReturn:
         """Raise for batches whose losses, put together, are not the weighted sum of theirs.
 
         Raises
@@ -278,9 +284,9 @@ def _are_all_ignored(loss_fn: Callable[..., Any], targets: Any) -> bool:
     return ignored is not None and bool(ignored.all())
 
 
-def _cause(loss_fn: Callable[..., Any], targets: Any) -> str:
-    ignored = _are_ignored(loss_fn, targets)
-    if ignored is not None and bool(ignored.any()):
+def _cause(loss_fn: Callable[..., Any], targets: list[Any]) -> str:
+    ignored = [_are_ignored(loss_fn, each) for each in targets]
+    if any(each is not None and bool(each.any()) for each in ignored):
         return f" (there are targets with ignore_index={loss_fn.ignore_index})"  # type: ignore[attr-defined]
     return " (a class-weighted loss)" if getattr(loss_fn, "weight", None) is not None else ""
 

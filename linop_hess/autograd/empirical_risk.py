@@ -324,8 +324,8 @@ class RiskCurvature(NamedOperator):
 
     def _require_additive(self, additivity: Additivity | None) -> None:
         """Raise where the loss of two batches put together was not the weighted sum of theirs."""
-        if additivity is not None and additivity.worst_part is not None:
-            self.batches.refuse(self.loss_fn, additivity.worst_part.targets, additivity.worst)
+        if additivity is not None and additivity.worst:
+            self.batches.refuse(self.loss_fn, additivity.worst_targets, additivity.worst)
 
     def _require_finite(self, flat: Tensor, what: str) -> None:
         if all_finite(flat):
