@@ -62,24 +62,27 @@ def _attention(
     )[0]
 
 
-# A mode does not see what is called within torch's functions in Python; of those this one calls attention. So it is run as it
-# stands, with another function under that name, and without asking any mode further out, which would run it without.
-_multi_head_attention = types.FunctionType(
-    functional.multi_head_attention_forward.__code__,
-    {
-        **functional.multi_head_attention_forward.__globals__,
-        "scaled_dot_product_attention": _attention,
-        "has_torch_function": lambda tensors: False,
-    },
-    argdefs=functional.multi_head_attention_forward.__defaults__,
-)
+def _unasked(function: Any, **names: Any) -> Any:
+    """A function of torch's in Python as it stands, with others under some names in it, and asking no mode to run it.
+
+    A mode that is asked to run one does not see what that calls; nor does any mode further in.
+    """
+    names["has_torch_function"] = lambda tensors: False
+    copy = types.FunctionType(function.__code__, {**function.__globals__, **names}, argdefs=function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_grad = _unasked(torch.autograd.grad)
 
 _INSTEAD: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,  # the fused one is off by order one (finite differences of its gradient tell)
     functional.scaled_dot_product_attention: _attention,
     torch.ops.aten.scaled_dot_product_attention: _attention,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
-    functional.multi_head_attention_forward: _multi_head_attention,
+    functional.multi_head_attention_forward: _unasked(
+        functional.multi_head_attention_forward, scaled_dot_product_attention=_attention
+    ),
 }
 
 
@@ -87,6 +90,9 @@ class _Primitive(TorchFunctionMode):
     """Operations whose second derivative torch has wrong, or not at all, written in primitive ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.autograd.grad:
+            with self:  # a checkpoint runs its forward pass within the backward pass
+                return _grad(*args, **(kwargs or {}))
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
