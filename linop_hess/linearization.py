@@ -316,7 +316,7 @@ class Linearization(Named):
         if self._reference is None:
             raise RuntimeError("this linearization was stored without its model, so it cannot be compared with it")
         generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64)
+        v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64, device="cpu")
         v = v.to(self.problem.dtype).to(self.problem.device)
         with untouched_randomness(self.problem.device), PrimitiveNorms():
             reference = self._reference.hessian()

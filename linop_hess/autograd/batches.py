@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 from linop_hess.autograd.calling import takes_parameters
-
-# Losses whose weights are factors of a sum that is divided by the number of entries all the same.
-_WEIGHTED_SUMS = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn.MultiMarginLoss)
 
 _ONE_BATCH = "pass one batch as a tuple (inputs, targets), several as a list of such tuples or a DataLoader"
 
@@ -21,7 +19,8 @@ class Batches:
     """Pairs of inputs and targets that can be gone through again and again, each with its weight.
 
     The risk is Σ_b w_b ℓ_b with ℓ_b the loss of batch b: w_b = 1 where the loss sums over samples, n_b / Σ
-    n_b where it averages, so that the risk is the loss of all data at once however they are cut into batches.
+    n_b where it averages, so that the risk is the loss of all data at once however they are cut into batches. n_b is the
+    number of samples, or what `weight_fn` gives; batches of weight 0 are left out.
 
     Parameters
     ----------
@@ -33,6 +32,8 @@ class Batches:
         How `loss_fn` combines the samples of a batch. Needed for several batches only.
     progress : bool
         Show a progress bar over batches.
+    weight_fn : callable, optional
+        ``weight_fn(inputs, targets)`` is what the mean of a batch divides by.
 
     Attributes
     ----------
@@ -44,13 +45,18 @@ class Batches:
     TypeError
         If the data are neither, a one-shot iterator, or a data set without batches.
     ValueError
-        If there are no batches, or the weights cannot be told.
+        If there are no batches, or the weights cannot be told, are negative, not finite or all zero.
     ImportError
         If progress is asked for without tqdm.
     """
 
     def __init__(
-        self, data: Any, loss_fn: Callable[..., Any], reduction: str | None = None, progress: bool = False
+        self,
+        data: Any,
+        loss_fn: Callable[..., Any],
+        reduction: str | None = None,
+        progress: bool = False,
+        weight_fn: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         if progress:
             _import_tqdm()
@@ -64,29 +70,60 @@ class Batches:
                 f"expected the loss's own reduction, {stated!r}, got reduction={reduction!r}, which contradicts it: leave "
                 "reduction out, or change the loss"
             )
-        self.reduction = reduction or stated
+        if weight_fn is not None and "sum" in (reduction, stated):
+            raise ValueError(
+                "expected weight_fn with a loss that averages, got one that sums over samples, whose batches have equal weights: "
+                "leave weight_fn out"
+            )
+        self.reduction = reduction or stated or ("mean" if weight_fn is not None else None)
+        self._weight_fn = weight_fn
         self.count = 0
-        self.samples = 0
+        self.samples: float = 0
         self._survey(loss_fn)
 
     def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
         """Yield ``(inputs, targets, weight)`` for each batch."""
         weighted = self.count > 1 and self.reduction == "mean"
-        batches, samples = 0, 0
+        batches, samples = 0, 0.0
         for batch in self.data:
             inputs, targets = _as_pair(batch)
             weight = 1.0
             if weighted:
-                size = _sample_count(inputs, targets)
+                size = self.weight_of(inputs, targets)
                 samples += size
                 weight = size / self.samples
             batches += 1
-            yield inputs, targets, weight
-        if batches != self.count or (weighted and samples != self.samples):
+            if weight:
+                yield inputs, targets, weight
+        if batches != self.count or (weighted and not math.isclose(samples, self.samples, rel_tol=1e-6)):
             raise ValueError(
                 f"expected the {self.count} batches that the data gave when the operator was built, got {batches} "
                 f"(samples: {self.samples} and {samples}): pass data that are the same on every pass"
             )
+
+    def weight_of(self, inputs: Any, targets: Any) -> float:
+        """Return what the mean of a batch divides by: the number of samples, or what `weight_fn` gives.
+
+        Raises
+        ------
+        ValueError
+            If that is no number, not finite or negative, or there is no number of samples.
+        """
+        if self._weight_fn is None:
+            return sample_count(inputs, targets)
+        weight = self._weight_fn(inputs, targets)
+        try:
+            number = float(weight)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"expected weight_fn to return a number, got {type(weight).__name__}: return what the mean of a batch divides by"
+            ) from None
+        if not 0.0 <= number < math.inf:
+            raise ValueError(
+                f"expected weight_fn to return a weight that is finite and not negative, got {number:g}: return what the mean of "
+                "a batch divides by"
+            )
+        return number
 
     def tracked(self, title: str) -> Iterable[tuple[Any, Any, float]]:
         """Return an iterable of the batches, with a progress bar where one was asked for."""
@@ -107,13 +144,17 @@ class Batches:
                 self._start_weights(loss_fn, *first)
             self.count += 1
             if self.reduction == "mean":
-                self.samples += _sample_count(inputs, targets)
-                if _sample_shape(targets) != trailing:
+                self._add_weight(loss_fn, inputs, targets)
+                if self._weight_fn is None and _sample_shape(targets) != trailing:
                     raise ValueError(
-                        "expected targets that differ in their number alone, or their mean is ambiguous, got samples of "
-                        f'shapes {trailing} and {_sample_shape(targets)}: use a loss with reduction="sum"'
+                        "expected targets that differ in their number alone, or their mean is ambiguous, got samples of shapes "
+                        f"{trailing} and {_sample_shape(targets)}: pass weight_fn, which gives what the mean of a batch divides by, "
+                        'or use a loss with reduction="sum"'
                     )
-                _refuse_ignored(loss_fn, targets)
+        if self.count > 1 and self.reduction == "mean" and not self.samples:
+            raise ValueError(
+                "expected weights of which one at least is positive, got zeros only: see what weight_fn returns"
+            )
 
     def _start_weights(self, loss_fn: Callable[..., Any], inputs: Any, targets: Any) -> None:
         if self.reduction is None:
@@ -127,13 +168,42 @@ class Batches:
                 "which counts a penalty once a batch: join the batches, or add the penalty's Hessian by itself"
             )
         if self.reduction == "mean":
-            if getattr(loss_fn, "weight", None) is not None and not isinstance(loss_fn, _WEIGHTED_SUMS):
-                raise ValueError(
-                    "expected a mean over samples, got that of a class-weighted loss, which divides by the weights in "
-                    'each batch, not those in the data: use reduction="sum" in the loss and scale the operator'
-                )
-            self.samples = _sample_count(inputs, targets)
-            _refuse_ignored(loss_fn, targets)
+            self._add_weight(loss_fn, inputs, targets)
+
+    def _add_weight(self, loss_fn: Callable[..., Any], inputs: Any, targets: Any) -> None:
+        weight = self.weight_of(inputs, targets)
+        self.samples += weight
+        if weight and _are_all_ignored(loss_fn, targets):
+            raise ValueError(
+                f"expected targets in each batch without ignore_index={loss_fn.ignore_index}, got a batch of none others, whose "  # type: ignore[attr-defined]
+                "mean is NaN: leave it out, or pass weight_fn, which gives the number of the others"
+            )
+
+    def refuse(self, loss_fn: Callable[..., Any], targets: list[Any], gap: float) -> NoReturn:
+        """Raise for batches whose losses, put together, are not the weighted sum of theirs.
+
+        Raises
+        ------
+        ValueError
+            Saying what to pass.
+        """
+        if self.reduction == "sum":
+            raise ValueError(
+                "expected a loss that sums over samples, so that the loss of two batches put together is the sum of theirs, got "
+                f'one that is off that by {gap:.1e}: pass reduction="mean" if it averages, or all data as one batch'
+            )
+        if self._weight_fn is not None:
+            raise ValueError(
+                "expected weight_fn to return what the mean of a batch divides by, so that the loss of two batches put together "
+                f"is the weighted mean of theirs, got weights with which it is off that by {gap:.1e}: return such weights, or use a "
+                'loss that sums with reduction="sum" and scale the operator'
+            )
+        raise ValueError(
+            "expected a loss that averages over samples, so that the loss of two batches put together is the mean of theirs by "
+            f"numbers of samples, got one that is off that by {gap:.1e}{_cause(loss_fn, targets)}: pass weight_fn, which gives "
+            "what the mean of a batch divides by (of masked targets how many are not, the sum of the weights of a weighted mean), "
+            'or use a loss that sums with reduction="sum" and scale the operator'
+        )
 
 
 def _as_iterable(data: Any) -> Iterable[Any]:
@@ -174,7 +244,14 @@ def _stated_reduction(loss_fn: Callable[..., Any]) -> str | None:
     return {"sum": "sum", "mean": "mean", "batchmean": "mean"}.get(stated) if isinstance(stated, str) else None
 
 
-def _sample_count(inputs: Any, targets: Any) -> int:
+def sample_count(inputs: Any, targets: Any) -> int:
+    """Return the length of the first dimension of the targets, or of the inputs where the targets are no tensors.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or several.
+    """
     for value in (targets, inputs):
         tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         counts = {tensor.shape[0] if tensor.ndim else None for tensor in tensors}
@@ -195,14 +272,23 @@ def _sample_shape(targets: Any) -> tuple[int, ...] | list[tuple[int, ...]]:
     return shapes[0] if isinstance(targets, Tensor) else shapes
 
 
-def _refuse_ignored(loss_fn: Callable[..., Any], targets: Any) -> None:
+def _are_ignored(loss_fn: Callable[..., Any], targets: Any) -> Tensor | None:
     ignored = getattr(loss_fn, "ignore_index", None)
-    if ignored is not None and isinstance(targets, Tensor) and not targets.is_floating_point():
-        if bool((targets == ignored).any()):
-            raise ValueError(
-                f"expected targets without ignore_index={ignored}, got some, which make a mean divide by another number "
-                'than that of the samples: use reduction="sum" in the loss and scale the operator'
-            )
+    if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
+        return None
+    return targets == ignored
+
+
+def _are_all_ignored(loss_fn: Callable[..., Any], targets: Any) -> bool:
+    ignored = _are_ignored(loss_fn, targets)
+    return ignored is not None and bool(ignored.all())
+
+
+def _cause(loss_fn: Callable[..., Any], targets: list[Any]) -> str:
+    ignored = [_are_ignored(loss_fn, each) for each in targets]
+    if any(each is not None and bool(each.any()) for each in ignored):
+        return f" (there are targets with ignore_index={loss_fn.ignore_index})"  # type: ignore[attr-defined]
+    return " (a class-weighted loss)" if getattr(loss_fn, "weight", None) is not None else ""
 
 
 def _import_tqdm() -> Any:

@@ -6,17 +6,18 @@ Double backward (`autograd.grad` of a gradient) is the one route that agrees wit
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from linop_hess.autograd.untouched import ProcessWide
 from linop_hess.errors import UnsupportedModelError
 
 Gradients = Sequence[Tensor | None]
@@ -41,20 +42,82 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / v.square().sum(axes, keepdim=True).sqrt())
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` in plain operations, chosen here and not by torch's switches, which all threads share."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    grouped = {"enable_gqa": True} if enable_gqa else {}  # not among the arguments of early versions
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped
+    )[0]
+
+
+def _unasked(function: Any, **names: Any) -> Any:
+    """A function of torch's in Python as it stands, with others under some names in it, and asking no mode to run it.
+
+    A mode that is asked to run one does not see what that calls; nor does any mode further in.
+    """
+    names["has_torch_function"] = lambda tensors: False
+    copy = types.FunctionType(function.__code__, {**function.__globals__, **names}, argdefs=function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_grad = _unasked(torch.autograd.grad)
+
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,  # the fused one is off by order one (finite differences of its gradient tell)
+    functional.scaled_dot_product_attention: _attention,
+    torch.ops.aten.scaled_dot_product_attention: _attention,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    functional.multi_head_attention_forward: _unasked(
+        functional.multi_head_attention_forward, scaled_dot_product_attention=_attention
+    ),
+}
+
+
 class _Primitive(TorchFunctionMode):
-    """Operations whose second derivative torch has wrong, written in primitive ones."""
+    """Operations whose second derivative torch has wrong, or not at all, written in primitive ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # The second derivative of the fused one is off by order one (finite differences of its gradient tell).
-        return (_weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+        if func is torch.autograd.grad:
+            with self:  # a checkpoint runs its forward pass within the backward pass
+                return _grad(*args, **(kwargs or {}))
+        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+def _switch_off(library: str) -> Callable[[], bool]:
+    def change() -> bool:
+        was = bool(getattr(torch._C, f"_get_{library}_enabled")())
+        getattr(torch._C, f"_set_{library}_enabled")(False)
+        return was
+
+    return change
+
+
+# Recurrent layers choose their fused kernels, which have no second derivatives, by switches alone.
+_WITHOUT_FUSED = {
+    device: ProcessWide(_switch_off(library), getattr(torch._C, f"_set_{library}_enabled"))
+    for device, library in (("cpu", "mkldnn"), ("cuda", "cudnn"))
+}
 
 
 @contextmanager
 def twice_differentiable(what: str, device: torch.device, model: nn.Module | None = None) -> Iterator[None]:
     """Record graphs that can be differentiated twice, in full precision, whatever is switched on outside.
 
-    The fused kernels of attention have no second derivatives, and cuDNN's recurrent ones neither; the plain ones
-    replace them.
+    The fused kernels of attention have no second derivatives, and those of recurrent layers neither; the plain ones
+    replace them. No switch that threads share is touched, but that of the recurrent kernels where there is such a layer.
 
     Parameters
     ----------
@@ -72,14 +135,9 @@ def twice_differentiable(what: str, device: torch.device, model: nn.Module | Non
     """
     with ExitStack() as stack:
         stack.enter_context(once_differentiable_graphs(device))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_Primitive())
-        if model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            # Their fused kernels have no second derivatives.
-            library = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of settings that are only read
-                stack.enter_context(library.flags(enabled=False))
+        if device.type in _WITHOUT_FUSED and model is not None and _has_recurrent_layers(model):
+            stack.enter_context(_WITHOUT_FUSED[device.type].changed())
         try:
             yield
         except RuntimeError as error:
@@ -90,6 +148,10 @@ def twice_differentiable(what: str, device: torch.device, model: nn.Module | Non
                     'differentiation="finite" to linearize or lh.Hessian for differences of first derivatives'
                 ) from error
             raise
+
+
+def _has_recurrent_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
 @contextmanager

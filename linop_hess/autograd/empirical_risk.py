@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linop_hess._validate import checked_loss, require_loss_fn
+from linop_hess.autograd.additivity import Additivity, Part
 from linop_hess.autograd.batches import Batches
 from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import (
@@ -82,11 +83,12 @@ class RiskCurvature(NamedOperator):
         retain_graph: bool | None = None,
         nonsmooth: str = "generalized",
         sharpness: float | None = None,
+        weight_fn: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         require_loss_fn(loss_fn)
         self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
         names = select_parameters(model, params)
-        self.batches = Batches(data, loss_fn, reduction, progress)
+        self.batches = Batches(data, loss_fn, reduction, progress, weight_fn)
         with torch.inference_mode(False):
             self.model = frozen_copy(model)
         self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
@@ -99,9 +101,11 @@ class RiskCurvature(NamedOperator):
         self.coarsest_eps = torch.finfo(self.torch_dtype).eps
         with plain_arithmetic(self.device):
             before = buffers_of(self.model)
-            self.loss, self._gradient, scale = self._evaluate(first=True)
+            additivity = self._additivity() if self.batches.count > 1 else None
+            self.loss, self._gradient, scale = self._evaluate(first=True, additivity=additivity)
             if check_deterministic:
                 self._check_deterministic(before, scale)
+            self._require_additive(additivity)
             if nonsmooth == "error":
                 self._refuse_kinks()
             if check_symmetric:
@@ -235,7 +239,7 @@ class RiskCurvature(NamedOperator):
 
     def _probes(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype).to(self.device)
+        return torch.randn(self.shape[0], 2, generator=generator, dtype=self.torch_dtype, device="cpu").to(self.device)
 
     def _check_symmetric(self, scale: float) -> None:
         """Raise where uᵀHv and vᵀHu differ, for random u and v, by more than rounding explains."""
@@ -274,14 +278,14 @@ class RiskCurvature(NamedOperator):
         with plain_arithmetic(self.device):
             try:
                 for parameter in self.parameters:
-                    change = torch.randn(parameter.shape, generator=generator, dtype=self.torch_dtype)
+                    change = torch.randn(parameter.shape, generator=generator, dtype=self.torch_dtype, device="cpu")
                     parameter.mul_(1 + 2 * ulp * change.to(self.device))
                 return self._products(X, Recordings(self.device, keep=False)) - products
             finally:
                 for parameter, value in zip(self.parameters, saved, strict=True):
                     parameter.copy_(value)
 
-    def _evaluate(self, *, first: bool = False) -> tuple[float, Tensor, float]:
+    def _evaluate(self, *, first: bool = False, additivity: Additivity | None = None) -> tuple[float, Tensor, float]:
         """Return the risk, its gradient (n,), and the sum of the norms of the batches' gradients.
 
         The first time the graph of the loss is looked at: it must be twice differentiable and use no parameters but
@@ -292,11 +296,14 @@ class RiskCurvature(NamedOperator):
         for inputs, targets, weight in self.batches.tracked("loss and gradient"):
             with self._differentiable():
                 inputs, targets = as_data((inputs, targets), self.device)
-                loss = self._loss(self._output(inputs), targets)
+                output = self._output(inputs)
+                loss = self._loss(output, targets)
                 if first:
                     self._refuse_graph(loss)
                     self.coarsest_eps = max(self.coarsest_eps, coarsest_eps(loss))
                 gradients = differentiate([loss], self.parameters)
+                if additivity is not None:
+                    additivity.take(Part(inputs, targets, output, weight))
             used = used or any(g is not None for g in gradients)
             part = weight * joined(gradients, self.parameters)
             total += weight * float(loss.detach())
@@ -310,6 +317,15 @@ class RiskCurvature(NamedOperator):
             )
         self._require_finite(gradient, "the gradient")
         return total, gradient, scale
+
+    def _additivity(self) -> Additivity:
+        weight_fn = self.batches.weight_of if self.batches.reduction == "mean" else None
+        return Additivity(self._loss, self._output, weight_fn, torch.finfo(self.torch_dtype).eps)
+
+    def _require_additive(self, additivity: Additivity | None) -> None:
+        """Raise where the loss of two batches put together was not the weighted sum of theirs."""
+        if additivity is not None and additivity.worst:
+            self.batches.refuse(self.loss_fn, additivity.worst_targets, additivity.worst)
 
     def _require_finite(self, flat: Tensor, what: str) -> None:
         if all_finite(flat):

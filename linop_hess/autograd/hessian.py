@@ -76,6 +76,10 @@ class Hessian(RiskCurvature):
         operations that have no second derivative in torch (fused attention, `torch.cdist`, functions marked
         `once_differentiable`). The model runs with its own kernels. About 1e-11 of ‖Hv‖ in float64 and 1e-4 in float32 for
         smooth models; with kinks near the parameters less, or an error. Nothing is kept from product to product.
+    weight_fn : callable, optional
+        ``weight_fn(inputs, targets)`` returns what the mean of a batch divides by, a number: of masked targets how many are not
+        masked, the sum of the weights of a weighted mean, the number of tokens of sequences. By default the number of samples.
+        For losses that average, over several batches.
 
     Attributes
     ----------
@@ -101,12 +105,23 @@ class Hessian(RiskCurvature):
         An unknown `nonsmooth` or `differentiation`, a sharpness that is not positive and finite or not asked for, smooth
         together with finite; no trainable or an unknown parameter, parameters on several devices or without data, no
         batch, several batches without a known reduction, several summed with a loss of three arguments, a loss that is
-        no scalar, not finite, or does not depend on the parameters.
+        no scalar, not finite, or does not depend on the parameters; several batches whose losses put together are not the
+        sum of theirs with these weights; weights that are negative, not finite, all zero, or given with a sum.
     TypeError
         Parameters that are neither float32 nor float64 or of mixed dtypes, a one-shot iterator of batches, a loss that is
         no tensor.
     ImportError
         If `progress` is set and tqdm is not installed.
+
+    Notes
+    -----
+    That the loss of several batches is that of all data at once is checked when the operator is made: of each batch and the
+    next, the loss of both together, its slopes by the model's output and its second derivatives, against the weighted sum of
+    theirs. The outputs are put together along their first dimension, so this takes three evaluations of the loss a batch and
+    none of the model, and a model that couples the samples of a batch is taken as it is. Where the loss is computed inside the
+    model, or differentiates it, the inputs are put together and the values of the loss are compared. Batches that do not fit
+    together, as sequences of unequal lengths, are compared with their own halves; what a `weight_fn` says of one such batch
+    beside another is believed.
 
     References
     ----------
@@ -139,6 +154,7 @@ class Hessian(RiskCurvature):
         nonsmooth: str = "generalized",
         sharpness: float | None = None,
         differentiation: str = "autograd",
+        weight_fn: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         self._is_finite = checked_differentiation(differentiation, nonsmooth)
         self.differentiation = differentiation
@@ -156,6 +172,7 @@ class Hessian(RiskCurvature):
             retain_graph=False if self._is_finite else retain_graph,
             nonsmooth=nonsmooth,
             sharpness=sharpness,
+            weight_fn=weight_fn,
         )
 
     def _computation(self, inputs: Any, targets: Any) -> Computation:

@@ -1,10 +1,12 @@
-"""Run a model and leave nothing behind: tensors stand in for its own, and attributes and random states are put back."""
+"""Run a model and leave nothing behind: tensors stand in for its own; attributes, random states and switches are put back."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,17 +16,63 @@ from torch import Tensor, nn
 _CONTAINERS = (dict, list, set)
 
 
+class ProcessWide:
+    """What all threads of a process share, as the user has it: the first thread to come saves it, the last to leave puts it back.
+
+    Were each to save and put back what it finds, one that comes while another is there would leave the other's change behind.
+
+    Parameters
+    ----------
+    change : callable
+        Make the change; return what was before.
+    put_back : callable
+        Given that, undo it.
+    """
+
+    def __init__(self, change: Callable[[], Any], put_back: Callable[[Any], object]) -> None:
+        self._change, self._put_back = change, put_back
+        self._lock, self._users, self._before = threading.Lock(), 0, None
+
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        """Have the change in force meanwhile."""
+        with self._lock:
+            if not self._users:
+                self._before = self._change()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._put_back(self._before)
+
+
+def _put_generators_back(states: tuple[Any, Any, Tensor]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+_RANDOMNESS = ProcessWide(
+    lambda: (random.getstate(), np.random.get_state(), torch.get_rng_state()), _put_generators_back
+)
+
+
+@cache
+def _randomness_of(device: torch.device) -> ProcessWide:
+    return ProcessWide(lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device))
+
+
 @contextmanager
 def untouched_randomness(device: torch.device) -> Iterator[None]:
     """Put the random states of torch, NumPy and Python back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices, enabled=device.type in ("cpu", "cuda")):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with ExitStack() as stack:
+        stack.enter_context(_RANDOMNESS.changed())
+        if device.type == "cuda":
+            stack.enter_context(_randomness_of(device).changed())
+        yield
 
 
 class StandIns:

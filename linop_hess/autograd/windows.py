@@ -55,9 +55,9 @@ def adaptive_windows(sizes: Sequence[int], output_size: Sequence[int]) -> list[T
     """
     found = []
     for size, out in zip(sizes, output_size, strict=True):
-        starts = torch.arange(out) * size // out
-        ends = -(-(torch.arange(out) + 1) * size // out)  # rounded up
-        places = starts[:, None] + torch.arange(int((ends - starts).max()))
+        starts = _count(out) * size // out
+        ends = -(-(_count(out) + 1) * size // out)  # rounded up
+        places = starts[:, None] + _count(int((ends - starts).max()))
         found.append(torch.where(places < ends[:, None], places, -1))
     return found
 
@@ -67,8 +67,12 @@ def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int, c
     out = (math.ceil(steps) if ceil_mode else math.floor(steps)) + 1
     if ceil_mode and (out - 1) * stride >= size + padding:
         out -= 1  # the last window begins in the input or the padding before it
-    places = torch.arange(out)[:, None] * stride - padding + torch.arange(kernel) * dilation
+    places = _count(out)[:, None] * stride - padding + _count(kernel) * dilation
     return torch.where((places >= 0) & (places < size), places, -1)
+
+
+def _count(stop: int) -> Tensor:
+    return torch.arange(stop, device="cpu")
 
 
 def _each(value: Sequence[int] | int, rank: int) -> list[int]:

@@ -109,7 +109,11 @@ def moved_ids(
         return [first]
     if func is aten.copy_.default:
         source = ids.get(id(args[1]))
-        return [torch.zeros(args[0].shape, dtype=torch.int64) if source is None else source.expand(args[0].shape)]
+        return [
+            torch.zeros(args[0].shape, dtype=torch.int64, device="cpu")
+            if source is None
+            else source.expand(args[0].shape)
+        ]
     if func in _ADDS_UP and (args[3:4] or [kwargs.get("accumulate", False)])[0]:
         return None
     mine = [_instead(a, ids) for a in args]
@@ -147,7 +151,9 @@ def _instead(argument: Any, ids: dict[int, Tensor]) -> Any:
         return argument
     if id(argument) in ids:
         return _Ids(ids[id(argument)])
-    return _Ids(torch.zeros(argument.shape, dtype=torch.int64)) if argument.is_floating_point() else argument
+    return (
+        _Ids(torch.zeros(argument.shape, dtype=torch.int64, device="cpu")) if argument.is_floating_point() else argument
+    )
 
 
 def _carried_out(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -295,7 +295,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(target, Tensor) and isinstance(
                 self._ids.get(target.untyped_storage().data_ptr()), (int, Tensor)
             ):
-                self._write(target, torch.zeros(target.shape, dtype=torch.int64))
+                self._write(target, torch.zeros(target.shape, dtype=torch.int64, device="cpu"))
         if any(isinstance(a, Tensor) and a.requires_grad for a in flat):  # by tensors that are no parameters of ours
             for output in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
@@ -341,7 +341,7 @@ class Recorder(TorchDispatchMode):
             return Strided(start, shape, stride, offset)
         # Part of a storage of which the rest has ids of its own.
         self.trace.ids += output.numel()
-        self._write(output, torch.arange(start, self.trace.ids + 1).view(shape))
+        self._write(output, torch.arange(start, self.trace.ids + 1, device="cpu").view(shape))
         return Strided(start, shape, contiguous_strides(shape), 0)
 
     def _write(self, tensor: Tensor, ids: Tensor) -> None:
@@ -351,7 +351,9 @@ class Recorder(TorchDispatchMode):
         if buffer is None or isinstance(buffer, int):
             entries = storage.nbytes() // tensor.element_size()
             first = 0 if buffer is None else buffer
-            buffer = torch.arange(first, first + entries) if first else torch.zeros(entries, dtype=torch.int64)
+            buffer = torch.zeros(entries, dtype=torch.int64, device="cpu")
+            if first:
+                buffer += torch.arange(first, first + entries, device="cpu")
             self._ids[key] = buffer
             self._alive.append(tensor)
         buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)

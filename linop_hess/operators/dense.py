@@ -76,7 +76,7 @@ def _columns(op: LinearOperator, start: int, stop: int, dtype: np.dtype) -> np.n
     width = stop - start
     if isinstance(op, Operator):
         block = torch.zeros(op.shape[1], width, dtype=op.torch_dtype, device=op.device)
-        block[torch.arange(start, stop), torch.arange(width)] = 1
+        block[start:stop].fill_diagonal_(1)
         return op.matmat(block).cpu().numpy()
     unit = np.zeros((op.shape[1], width), dtype=dtype)
     unit[np.arange(start, stop), np.arange(width)] = 1

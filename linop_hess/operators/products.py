@@ -50,7 +50,7 @@ class Products(LinearOperator):
         require_dtype(dtype, type(self).__name__)
         super().__init__(dtype=NUMPY_DTYPES[dtype], shape=(int(shape[0]), int(shape[1])))
         self.torch_dtype = dtype
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self.device = torch.empty(0, dtype=dtype, device=device).device  # "cuda" becomes "cuda:0"
 
     def _apply(self, X: Tensor) -> Tensor:
         """Return A X, shape (rows, k), for a block X of shape (columns, k) that is read only."""

@@ -269,7 +269,7 @@ def _samples_apart(gradient: Tensor, u: Tensor, samples: int) -> bool:
     bits = torch.arange((samples - 1).bit_length(), device=u.device)[:, None]
     has = (torch.arange(samples, device=u.device) >> bits) % 2 == 1
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(samples, u.numel() // samples, generator=generator, dtype=torch.float64).to(u)
+    v = torch.randn(samples, u.numel() // samples, generator=generator, dtype=torch.float64, device="cpu").to(u)
     vectors = (v * has[:, :, None]).reshape(len(bits), -1)
     products = vjps(gradient, [u], vectors)[0].reshape(len(bits), samples, -1)
     return not bool((products != 0).any(2)[~has].any())

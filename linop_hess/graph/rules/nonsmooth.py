@@ -113,8 +113,8 @@ def _windows(op: Operation) -> list[Tensor]:
 def _places(windows: list[Tensor], sizes: torch.Size) -> Tensor:
     """Place in an image of each entry of each window, (windows, entries), −1 for padding."""
     rank = len(windows)
-    places = torch.zeros([1] * (2 * rank), dtype=torch.int64)
-    inside = torch.ones([1] * (2 * rank), dtype=torch.bool)
+    places = torch.zeros([1] * (2 * rank), dtype=torch.int64, device="cpu")
+    inside = torch.ones([1] * (2 * rank), dtype=torch.bool, device="cpu")
     for d, (each, size) in enumerate(zip(windows, sizes, strict=True)):
         shape = [1] * (2 * rank)
         shape[d], shape[rank + d] = each.shape

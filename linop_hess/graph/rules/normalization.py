@@ -143,11 +143,11 @@ def _epsilon(module: Any, dtype: torch.dtype) -> float:
 
 def _last_axes(module: Any, shape: torch.Size) -> Tensor:
     size = torch.Size(module.normalized_shape)
-    return torch.arange(size.numel()).reshape(size).expand(shape)
+    return torch.arange(size.numel(), device="cpu").reshape(size).expand(shape)
 
 
 def _channels(module: Any, shape: torch.Size) -> Tensor:
-    return torch.arange(shape[1]).reshape(-1, *[1] * (len(shape) - 2)).expand(shape)
+    return torch.arange(shape[1], device="cpu").reshape(-1, *[1] * (len(shape) - 2)).expand(shape)
 
 
 NORMALIZATIONS: dict[type[nn.Module], tuple[Kind, ...]] = {

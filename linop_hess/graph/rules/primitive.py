@@ -171,7 +171,8 @@ class _Run:
             with twice_differentiable(self.title, origin.device):
                 shape = self.recorded()[1].shape
                 beta, v = (
-                    torch.randn(s, generator=generator, dtype=torch.float64).to(origin) for s in (shape, origin.shape)
+                    torch.randn(s, generator=generator, dtype=torch.float64, device="cpu").to(origin)
+                    for s in (shape, origin.shape)
                 )
                 leaves, first = self.slopes(beta, create_graph=True)
                 curved = torch.zeros_like(origin)
@@ -255,14 +256,14 @@ class ByRows(Rule):
         parts = []
         for i in op.active:
             bound = op.bounds[i]
-            index = torch.arange(bound.start, bound.stop).view(op.flat[i].shape)
+            index = torch.arange(bound.start, bound.stop, device="cpu").view(op.flat[i].shape)
             arranged = rows.arranged[i](index)
             parts.append(arranged.reshape(arranged.shape[0], -1).numpy())
         return np.concatenate(parts, 1)
 
     def placement(self, op: Operation) -> Placement:
         rows = self._of(op)
-        outputs = rows.output(torch.arange(rows.shape.numel()).view(rows.shape))
+        outputs = rows.output(torch.arange(rows.shape.numel(), device="cpu").view(rows.shape))
         written = op.ordered(outputs.reshape(outputs.shape[0], -1).numpy())
         in_order = bool((written == np.arange(written.size)).all())
         return Placement(op.ordered(self._reads(op, rows)), NOTHING, None if in_order else written)

@@ -76,7 +76,7 @@ class DiagonalEntries:
         self._solver = solver if analysis is solver.analysis else Solver(analysis, solver.damping)
         self._inverse: Tensor | None = None
         if analysis.problem.size <= SOLVED_UP_TO:
-            self._inverse = self._columns(torch.arange(analysis.problem.size))
+            self._inverse = self._columns(torch.arange(analysis.problem.size, device=analysis.problem.device))
             self.diagonal, self.gap = self._inverse.diagonal(), 0.0
             return
         self.gap = np.inf

@@ -43,8 +43,8 @@ def _joint(factor: StageFactor, of_state: Tensor) -> Joint:
     gain = torch.cat([gain[:r], gain.new_zeros(r, segment.hidden.delayed)], 1)
     cross = gain @ of_state
     # Of the delayed directions only the hidden ones of this segment are parts of its own controls; they stand last.
-    seen = torch.cat([torch.arange(n), torch.arange(of_state.shape[0] - segment.hidden.delayed, of_state.shape[0])])
-    seen = seen.to(of_state.device)
+    seen = torch.arange(of_state.shape[0], device=of_state.device)
+    seen = torch.cat([seen[:n], seen[of_state.shape[0] - segment.hidden.delayed :]])
     return Joint(
         torch.cat([left[:, :r], cross.mT]),
         torch.cat([right[:, :r], gain.mT]),

@@ -43,7 +43,8 @@ class _Legs:
 
     value: DenseValue
     theta: list[Tensor] = field(default_factory=list)
-    growth: Tensor = field(default_factory=lambda: torch.zeros(1))  # (K,), the largest number met
+    # The largest number met, (K,).
+    growth: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64, device="cpu"))
 
     def take_back(self, control: CondensedControl) -> None:
         """Eliminate the controls of one segment of each leg."""

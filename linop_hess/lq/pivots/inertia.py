@@ -44,7 +44,7 @@ def inertia_of(pivots: Iterable[Tensor], zero_below: float) -> Inertia:
         Pivots of size up to this count as zero.
     """
     parts = [theta.reshape(-1) for theta in pivots]
-    theta = torch.cat(parts) if parts else torch.zeros(0)
+    theta = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")
     negative, zero = int((theta < -zero_below).sum()), int((theta.abs() <= zero_below).sum())
     return Inertia(negative, zero, theta.numel() - negative - zero)
 

@@ -1,0 +1,211 @@
+"""Whether the loss of all data at once is the weighted sum of its batches': seen from the losses of batches put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from linop_hess.autograd.batches import sample_count
+from linop_hess.autograd.differentiate import differentiate
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One batch, or a part of one, what the model gives for it, and its weight."""
+
+    inputs: Any
+    targets: Any
+    output: Any
+    weight: float
+
+    @property
+    def count(self) -> int:
+        return sample_count(self.inputs, self.targets)
+
+
+class NotJoined(Exception):
+    """Two batches cannot be put together."""
+
+
+class Additivity:
+    """Compares each batch and the one before with both as one batch.
+
+    They are put together along the first dimension: the model's outputs and the targets, so that the model is not run again; where
+    the loss cannot be taken of outputs without their graph, or they are no samples, inputs and targets, and the model is run on
+    both. Tensors that are the same in both and have another length than the number of samples are no samples. Batches that do not
+    fit together, as those of unequal lengths, are each compared with their own halves.
+
+    Parameters
+    ----------
+    loss : callable
+        Of an output and targets.
+    model : callable
+        Of inputs.
+    weight_fn : callable or None
+        Weight of inputs and targets in a mean, which is divided by their sum; None for sums.
+    eps : float
+        Unit of rounding.
+
+    Attributes
+    ----------
+    worst : float
+        By how much, relatively, the loss or its derivatives were off the weighted sum, at most; 0 for rounding.
+    worst_targets : list
+        Those of these two batches.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        model: Callable[[Any], Any],
+        weight_fn: Callable[[Any, Any], float] | None,
+        eps: float,
+    ) -> None:
+        self._loss, self._model, self._weight_fn, self._mean, self._eps = (
+            loss,
+            model,
+            weight_fn,
+            weight_fn is not None,
+            eps,
+        )
+        self._before: Part | None = None
+        self.worst = 0.0
+        self.worst_targets: list[Any] = []
+
+    def take(self, part: Part) -> None:
+        """Compare the next batch with the one before; keep the worst gap."""
+        part = replace(part, output=pytree.tree_map(_detached, part.output))
+        before, self._before = self._before, part
+        if before is not None:
+            gap = self._gap(before, part)
+            if gap > self.worst:
+                self.worst, self.worst_targets = gap, [before.targets, part.targets]
+
+    def _gap(self, before: Part, part: Part) -> float:
+        """0 where the gap is no more than rounding, and where nothing can be compared."""
+        for compare in (
+            lambda: self._of_outputs([before, part], _joined_pair(before, part)),
+            lambda: self._of_inputs([before, part]),
+            lambda: self._of_halves(part),
+        ):
+            try:
+                return compare()
+            except (NotJoined, RuntimeError, ValueError, TypeError, IndexError):  # other shapes than the loss can take
+                continue
+        return 0.0
+
+    def _of_outputs(self, parts: Sequence[Part], whole: tuple[Any, Any]) -> float:
+        if not _slopes_of(whole[0]):
+            raise NotJoined
+        found = [_derivatives(self._loss, part.output, part.targets) for part in parts]
+        return self._compared(parts, found, _derivatives(self._loss, *whole))
+
+    def _of_inputs(self, parts: Sequence[Part]) -> float:
+        """The same by the value alone, of the model on the inputs put together."""
+        a, b = parts
+        inputs, targets = _joined((a.inputs, a.targets), (b.inputs, b.targets), a.count, b.count)
+        values = [float(self._loss(self._model(part.inputs), part.targets)) for part in parts]
+        whole = float(self._loss(self._model(inputs), targets))
+        return self._compared(parts, [(value, []) for value in values], (whole, []))
+
+    def _of_halves(self, part: Part) -> float:
+        half = part.count // 2
+        if not half:
+            raise NotJoined
+        halves = []
+        for at in (slice(None, half), slice(half, None)):
+            output, targets, inputs = _cut((part.output, part.targets, part.inputs), part.count, at)
+            weight = 1.0 if self._weight_fn is None else self._weight_fn(inputs, targets)
+            halves.append(Part(inputs, targets, output, weight))
+        return self._of_outputs(halves, (part.output, part.targets))
+
+    def _compared(self, parts: Sequence[Part], found: Sequence[Any], whole: Any) -> float:
+        total = sum(part.weight for part in parts) if self._mean else 1.0
+        shares = [part.weight / total for part in parts]
+        # A slope of order one a sample is lost in rounding where the fit is close; means divide by the number of samples.
+        floor = 16 * self._eps * (1.0 / sum(part.count for part in parts) if self._mean else 1.0)
+        values = [share * value for share, (value, _) in zip(shares, found, strict=True)]
+        scale = sum(map(abs, values)) + floor
+        gaps = [abs(whole[0] - sum(values)) / (scale + abs(whole[0]))]
+        for k, seen in enumerate(whole[1]):
+            mine = [share * tensors[k] for share, (_, tensors) in zip(shares, found, strict=True)]
+            expected = sum(mine) if all(m.shape == seen.shape for m in mine) else torch.cat(mine)
+            size = max(float(expected.abs().max()), float(seen.abs().max())) if seen.numel() else 0.0
+            if size > floor:
+                gaps.append(max(float((seen - expected).abs().max()) - floor, 0.0) / size)
+        if not all(gap < torch.inf for gap in gaps):  # derivatives that are not finite are told of elsewhere
+            raise NotJoined
+        worst = max(gaps)
+        return worst if not worst <= self._eps**0.5 else 0.0
+
+
+def _joined_pair(a: Part, b: Part) -> tuple[Any, Any]:
+    return _joined((a.output, a.targets), (b.output, b.targets), a.count, b.count)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _slopes_of(output: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _derivatives(loss: Loss, output: Any, targets: Any) -> tuple[float, list[Tensor]]:
+    """The loss, its slopes by the output, and the product of its second derivatives with a vector, a function of the entries."""
+    leaves, nest = pytree.tree_flatten(output)
+    states, mine = [], list(leaves)
+    for k, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            states.append(leaf.detach().requires_grad_())
+            mine[k] = states[-1].clone()  # which a loss may change in place
+    value = loss(pytree.tree_unflatten(mine, nest), targets)
+    slopes = _filled(differentiate([value], states, create_graph=True), states)
+    try:
+        curved = differentiate(slopes, states, [state.detach().cos() for state in states])
+    except RuntimeError:  # no second derivative, as products by differences allow
+        curved = []
+    return float(value.detach()), [slope.detach() for slope in [*slopes, *_filled(curved, states)]]
+
+
+def _filled(derivatives: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(x) if d is None else d for d, x in zip(derivatives, like, strict=False)]
+
+
+def _joined(a: Any, b: Any, n_a: int, n_b: int) -> Any:
+    """Two nests of samples as one; a tensor in two places of them stays one."""
+    (left, nest), (right, other) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    if nest != other:
+        raise NotJoined
+    made: dict[tuple[int, int], Any] = {}
+
+    def join(x: Any, y: Any) -> Any:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            if isinstance(x, Tensor) or isinstance(y, Tensor) or x != y:
+                raise NotJoined
+            return x
+        if x.ndim and y.ndim and x.shape[0] == n_a and y.shape[0] == n_b:
+            if x.shape[1:] != y.shape[1:]:
+                raise NotJoined
+            return torch.cat([x.detach(), y.detach()]).requires_grad_(x.requires_grad and x.is_leaf)
+        if x.shape != y.shape or not torch.equal(x, y):
+            raise NotJoined
+        return x
+
+    for x, y in zip(left, right, strict=True):
+        if (id(x), id(y)) not in made:
+            made[id(x), id(y)] = join(x, y)
+    return pytree.tree_unflatten([made[id(x), id(y)] for x, y in zip(left, right, strict=True)], nest)
+
+
+def _cut(nest: Any, count: int, at: slice) -> Any:
+    return pytree.tree_map(
+        lambda leaf: leaf[at] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count else leaf, nest
+    )
