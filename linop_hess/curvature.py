@@ -12,7 +12,7 @@ from linop_hess.lq.methods.plan import make_plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.operators import pieces
 from linop_hess.operators.block import NamedOperator
-from linop_hess.operators.inverse import HessianInverse
+from linop_hess.operators.inverse import HessianInverse, MethodName
 from linop_hess.operators.operator import Operator, damped
 from linop_hess.operators.parameters import ParameterTable
 from linop_hess.spectrum.extremes import condition_number, extreme_eigenvalues
@@ -66,7 +66,7 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
         """
         return NetworkPlan.of(make_plan(self.analysis, finite_real(damping, "damping")), self._cuts)
 
-    def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
+    def inverse(self, damping: float, method: MethodName = "auto", *, tolerance: float | None = None) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
         with self._cuts.told():
             return HessianInverse(self.analysis, damping, method, tolerance=tolerance, table=self.parameter_table)

@@ -26,7 +26,7 @@ from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
 from linop_hess.operators.convert import plain_arithmetic
-from linop_hess.operators.inverse import HessianInverse
+from linop_hess.operators.inverse import HessianInverse, MethodName
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import Named, ParameterTable
 from linop_hess.operators.permutation import Permutation
@@ -231,7 +231,7 @@ class Linearization(Named):
         """Cost of each method, the widest cuts and what lives there; see `ChainCurvature.plan`."""
         return self.H.plan(damping)
 
-    def inverse(self, damping: float, method: str = "auto", *, tolerance: float | None = None) -> HessianInverse:
+    def inverse(self, damping: float, method: MethodName = "auto", *, tolerance: float | None = None) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
         return self.H.inverse(damping, method, tolerance=tolerance)
 

@@ -19,8 +19,9 @@ from linop_hess.cli.networks import Problem
 from linop_hess.errors import FactorizationError
 from linop_hess.krylov.record import Comparison, Record
 from linop_hess.linearization import Linearization, linearize
+from linop_hess.operators.inverse import MethodName
 
-METHODS = ("banded", "riccati", "dense", "ldu")
+METHODS: tuple[MethodName, ...] = ("banded", "riccati", "dense", "ldu")
 LDU_SECONDS = 60.0
 Progress = Callable[[str, int], Any]
 """Given a row's label and its number of steps, returns something with ``update(n)`` and ``close()``."""
@@ -136,7 +137,7 @@ def _direct(
     judge: LinearOperator,
     g: np.ndarray,
     damping: float,
-    method: str,
+    method: MethodName,
     linearizing: float,
     label: str,
     rtol: float,

@@ -48,3 +48,13 @@ def state_scales(problem: Problem, row_spaces: Sequence[RowSpace | None]) -> Ten
     scale = torch.where(scale > 0.0, scale, scale[moves].min())
     reach = _REACH[problem.dtype]
     return torch.exp2(scale.log2().round().clamp(-reach, reach))
+
+
+def times_two_to(x: Tensor, exponents: Tensor) -> Tensor:
+    """Return x · 2^e, rounded once, for whole e that broadcast: |e| up to 1022, in float32 up to 126.
+
+    `torch.ldexp` of torch 2.3 takes 2^e in float32, which ends at 1e±38. Here the bits of 2^e are written down.
+    """
+    dtype = x.dtype
+    bits, bias, mantissa = (torch.int64, 1023, 52) if dtype == torch.float64 else (torch.int32, 127, 23)
+    return x * ((exponents.to(bits) + bias) << mantissa).view(dtype)

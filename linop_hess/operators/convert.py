@@ -21,15 +21,6 @@ def plain_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
-def require_one_column(x: Any, who: str) -> None:
-    """Raise ValueError if an operand is a block of several columns."""
-    shape = tuple(x.shape) if hasattr(x, "shape") else np.shape(x)
-    if len(shape) == 2 and shape[1] != 1:
-        raise ValueError(
-            f"expected one vector for {who}, got shape {shape}: use matmat (rmatmat for the adjoint) or @ for several"
-        )
-
-
 def refuse_scalar(x: Any) -> None:
     """Raise ValueError if x, a factor of @, is a scalar."""
     if is_scalar(x):
@@ -82,18 +73,27 @@ def as_tensor(
     """
     tensor = converted(x, dtype=dtype, device=device, who=who)
     if tensor.ndim not in ndims or tensor.shape[0] != length:
-        expected = " or ".join(f"({length},)" if n == 1 else f"({length}, k)" for n in ndims)
-        raise ValueError(
-            f"expected an operand of {who} of shape {expected}, got {tuple(tensor.shape)}: "
-            "pass a flat vector, or a matrix with one vector a column"
-        )
+        raise mismatch(tensor, " or ".join(f"({length},)" if n == 1 else f"({length}, k)" for n in ndims), who)
+    require_finite(tensor, who)
+    return tensor
+
+
+def require_finite(tensor: Tensor, who: str) -> None:
+    """Raise ValueError if an operand of `who` holds NaN or Inf."""
     if not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
-            f"expected finite numbers in {dtype} for {who}, got {bad} NaN or Inf in {tensor.numel()} entries: "
+            f"expected finite numbers in {tensor.dtype} for {who}, got {bad} NaN or Inf in {tensor.numel()} entries: "
             "find where they arise before multiplying"
         )
-    return tensor
+
+
+def mismatch(tensor: Tensor, expected: str, who: str) -> ValueError:
+    """Return the error of an operand of the wrong shape; it begins as SciPy's does."""
+    return ValueError(
+        f"Dimension mismatch: expected an operand of {who} of shape {expected}, got {tuple(tensor.shape)}: "
+        "pass a flat vector, or a matrix with one vector a column"
+    )
 
 
 def converted(x: Any, *, dtype: torch.dtype, device: torch.device, who: str) -> Tensor:
@@ -124,8 +124,8 @@ def _from_torch(x: Tensor, dtype: torch.dtype, device: torch.device, who: str) -
 def _from_numpy(x: Any, dtype: torch.dtype, device: torch.device, who: str) -> Tensor:
     if issparse(x):
         raise TypeError(
-            f"expected a dense array for {who}, got a sparse {type(x).__name__}: call .toarray() on it, or compose with "
-            "scipy.sparse.linalg.aslinearoperator of it"
+            f"expected a dense array for {who}, got a sparse {type(x).__name__}: Try wrapping the matrix with "
+            "`aslinearoperator` first, or call .toarray() on it"
         )
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"expected an array without a mask for {who}, got a masked one: call .filled(value) on it")

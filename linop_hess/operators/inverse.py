@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from linop_hess._memory import require
@@ -20,6 +21,9 @@ from linop_hess.operators.block import NamedOperator
 from linop_hess.operators.convert import as_tensor, to_numpy
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import ParameterTable
+
+MethodName = Literal["auto", "banded", "riccati", "dense", "woodbury", "ldu"]
+"""How to factor H + εI; "auto" chooses by the cost model."""
 
 
 class HessianInverse(NamedOperator):
@@ -67,7 +71,7 @@ class HessianInverse(NamedOperator):
         self,
         problem: Problem | Analysis,
         damping: float,
-        method: str = "auto",
+        method: MethodName = "auto",
         *,
         tolerance: float | None = None,
         table: ParameterTable | None = None,
@@ -102,7 +106,11 @@ class HessianInverse(NamedOperator):
     def _apply(self, X: Tensor) -> Tensor:
         return self._inverse.solve(X).x
 
-    def solve(self, g: Any) -> Solution:
+    @overload
+    def solve(self, g: Tensor) -> Solution[Tensor]: ...
+    @overload
+    def solve(self, g: ArrayLike) -> Solution[np.ndarray]: ...
+    def solve(self, g: Any) -> Solution[Any]:
         """Solve (H + εI) x = g and tell how well.
 
         Parameters
@@ -131,8 +139,8 @@ class HessianInverse(NamedOperator):
                 who=type(self).__name__,
             )
             solution = self._inverse.solve(operand[:, None] if operand.ndim == 1 else operand)
-            x = solution.x.reshape(operand.shape)
-            x = x.clone() if isinstance(g, Tensor) else to_numpy(x)
+            flat = solution.x.reshape(operand.shape)
+            x: Any = flat.clone() if isinstance(g, Tensor) else to_numpy(flat)
         return Solution(x, solution.backward_error, solution.residual_norm, solution.refinement_steps, solution.method)
 
     def inertia(self) -> Inertia:
@@ -313,9 +321,8 @@ class HessianInverse(NamedOperator):
             If H + damping·I is singular to working precision.
         """
         solver = self._inverse.solver
-        return HessianInverse(
-            solver.analysis, damping, solver.requested, tolerance=solver.tolerance, table=self.parameter_table
-        )
+        method = cast(MethodName, solver.requested)
+        return HessianInverse(solver.analysis, damping, method, tolerance=solver.tolerance, table=self.parameter_table)
 
 
 class PositiveOperator(Operator):

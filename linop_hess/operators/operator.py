@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
-from scipy.sparse import issparse
+from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from linop_hess._validate import NUMPY_DTYPES, finite_real, is_scalar, require_dtype, whole
-from linop_hess.operators.convert import (
-    as_tensor,
-    plain_arithmetic,
-    refuse_scalar,
-    require_alike,
-    require_one_column,
-    to_numpy,
-)
-
-# As Any: the stubs some have installed for SciPy fix result types that compositions here refine.
-_ScipyOperator: Any = LinearOperator
+from linop_hess._validate import finite_real, is_scalar, whole
+from linop_hess.operators.convert import refuse_scalar, require_alike
+from linop_hess.operators.products import Foreign, Products
 
 
-class Operator(_ScipyOperator):
+class Operator(Products):
     """A real linear operator backed by torch.
 
     A subclass implements `_apply` and, unless it sets ``symmetric = True``, `_apply_adjoint`, on column
@@ -58,65 +49,14 @@ class Operator(_ScipyOperator):
         If `dtype` is neither float32 nor float64.
     """
 
-    symmetric: bool = False
-    fresh: bool = False
-
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        require_dtype(dtype, type(self).__name__)
-        super().__init__(dtype=NUMPY_DTYPES[dtype], shape=(int(shape[0]), int(shape[1])))
-        self.torch_dtype = dtype
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-
-    def _apply(self, X: Tensor) -> Tensor:
-        """Return A X, shape (rows, k), for a block X of shape (columns, k) that is read only."""
-        raise NotImplementedError(f"{type(self).__name__} must implement _apply")
-
-    def _apply_adjoint(self, Y: Tensor) -> Tensor:
-        """Return Aᵀ Y, shape (columns, k), for a block Y of shape (rows, k) that is read only."""
-        if self.symmetric:
-            return self._apply(Y)
-        raise NotImplementedError(f"{type(self).__name__} must implement _apply_adjoint")
-
-    def matvec(self, x: Any) -> Any:
-        """Return A x.
-
-        Parameters
-        ----------
-        x : array_like or torch.Tensor, shape (columns,) or (columns, 1)
-
-        Returns
-        -------
-        numpy.ndarray or torch.Tensor, shape (rows,) or (rows, 1)
-
-        Raises
-        ------
-        ValueError
-            Wrong shape, NaN or Inf, a tensor on another device.
-        TypeError
-            Complex, sparse or non-numeric input, a tensor of another floating dtype.
-        """
-        require_one_column(x, type(self).__name__)
-        return self._multiply(x)
-
-    def rmatvec(self, x: Any) -> Any:
-        """Return Aᵀ x; as `matvec` with rows and columns exchanged."""
-        require_one_column(x, type(self).__name__)
-        return self._multiply(x, adjoint=True)
-
-    def matmat(self, X: Any) -> Any:
-        """Return A X for X of shape (columns, k); errors as in `matvec`."""
-        return self._multiply(X, ndims=(2,))
-
-    def rmatmat(self, X: Any) -> Any:
-        """Return Aᵀ X for X of shape (rows, k); errors as in `matvec`."""
-        return self._multiply(X, adjoint=True, ndims=(2,))
-
-    # SciPy's own compositions call these four on their operands.
-    _matvec = matvec
-    _rmatvec = rmatvec
-    _matmat = matmat
-    _rmatmat = rmatmat
-
+    @overload
+    def dot(self, x: Operator | float) -> Operator: ...
+    @overload
+    def dot(self, x: Tensor) -> Tensor: ...
+    @overload
+    def dot(self, x: Foreign) -> LinearOperator: ...
+    @overload
+    def dot(self, x: ArrayLike) -> np.ndarray: ...
     def dot(self, x: Any) -> Any:
         """Return A x for a vector or a block, the composition for an operator, the multiple for a scalar.
 
@@ -132,42 +72,97 @@ class Operator(_ScipyOperator):
         if isinstance(x, Operator):
             return Product(*_parts(self, Product), *_parts(x, Product))
         if isinstance(x, LinearOperator):
-            return super().dot(x)
+            return LinearOperator.dot(self._beside(x), x)
         if is_scalar(x):
             return self._scaled(x)
-        return self._multiply(x)
+        return self._times(x)
 
-    def _rdot(self, x: Any) -> Any:
+    @overload
+    def rdot(self, x: Operator | float) -> Operator: ...
+    @overload
+    def rdot(self, x: Tensor) -> Tensor: ...
+    @overload
+    def rdot(self, x: Foreign) -> LinearOperator: ...
+    @overload
+    def rdot(self, x: ArrayLike) -> np.ndarray: ...
+    def rdot(self, x: Any) -> Any:
+        """Return x A, as `dot` from the right; x of shape (rows,), or (..., k, rows) with one vector a row."""
         if isinstance(x, LinearOperator):
-            return super()._rdot(x)
-        if not isinstance(x, Tensor) and not issparse(x):
-            x = np.asanyarray(x)
-        if x.ndim == 2 and not issparse(x):
-            return self._multiply(x.T, adjoint=True).T
-        return self._multiply(x, adjoint=True)
+            return x.dot(self if isinstance(x, Operator) else self._beside(x))
+        return self._scaled(x) if is_scalar(x) else self._times_from_left(x)
 
+    _rdot = rdot  # its name before SciPy 1.18
+
+    @overload
+    def __mul__(self, x: Operator | float) -> Operator: ...
+    @overload
+    def __mul__(self, x: Tensor) -> Tensor: ...
+    @overload
+    def __mul__(self, x: Foreign) -> LinearOperator: ...
+    @overload
+    def __mul__(self, x: ArrayLike) -> np.ndarray: ...
     def __mul__(self, x: Any) -> Any:
         return self.dot(x)
 
+    @overload
+    def __rmul__(self, x: float) -> Operator: ...
+    @overload
+    def __rmul__(self, x: Tensor) -> Tensor: ...
+    @overload
+    def __rmul__(self, x: ArrayLike) -> np.ndarray: ...
     def __rmul__(self, x: Any) -> Any:
-        return self._scaled(x) if is_scalar(x) else self._rdot(x)
+        return self.rdot(x)
 
+    @overload
+    def __matmul__(self, x: Operator) -> Operator: ...
+    @overload
+    def __matmul__(self, x: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, x: Foreign) -> LinearOperator: ...
+    @overload
+    def __matmul__(self, x: ArrayLike) -> np.ndarray: ...
     def __matmul__(self, x: Any) -> Any:
         refuse_scalar(x)
         return self.dot(x)
 
+    @overload
+    def __rmatmul__(self, x: Tensor) -> Tensor: ...
+    @overload
+    def __rmatmul__(self, x: ArrayLike) -> np.ndarray: ...
     def __rmatmul__(self, x: Any) -> Any:
         refuse_scalar(x)
-        return self._rdot(x)
+        return self.rdot(x)
 
+    @overload
+    def __call__(self, x: Operator) -> Operator: ...
+    @overload
+    def __call__(self, x: Tensor) -> Tensor: ...
+    @overload
+    def __call__(self, x: Foreign) -> LinearOperator: ...
+    @overload
+    def __call__(self, x: ArrayLike) -> np.ndarray: ...
     def __call__(self, x: Any) -> Any:
         return self @ x
 
+    @overload
+    def __add__(self, other: Operator) -> Operator: ...
+    @overload
+    def __add__(self, other: Foreign) -> LinearOperator: ...
     def __add__(self, other: Any) -> Any:
-        if not isinstance(other, Operator):
-            return super().__add__(other)
-        return Sum(*_parts(self, Sum), *_parts(other, Sum))
+        if isinstance(other, Operator):
+            return Sum(*_parts(self, Sum), *_parts(other, Sum))
+        return (
+            LinearOperator.__add__(self._beside(other), other) if isinstance(other, LinearOperator) else NotImplemented
+        )
 
+    def __radd__(self, other: float) -> Operator:
+        # Python's sum begins with 0.
+        return self if is_scalar(other) and other == 0 else NotImplemented
+
+    @overload
+    def __sub__(self, other: Operator) -> Operator: ...
+    @overload
+    def __sub__(self, other: Foreign) -> LinearOperator: ...
     def __sub__(self, other: Any) -> Any:
         return self + (-other) if isinstance(other, LinearOperator) else NotImplemented
 
@@ -176,8 +171,8 @@ class Operator(_ScipyOperator):
 
     def __truediv__(self, x: Any) -> Operator:
         if not is_scalar(x):
-            raise TypeError(
-                f"expected a scalar to divide an operator by, got {type(x).__name__}: to solve with an operator use an "
+            raise ValueError(
+                f"Can only divide a linear operator by a scalar. Expected one, got {type(x).__name__}: to solve with an operator use an "
                 "inverse or an iterative solver"
             )
         value = finite_real(x, "the divisor", self.torch_dtype)
@@ -186,7 +181,12 @@ class Operator(_ScipyOperator):
         return self._scaled(1.0 / value)
 
     def __pow__(self, exponent: Any) -> Operator:
-        count = whole(exponent, "the exponent of an operator")
+        if not is_scalar(exponent):
+            return NotImplemented
+        try:
+            count = whole(exponent, "the exponent of an operator")
+        except TypeError as error:
+            raise ValueError(str(error)) from None
         if self.shape[0] != self.shape[1]:
             raise ValueError(f"expected a square operator to take a power of, got shape {self.shape}")
         if count < 0:
@@ -206,36 +206,29 @@ class Operator(_ScipyOperator):
             return Scaled(operator, value * inner)
         return Scaled(self, value)
 
+    def adjoint(self) -> Operator:
+        """Return Aᵀ, an operator of shape (columns, rows)."""
+        return self._adjoint()
+
+    def transpose(self) -> Operator:
+        """Return Aᵀ, an operator of shape (columns, rows)."""
+        return self._adjoint()
+
+    @property
+    def H(self) -> Operator:
+        """Aᵀ."""
+        return self._adjoint()
+
+    @property
+    def T(self) -> Operator:
+        """Aᵀ."""
+        return self._adjoint()
+
     def _adjoint(self) -> Operator:
         return self if self.symmetric else Adjoint(self)
 
     def _transpose(self) -> Operator:
         return self._adjoint()
-
-    def _multiply(self, x: Any, *, adjoint: bool = False, ndims: tuple[int, ...] = (1, 2)) -> Any:
-        """Check `x`, apply the operator or its adjoint, and return the kind of array that came."""
-        rows, length = self.shape[::-1] if adjoint else self.shape
-        with plain_arithmetic(self.device):
-            operand = as_tensor(
-                x, length, ndims=ndims, dtype=self.torch_dtype, device=self.device, who=type(self).__name__
-            )
-            block = operand if operand.ndim == 2 else operand[:, None]
-            if block.shape[1] == 0:
-                out = block.new_zeros(rows, 0)
-            else:
-                out = self._apply_adjoint(block) if adjoint else self._apply(block)
-            if out.shape != (rows, block.shape[1]) or out.dtype != self.torch_dtype:
-                raise RuntimeError(
-                    f"expected {type(self).__name__} to compute {(rows, block.shape[1])} of {self.torch_dtype}, its "
-                    f"contract, got {tuple(out.shape)} of {out.dtype}: report this defect of the operator"
-                )
-            out = out.reshape(rows, *operand.shape[1:])
-            # A copy, unless known to be needless: what an operator returns may be its operand or its own storage.
-            if isinstance(x, Tensor):
-                out = out.detach()
-                return out.contiguous() if self.fresh else out.clone(memory_format=torch.contiguous_format)
-            result = to_numpy(out, fresh=self.fresh)
-        return np.asmatrix(result) if isinstance(x, np.matrix) else result
 
 
 class Adjoint(Operator):

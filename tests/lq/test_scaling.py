@@ -9,7 +9,7 @@ from torch.nn import functional as f
 
 import linop_hess as lh
 from linop_hess import lq
-from linop_hess.lq.scaling import state_scales
+from linop_hess.lq.scaling import state_scales, times_two_to
 from linop_hess.operators.inverse import HessianInverse
 from tests.lq.methods.conformance import DTYPES, SIZES, WIRED, setting
 from tests.lq.problems import random_blocks
@@ -337,3 +337,13 @@ def test_nothing_moves():
         G[:] = 0
     problem = blocks.problem()
     assert torch.equal(state_scales(problem, lq.Analysis(problem).row_spaces), torch.ones(5).double())
+
+
+@pytest.mark.parametrize("dtype, reach", [(torch.float64, 1022), (torch.float32, 126)])
+def test_powers_of_two_are_exact(dtype, reach):
+    exponents = torch.arange(-reach, reach + 1)
+    x = torch.tensor([1.0, -1.9, 1e-3, 0.0]).to(dtype)[:, None]
+    with np.errstate(all="ignore"):
+        expected = np.ldexp(x.numpy(), exponents.numpy())
+    np.testing.assert_array_equal(times_two_to(x, exponents).numpy(), expected)
+    assert times_two_to(x, exponents).dtype == dtype

@@ -153,8 +153,10 @@ def test_powers_are_whole_and_not_negative():
     A = matrix(3, 3)
     with pytest.raises(ValueError, match="inverse"):
         A**-1
-    with pytest.raises(TypeError, match="integer"):
+    with pytest.raises(ValueError, match="integer"):
         A**0.5
+    with pytest.raises(TypeError):
+        A ** [1]
     with pytest.raises(ValueError, match="square"):
         matrix(3, 4) ** 2
     assert len(((A @ A) ** 2 @ A).args) == 5

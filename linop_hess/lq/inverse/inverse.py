@@ -62,7 +62,7 @@ class Inverse:
         """ε."""
         return self.solver.damping
 
-    def solve(self, g: Tensor, tolerance: float | None = None) -> Solution:
+    def solve(self, g: Tensor, tolerance: float | None = None) -> Solution[Tensor]:
         """Solve (H + εI) x = g for g of shape (N, k); see `Solver.solve`."""
         return self.solver.solve(g, tolerance)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +22,17 @@ from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.base import Factor, Factorization
 from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.scaling import times_two_to
 
 # Exponents of two to which right-hand sides are scaled at most, by dtype.
 _REACH = {torch.float64: 1000, torch.float32: 120}
 
 
+Array = TypeVar("Array")
+
+
 @dataclass(frozen=True)
-class Solution:
+class Solution(Generic[Array]):
     """A solution of (H + εI)x = g and what is known of its quality.
 
     Attributes
@@ -45,7 +49,7 @@ class Solution:
         The method whose factors gave x.
     """
 
-    x: Any
+    x: Array
     backward_error: float
     residual_norm: float
     refinement_steps: int
@@ -146,7 +150,7 @@ class Solver:
         """Bytes held by the factors."""
         return self.factorization.nbytes
 
-    def solve(self, g: Tensor, tolerance: float | None = None) -> Solution:
+    def solve(self, g: Tensor, tolerance: float | None = None) -> Solution[Tensor]:
         """Solve for g of shape (N, k); the Solution holds a Tensor of the same shape.
 
         Parameters
@@ -181,12 +185,12 @@ class Solver:
         if x.numel() and self._norm_bound * float((_norms(x) / _norms(g).clamp_min(0.5)).max()) > SINGULAR_CONDITION:
             self._fail("is singular to working precision", None)
         sizes = x.abs().amax(0)
-        x = torch.ldexp(x, exponents)
+        x = times_two_to(x, exponents)
         if bool(((sizes > 0) & (x.abs().amax(0) < torch.finfo(x.dtype).tiny)).any()):
             raise OverflowError(f"the solution is below the range of {x.dtype}: scale the right-hand side up")
         if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
             raise OverflowError(f"the solution exceeds the range of {x.dtype}: scale the right-hand side down")
-        residual = float(torch.ldexp(residuals, exponents[0]).max()) if residuals.numel() else 0.0
+        residual = float(times_two_to(residuals, exponents[0]).max()) if residuals.numel() else 0.0
         return Solution(x, error, residual, steps, self.method)
 
     def _refined(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
@@ -282,4 +286,4 @@ def _scaled(g: Tensor) -> tuple[Tensor, Tensor]:
     """Scale the columns to size one by powers of two, so that norms neither under- nor overflow; also the exponents."""
     largest = _REACH[g.dtype]
     exponents = torch.frexp(g.abs().amax(0, keepdim=True)).exponent.clamp(-largest, largest)
-    return torch.ldexp(g, -exponents), exponents
+    return times_two_to(g, -exponents), exponents

@@ -1,0 +1,72 @@
+"""What type checkers are told is true: each line is checked by mypy and run."""
+
+from typing import assert_type
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import linop_hess as lh
+from linop_hess.operators import Identity, Operator
+
+
+def linearized() -> lh.Linearization:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
+        x, y = torch.randn(5, 2).double(), torch.randn(5, 1).double()
+    return lh.linearize(model, torch.nn.functional.mse_loss, x, y)
+
+
+def test_tensors_give_tensors():
+    lin = linearized()
+    inverse, t, T = lin.inverse(0.1, method="riccati"), torch.ones(13).double(), torch.ones(13, 2).double()
+    for result in (
+        assert_type(inverse @ t, Tensor),
+        assert_type(inverse(t), Tensor),
+        assert_type(inverse.dot(T), Tensor),
+        assert_type(inverse * T, Tensor),
+        assert_type(inverse.rdot(t), Tensor),
+        assert_type(inverse.matvec(t), Tensor),
+        assert_type(inverse.rmatvec(t), Tensor),
+        assert_type(inverse.matmat(T), Tensor),
+        assert_type(inverse.rmatmat(T), Tensor),
+        assert_type(inverse.solve(t).x, Tensor),
+        assert_type(lin.H.T @ t, Tensor),
+        assert_type(lin.H.damped(0.1) @ t, Tensor),
+    ):
+        assert isinstance(result, Tensor)
+
+
+def test_arrays_and_lists_give_arrays():
+    lin = linearized()
+    inverse, g, G = lin.inverse(0.1), np.ones(13), np.ones((13, 2))
+    for result in (
+        assert_type(inverse @ g, np.ndarray),
+        assert_type(inverse @ ([1.0] * 13), np.ndarray),
+        assert_type(inverse(G), np.ndarray),
+        assert_type(inverse.rdot(g), np.ndarray),
+        assert_type(inverse.matvec(g), np.ndarray),
+        assert_type(inverse.matvec([1.0] * 13), np.ndarray),
+        assert_type(inverse.matmat(G), np.ndarray),
+        assert_type(inverse.solve(g).x, np.ndarray),
+        assert_type(inverse.solve([1.0] * 13).x, np.ndarray),
+        assert_type(lin.H.H @ g, np.ndarray),
+    ):
+        assert isinstance(result, np.ndarray)
+
+
+def test_operators_give_operators():
+    lin = linearized()
+    for result in (
+        assert_type(lin.H @ lin.H, Operator),
+        assert_type(lin.H + Identity(13), Operator),
+        assert_type(lin.H - lin.H, Operator),
+        assert_type(lin.H * 2.0, Operator),
+        assert_type(lin.H / 2.0, Operator),
+        assert_type(-lin.H, Operator),
+        assert_type(lin.H**2, Operator),
+        assert_type(lin.H.T, Operator),
+        assert_type(lin.M.H, Operator),
+    ):
+        assert isinstance(result, Operator)
