@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{page_name(page)} links to {path}, which is not there"
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{page_name(page)} links to #{anchor}"
+
+
+def test_links_of_readme_are_absolute_once_there_is_an_address():
+    """A package index shows README by itself, where relative links are dead; before there is a repository nothing else is possible."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    links = [path for path, _ in _LINK.findall(_FENCE.sub("", PAGES[0].read_text(encoding="utf-8"))) if path]
+    relative = [path for path in links if not path.startswith(("http:", "https:"))]
+    assert "Source" not in urls or not relative, f"make absolute: {relative}"
 
 
 def test_every_page_has_blocks_except_the_tables():
