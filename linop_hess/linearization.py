@@ -30,6 +30,7 @@ from linop_hess.operators.inverse import HessianInverse, MethodName
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import Named, ParameterTable
 from linop_hess.operators.permutation import Permutation
+from linop_hess.stored import Storable
 from linop_hess.tables import NetworkPlan, StageTable
 
 
@@ -120,7 +121,7 @@ def linearize(
     return lin
 
 
-class Linearization(Named):
+class Linearization(Named, Storable):
     """First and second derivatives of a network, as operators. Made by `linearize`.
 
     Attributes
@@ -347,8 +348,9 @@ class Linearization(Named):
         return f"at or after stage {self.problem.name(int(by_stage.argmax()))}, where parameter {parameter} is used"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the model, which may not pickle; everything but `verify` survives."""
-        return {**self.__dict__, "_reference": None}
+        """Pickle without the model, which may not pickle, and without operators; everything but `verify` survives."""
+        kept = ("problem", "analysis", "loss", "parameter_table", "_chain")
+        return {**{name: self.__dict__[name] for name in kept}, "_reference": None}
 
 
 def _is_rounding(gap: Tensor, products: Tensor, moved: Tensor, sizes: Sequence[int], unit: float) -> bool:

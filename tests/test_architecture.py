@@ -46,6 +46,7 @@ FLOORS = [
     "autograd",
     "graph.rules",
     "graph",
+    "stored",
     "spectrum",
     "curvature",
     "linearization",

@@ -332,7 +332,11 @@ class PositiveOperator(Operator):
 
     def __init__(self, inverse: HessianInverse, product: Callable[[Tensor], Tensor]) -> None:
         super().__init__(inverse.shape, inverse.torch_dtype, inverse.device)
-        self._product = product
+        self._inverse, self._product = inverse, product
+
+    def __reduce__(self) -> tuple[Callable[[HessianInverse], PositiveOperator], tuple[HessianInverse]]:
+        """Pickle the inverse."""
+        return HessianInverse.positive, (self._inverse,)
 
     def _apply(self, X: Tensor) -> Tensor:
         return self._product(X)
