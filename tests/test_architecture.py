@@ -46,6 +46,7 @@ FLOORS = [
     "autograd",
     "graph.rules",
     "graph",
+    "per_sample",
     "stored",
     "spectrum",
     "curvature",
