@@ -18,9 +18,11 @@ __all__ = [
     "errors",
     "krylov",
     "linearize",
+    "load",
     "lq",
     "plot",
     "spectrum",
     "to_dense",
 ]
+load = Linearization.load
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linop_hess._validate import finite_real
-from linop_hess.autograd.calling import as_module, explained, refuse_empty, refuse_sparse
+from linop_hess.autograd.calling import NOT_GIVEN, as_module, explained, refuse_batches, refuse_empty, refuse_sparse
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.curvature import ChainCurvature
@@ -30,6 +30,8 @@ from linop_hess.operators.inverse import HessianInverse, MethodName
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import Named, ParameterTable
 from linop_hess.operators.permutation import Permutation
+from linop_hess.per_sample import SampleGradients
+from linop_hess.stored import Storable
 from linop_hess.tables import NetworkPlan, StageTable
 
 
@@ -37,7 +39,7 @@ def linearize(
     model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
     loss_fn: Callable[..., Tensor],
     inputs: Any,
-    targets: Any,
+    targets: Any = NOT_GIVEN,
     *,
     params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
     verify: bool | None = None,
@@ -56,9 +58,9 @@ def linearize(
         ``loss_fn(output, target)`` gives a scalar; one of three arguments is called as ``loss_fn(output, target, params)`` with the
         dict of parameters, for penalties on them. Separable ones, as weight decay, cost nothing: they are a diagonal of H.
     inputs : object
-        A tensor, a tuple of what the model takes, ``model(*inputs)``, or anything else that it takes, as ``model(inputs)``.
+        Of one batch: a tensor, a tuple of what the model takes, ``model(*inputs)``, or anything else that it takes, as ``model(inputs)``.
     targets : object
-        Passed to `loss_fn`.
+        Of the same batch; passed to `loss_fn`.
     params : str, iterable of str, or mapping of str to Tensor, optional
         Names or glob patterns of the parameters to differentiate; the others are constants. Default: all that require gradients. Of a
         function the parameters themselves, by name.
@@ -91,10 +93,11 @@ def linearize(
         with finite; if the loss is not scalar, nothing is trainable, the batch is empty, or a value or derivative is NaN or Inf (the
         layer is named).
     TypeError
-        If inputs or parameters have an unusable dtype, or inputs are sparse.
+        If inputs or parameters have an unusable dtype, inputs are sparse, or several batches, as a DataLoader, or there are no targets.
     MemoryError
         If the derivatives of an operation, or the states between operations, do not fit; nothing has been allocated.
     """
+    refuse_batches(inputs, targets)
     second = SecondDerivatives.of(nonsmooth, sharpness, differentiation)
     if not isinstance(model, nn.Module):
         model, params = as_module(model, params), None
@@ -120,7 +123,7 @@ def linearize(
     return lin
 
 
-class Linearization(Named):
+class Linearization(Named, Storable, SampleGradients):
     """First and second derivatives of a network, as operators. Made by `linearize`.
 
     Attributes
@@ -148,6 +151,11 @@ class Linearization(Named):
     def gradient(self) -> np.ndarray:
         """Gradient of the loss, shape (N,), a fresh array."""
         return self._chain.gradient.cpu().numpy().copy()
+
+    @property
+    def gradient_tensor(self) -> Tensor:
+        """The same as a fresh tensor, on the device of the parameters."""
+        return self._chain.gradient.clone()
 
     @cached_property
     def M(self) -> Operator:
@@ -347,8 +355,9 @@ class Linearization(Named):
         return f"at or after stage {self.problem.name(int(by_stage.argmax()))}, where parameter {parameter} is used"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the model, which may not pickle; everything but `verify` survives."""
-        return {**self.__dict__, "_reference": None}
+        """Pickle without the model, which may not pickle, and without operators; everything but `verify` survives."""
+        kept = ("problem", "analysis", "loss", "parameter_table", "_chain")
+        return {**{name: self.__dict__[name] for name in kept}, "_reference": None}
 
 
 def _is_rounding(gap: Tensor, products: Tensor, moved: Tensor, sizes: Sequence[int], unit: float) -> bool:

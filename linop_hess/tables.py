@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -212,6 +212,10 @@ class Cuts:
 
     def __init__(self, labels: Sequence[object] | None, widths: np.ndarray, itemsize: int) -> None:
         self.labels, self.widths, self.itemsize = labels, widths, itemsize
+
+    def recipe(self) -> dict[str, Any]:
+        """The arguments that make these cuts again, by name."""
+        return {"labels": self.labels, "widths": self.widths, "itemsize": self.itemsize}
 
     def label(self, l: int) -> str:
         """Name of stage l."""

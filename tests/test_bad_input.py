@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as f
+from torch.utils.data import DataLoader, TensorDataset
 
 import linop_hess as lh
 from linop_hess.errors import FactorizationError, UnsupportedModelError
@@ -259,3 +260,26 @@ def test_a_loss_of_one_element_is_a_scalar(setting):
 
         np.testing.assert_array_equal(lh.to_dense(lh.linearize(model, loss, x, y).H), H)
         np.testing.assert_allclose(lh.to_dense(lh.Hessian(model, loss, (x, y))), H, atol=1e-13)
+
+
+def test_batches_are_told_from_a_batch(setting):
+    model, x, y = setting
+    loader = DataLoader(TensorDataset(x, y), batch_size=2)
+    hint = "pass one, linearize.model, loss_fn, inputs, targets.*linop_hess.Hessian.model, loss_fn, loader"
+    cases = [
+        ((loader,), f"got a DataLoader: {hint}"),
+        ((loader, y), f"got a DataLoader: {hint}"),
+        ((loader.dataset,), f"got a TensorDataset: {hint}"),
+        ((iter(loader), None), hint),
+        (((pair for pair in loader), None), f"got a generator: {hint}"),
+        (([(x, y), (x, y), (x, y)],), f"got a list of 3 batches: {hint}"),
+        (((x, y),), "got a pair of both: pass them one by one"),
+        ((x,), "expected targets, got none: pass"),
+    ]
+    for arguments, words in cases:
+        with pytest.raises(TypeError, match=words):
+            lh.linearize(model, f.cross_entropy, *arguments)
+    inputs, targets = next(iter(loader))
+    of_one = lh.linearize(model, f.cross_entropy, inputs, targets)
+    assert of_one.loss == pytest.approx(float(f.cross_entropy(model(x[:2]), y[:2])), rel=1e-14)
+    assert lh.linearize(model, lambda output, _: output.square().sum(), x, None).loss > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,12 @@ def python_blocks(text: str) -> list[str]:
     return blocks
 
 
+def needed(block: str) -> str:
+    """The package that a block says it needs, in its first line, ``# needs NAME``; empty of the others."""
+    found = re.match(r"\n*# needs (\w+)\n", block)
+    return found[1] if found else ""
+
+
 def anchors(text: str) -> set[str]:
     """Return GitHub's anchors of the headings outside fences."""
     headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), re.MULTILINE)
@@ -47,6 +55,8 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     with torch.random.fork_rng(devices=[]):
         namespace: dict[str, Any] = {"__name__": "__main__"}
         for block in python_blocks(page.read_text(encoding="utf-8")):
+            if needed(block) and importlib.util.find_spec(needed(block)) is None:
+                continue
             exec(compile(block, str(page), "exec"), namespace)
     if page.name == "README.md":
         assert namespace["solution"].backward_error <= 1e-14
@@ -65,9 +75,23 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{page_name(page)} links to #{anchor}"
 
 
+def test_links_of_readme_are_absolute_once_there_is_an_address():
+    """A package index shows README by itself, where relative links are dead; before there is a repository nothing else is possible."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    links = [path for path, _ in _LINK.findall(_FENCE.sub("", PAGES[0].read_text(encoding="utf-8"))) if path]
+    relative = [path for path in links if not path.startswith(("http:", "https:"))]
+    assert "Source" not in urls or not relative, f"make absolute: {relative}"
+
+
+def test_only_the_page_about_other_packages_needs_them():
+    named = {page.name: {needed(block) for block in python_blocks(page.read_text(encoding="utf-8"))} for page in PAGES}
+    assert named.pop("interop.md") >= {"", "curvlinops", "linear_operator", "pylops"}
+    assert not [name for name, packages in named.items() if packages - {""}]
+
+
 def test_every_page_has_blocks_except_the_tables():
     blocks = {page.name: len(python_blocks(page.read_text(encoding="utf-8"))) for page in PAGES}
-    for name in ("README.md", "contributing.md", "method.md", "models.md", "operators.md", "scipy.md"):
+    for name in ("README.md", "contributing.md", "interop.md", "method.md", "models.md", "operators.md", "scipy.md"):
         assert blocks[name] > 0, f"{name} has no Python block: is the fence pattern right?"
 
 

@@ -1,8 +1,9 @@
 """What type checkers are told is true: each line is checked by mypy and run."""
 
-from typing import assert_type
+from typing import Any, assert_type
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -54,6 +55,36 @@ def test_arrays_and_lists_give_arrays():
         assert_type(lin.H.H @ g, np.ndarray),
     ):
         assert isinstance(result, np.ndarray)
+
+
+def test_what_takes_no_array_gives_what_is_asked_for():
+    lin = linearized()
+    inverse = lin.inverse(10.0)
+    pairs = [
+        (assert_type(lin.gradient, np.ndarray), assert_type(lin.gradient_tensor, Tensor)),
+        (assert_type(lin.sample_gradients(), np.ndarray), assert_type(lin.sample_gradients(to="torch"), Tensor)),
+        (assert_type(inverse.diagonal(), np.ndarray), assert_type(inverse.diagonal(to="torch"), Tensor)),
+        (assert_type(lh.to_dense(lin.H), np.ndarray), assert_type(lh.to_dense(lin.H, to="torch"), Tensor)),
+        (
+            assert_type(inverse.sample(2, torch.Generator().manual_seed(0)), np.ndarray),
+            assert_type(inverse.sample(2, torch.Generator().manual_seed(0), to="torch"), Tensor),
+        ),
+        (
+            assert_type(inverse.block_diagonal(), dict[str, np.ndarray])["0"],
+            assert_type(inverse.block_diagonal(to="torch"), dict[str, Tensor])["0"],
+        ),
+    ]
+    for array, tensor in pairs:
+        assert isinstance(array, np.ndarray) and isinstance(tensor, Tensor)
+        assert tensor.dtype == torch.float64 and np.array_equal(array, tensor.numpy())
+        array[...], tensor[...] = 0.0, 0.0  # of their own memory
+    again = [lin.gradient, lin.gradient_tensor, inverse.diagonal(), inverse.diagonal(to="torch")]
+    assert all(np.asarray(a).any() for a in again)
+    assert inverse.sample(0, to="torch").shape == (13, 0)
+    methods: list[Any] = [inverse.diagonal, inverse.block_diagonal, inverse.sample, lin.sample_gradients]
+    for method in methods:
+        with pytest.raises(ValueError, match='expected to="numpy" or to="torch", got \'jax\''):
+            method(to="jax")
 
 
 def test_operators_give_operators():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
 
 from linop_hess.autograd.differentiate import graph_nodes
 from linop_hess.errors import UnsupportedModelError
@@ -174,6 +175,48 @@ def refuse_empty(value: Any, what: str) -> None:
                 f"expected at least one sample, got an empty batch, {what} of shape {tuple(leaf.shape)}: leave empty "
                 "batches out"
             )
+
+
+class _NotGiven:
+    """In place of an argument that was left out; None may be meant."""
+
+    def __repr__(self) -> str:
+        return "<not given>"
+
+
+NOT_GIVEN = _NotGiven()
+
+
+def refuse_batches(inputs: Any, targets: Any) -> None:
+    """Raise where there is more or less than one batch of inputs and targets.
+
+    Raises
+    ------
+    TypeError
+        For a DataLoader, a data set, an iterator or a list of batches as inputs, and where targets are missing; it says what to pass.
+    """
+    many = isinstance(inputs, DataLoader | Dataset | Iterator)
+    if not many and targets is not NOT_GIVEN:
+        return
+    pairs = isinstance(inputs, tuple | list) and len(inputs) and all(_is_pair(one) for one in inputs)
+    if many or pairs:
+        came = f"a list of {len(inputs)} batches" if pairs else f"a {type(inputs).__name__}"
+        raise TypeError(
+            f"expected inputs and targets of one batch, got {came}: pass one, linearize(model, loss_fn, inputs, targets), as of "
+            "inputs, targets = next(iter(loader)), or all as one where memory allows; for products alone "
+            "linop_hess.Hessian(model, loss_fn, loader) and GaussNewton take many batches"
+        )
+    if _is_pair(inputs):
+        raise TypeError(
+            "expected inputs and targets, got a pair of both: pass them one by one, linearize(model, loss_fn, *batch)"
+        )
+    raise TypeError(
+        "expected targets, got none: pass linearize(model, loss_fn, inputs, targets); None where the loss needs none"
+    )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 def as_data(value: Any, device: torch.device | None = None, copy: bool = False) -> Any:

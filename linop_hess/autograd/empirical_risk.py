@@ -116,6 +116,11 @@ class RiskCurvature(NamedOperator):
         """The gradient of the risk, a fresh array of shape (n,)."""
         return self._gradient.cpu().numpy().copy()
 
+    @property
+    def gradient_tensor(self) -> Tensor:
+        """The same as a fresh tensor, on the device of the parameters."""
+        return self._gradient.clone()
+
     def damped(self, damping: float) -> Operator:
         """Return this operator plus ``damping`` times the identity.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +65,7 @@ def compare_solvers(
     problem : Problem
         From `digits_problem`.
     damping : float
-        Added to the Hessian's diagonal; positive.
+        Added to the Hessian's diagonal. What finds the sum singular is left out.
     rtol, maxiter
         For the Krylov solvers; gmres never restarts.
     progress : callable, optional
@@ -76,7 +77,8 @@ def compare_solvers(
     """
     judge = Hessian(problem.model, problem.loss_fn, [(problem.inputs, problem.targets)]).damped(damping)
     # The first calls pay for torch's and LAPACK's own set-up, which is no method's.
-    _linearize(problem).inverse(damping).solve(np.ones(judge.shape[0]))
+    with suppress(FactorizationError, MemoryError):
+        _linearize(problem).inverse(damping).solve(np.ones(judge.shape[0]))
     begin = time.perf_counter()
     lin = _linearize(problem)
     linearizing = time.perf_counter() - begin
@@ -123,7 +125,10 @@ def compare_solvers(
         skipped["dense LU"] = why_not
     else:
         with _bar(progress, "dense LU", len(g)) as step:
-            records.append(_dense_lu(judge, g, rtol, step))
+            try:
+                records.append(_dense_lu(judge, g, rtol, step))
+            except np.linalg.LinAlgError as error:
+                skipped["dense LU"] = str(error)
     judged = [r.replace(backward_error=_backward_error(r, g, norm)) for r in records]
     return Outcome(Comparison(judged), len(g), float(lin.loss), float(np.linalg.norm(g)), norm, skipped)
 
@@ -188,7 +193,12 @@ def _dense_lu(judge: LinearOperator, g: np.ndarray, rtol: float, step: Callable[
             probes[columns, np.arange(len(columns))] = 1.0
             dense[:, columns] = judge.matmat(probes)
             step(len(columns))
-        return scipy.linalg.lu_factor(dense, overwrite_a=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)  # LAPACK's of a pivot that is zero
+            lu, order = scipy.linalg.lu_factor(dense, overwrite_a=True)
+        if not np.diagonal(lu).all():
+            raise np.linalg.LinAlgError("a pivot is exactly zero: the matrix is singular")
+        return lu, order
 
     factors, seconds = _timed(factor)
     record = krylov.direct(

@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from linop_hess.cli.compare import Outcome, compare_solvers
 from linop_hess.cli.models import ACTIVATIONS, FAMILIES
 from linop_hess.cli.networks import DIGITS, digits_problem
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as of a shell: 128 and the number of SIGINT."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -33,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status. Wrong arguments end in ``SystemExit(2)`` with a usage message.
+        The exit status: 0, or 1 where something is missing, or 130 after an interrupt. Wrong arguments end in ``SystemExit(2)`` with a
+        usage message.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -45,13 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for size in ("depth", "width", "batch", "activation"):
         if getattr(arguments, size) is None:
             setattr(arguments, size, getattr(family, size) or None)
-    return int(arguments.command(arguments))
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=arguments.out):  # permissions do not tell: a disk may be mounted read-only
+            pass
+    except OSError as error:
+        parser.error(
+            f"argument --out: expected a folder that can be made and written to, got {str(arguments.out)!r}: "
+            f"{error.strerror}: pass another"
+        )
+    try:
+        return int(arguments.command(arguments))
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="linop-hess", description="The exact inverse Hessian of a deep network, as SciPy operators."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     compare = commands.add_parser(
         "compare",
@@ -67,11 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--depth", type=_integer(1), metavar="N", help="layers or blocks, at least 1")
     add("--width", type=_integer(1), metavar="N", help="neurons, channels or entries of a layer, at least 1")
     add("--batch", type=_integer(1, DIGITS), metavar="N", help=f"images in the loss, 1 to {DIGITS}")
-    add("--damping", type=_positive(), default=1e-3, metavar="X", help="added to the diagonal, positive")
+    add("--damping", type=_real, default=1e-3, metavar="X", help="added to the diagonal, of either sign, or 0")
     add("--activation", choices=tuple(ACTIVATIONS), help="between the layers")
     add("--train-steps", type=_integer(0), default=0, metavar="N", help="Adam steps first, at least 0")
     add("--seed", type=_integer(0, 2**63 - 1), default=0, metavar="N", help="from 0 to 2^63 - 1")
-    add("--rtol", type=_positive(1.0), default=1e-10, metavar="X", help="for Krylov, between 0 and 1")
+    add("--rtol", type=_fraction, default=1e-10, metavar="X", help="for Krylov, between 0 and 1")
     add("--maxiter", type=_integer(1), default=300, metavar="N", help="for Krylov, at least 1")
     add("--threads", type=_integer(1), default=1, metavar="N", help="torch's; narrow layers gain nothing")
     add("--out", type=_folder, default=Path("."), metavar="DIR", help="where the files go, made if missing")
@@ -113,19 +132,25 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def _positive(below: float = math.inf) -> Callable[[str], float]:
-    expected = "a positive number" if below == math.inf else f"a number between 0 and {below:g}, exclusive"
+def _real(text: str) -> float:
+    value = _number(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
 
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not 0 < value < below:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
 
-    return parse
+def _fraction(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, exclusive, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _folder(text: str) -> Path:
@@ -169,7 +194,6 @@ def _run(arguments: argparse.Namespace) -> int:
     print(outcome.comparison)
     for label, why in outcome.skipped.items():
         print(f"left out: {label}: {why}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     picture, results = arguments.out / "convergence.png", arguments.out / "results.json"
     _draw(arguments, outcome, picture)
     seconds = time.perf_counter() - begin

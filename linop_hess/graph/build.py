@@ -47,6 +47,8 @@ class Chain:
         An operation of the loss that reads what the model computed before its output; empty if none does.
     differenced : tuple of str
         Operations whose second derivatives are differences of first ones.
+    samples : int
+        Number of samples that the loss, a function of the output alone, is a sum over; 0: it is none.
     """
 
     problem: Problem
@@ -58,6 +60,7 @@ class Chain:
     cuts: Cuts
     looks_inside: str = ""
     differenced: tuple[str, ...] = ()
+    samples: int = 0
 
 
 def build_chain(
@@ -106,7 +109,7 @@ def build_chain(
             chain = linearize_layers(layers, loss_fn, constant(inputs), targets)
             problem = chain.problem
             cuts = Cuts(problem.names, problem.layout.n_out, problem.dtype.itemsize)
-            return Chain(problem, chain.loss, chain.gradient, tuple(names), shapes, (), cuts)
+            return Chain(problem, chain.loss, chain.gradient, tuple(names), shapes, (), cuts, samples=chain.samples)
         except UnsupportedModelError:  # a loss that reads more than the output: the recording knows what
             pass
     seen = capture(*run, second.sharpness is not None)
@@ -115,7 +118,7 @@ def build_chain(
     graph = _recorded(seen, loss_fn, targets, dict(zip(names, parameters, strict=True)), second)
     _compare_gradients(seen, graph.gradient, names)
     shape = tuple(names), shapes, graph.generic, graph.cuts, seen.looks_inside, graph.differenced
-    return Chain(graph.problem, seen.loss, graph.gradient, *shape)
+    return Chain(graph.problem, seen.loss, graph.gradient, *shape, 0 if parts is None else parts.apart)
 
 
 def _has_surrogates(second: SecondDerivatives, run: tuple[Any, ...]) -> bool:

@@ -37,11 +37,14 @@ class Layers:
         One stage per layer, the loss last.
     loss : float
     gradient : Tensor, shape (N,)
+    samples : int
+        That the loss is a sum over; 0: they interact in it.
     """
 
     problem: Problem
     loss: float
     gradient: Tensor
+    samples: int
 
 
 def known_layers(model: nn.Module, inputs: Any, names: Sequence[str]) -> list[Layer] | None:
@@ -113,7 +116,7 @@ def linearize_layers(
         ]
         problem = slopes.with_curvature([*curved, cost])
         _check_finite(problem, problem.blocks)
-    return Layers(problem, loss, gradient)
+    return Layers(problem, loss, gradient, parts.apart)
 
 
 def _forward(layers: Sequence[Layer], inputs: Tensor) -> tuple[list[Layer], list[Tensor], Tensor]:

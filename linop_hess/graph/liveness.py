@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,12 @@ class LiveCuts(Cuts):
         self._birth, self._last = birth.astype(np.int32), last.astype(np.int32)
         self._names = tuple(parameters)
         self._edges = np.cumsum([1, *parameters.values()])
+
+    def recipe(self) -> dict[str, Any]:
+        """The arguments that make these cuts again, by name."""
+        parameters = dict(zip(self._names, np.diff(self._edges).tolist(), strict=True))
+        of = {"birth": self._birth, "last": self._last}
+        return {"labels": self.labels, **of, "parameters": parameters, "itemsize": self.itemsize}
 
     def _parameters(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """The parameters among some elements, by name."""

@@ -94,7 +94,8 @@ def without_penalty(trace: Trace, loss: int, outputs: np.ndarray, second: Second
         return None
     at = torch.from_numpy(owners[terms] - 1)
     gradient, curvature = (
-        torch.zeros(trace.parameters, dtype=torch.float64).index_add_(0, at, slopes * of[terms]) for of in derivatives
+        torch.zeros(trace.parameters, dtype=torch.float64, device="cpu").index_add_(0, at, slopes * of[terms])
+        for of in derivatives
     )
     for what, values in (("gradient", gradient), ("curvature", curvature)):
         if not bool(torch.isfinite(values).all()):
@@ -197,7 +198,7 @@ def _cut(
 
 def _adjoints(tail: list[Node], loss: int, ids: int) -> Tensor:
     """The derivative of the loss, through the tail, by each element, shape (ids + 1,)."""
-    bars = torch.zeros(ids + 1, dtype=torch.float64)
+    bars = torch.zeros(ids + 1, dtype=torch.float64, device="cpu")
     bars[loss] = 1.0
     for node in reversed(tail):
         leaves = {i: in_double(node.flat[i]).clone().requires_grad_() for i in node.active}
@@ -216,7 +217,7 @@ def _derivatives(nodes: list[Node], owners: np.ndarray, trace: Trace) -> tuple[T
     An entry is seen as a function of its owner's displacement s, a + a' s + ½ a'' s² in each argument: so each entry of an operation that
     acts entry by entry is a function of an s of its own, and differentiating the sum of all of them gives each by itself.
     """
-    first, second = torch.zeros(2, trace.ids + 1, dtype=torch.float64)
+    first, second = torch.zeros(2, trace.ids + 1, dtype=torch.float64, device="cpu")
     first[1 : trace.parameters + 1] = 1.0
     for node in nodes:
         if len(node.outputs) != 1 or not (owners[node.outputs[0][1].ids()] > 0).any():

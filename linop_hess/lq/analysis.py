@@ -119,6 +119,10 @@ class Analysis:
         self._made: dict[Callable[..., Any], Any] = {}
         self._condensed: dict[int, Condensed] = {}
 
+    def __reduce__(self) -> tuple[type, tuple[Problem]]:
+        """Pickle the problem alone."""
+        return type(self), (self.problem,)
+
     def once(self, make: Callable[[Analysis], _Made]) -> _Made:
         """Return what `make` makes of this analysis, made at the first call; `make` is a function or class of a module."""
         if make not in self._made:

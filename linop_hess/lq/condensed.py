@@ -136,7 +136,7 @@ def block_sizes(group: SegmentGroup) -> BlockSizes:
 
 def _without_cancelling(product: Callable[[Tensor], Tensor], size: Tensor, generator: torch.Generator) -> Tensor:
     """√(Σ_j M_ij² size_j²), to within some per cent, for the product with M, of sizes of shape (K, n, 1)."""
-    signs = torch.randn(*size.shape[:2], _SIGNS, generator=generator, dtype=size.dtype)
+    signs = torch.randn(*size.shape[:2], _SIGNS, generator=generator, dtype=size.dtype, device="cpu").to(size.device)
     return product(size * signs).square().mean(2, keepdim=True).sqrt()
 
 
@@ -152,7 +152,7 @@ def moved(blocks: Condensed, sizes: BlockSizes, damping: float, share: float, ge
     """Return blocks moved by random errors of so large a share of what they are made of at a damping."""
 
     def errors(of: Tensor) -> Tensor:
-        return share * torch.randn(of.shape, generator=generator, dtype=of.dtype)
+        return share * torch.randn(of.shape, generator=generator, dtype=of.dtype, device="cpu").to(of.device)
 
     r, T, W = blocks.r, blocks.curvature, blocks.W
     size = torch.zeros_like(T)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,6 +139,20 @@ class Problem:
     def name(self, l: int) -> str:
         """What to call stage l (0-based) in a message."""
         return f"{l + 1}" if self.names is None else f"{l + 1} ({self.names[l]})"
+
+    def recipe(self) -> dict[str, Any]:
+        """The arguments that make this problem again, by name."""
+        return {
+            "blocks": self.blocks,
+            "order": self.order,
+            "names": self.names,
+            "places": self.places,
+            "of_loss": self.of_loss,
+        }
+
+    def __reduce__(self) -> tuple[Callable[..., Problem], tuple[Any, ...]]:
+        """Pickle the blocks and their places alone; what was computed from them is computed again where it is needed."""
+        return type(self), tuple(self.recipe().values())
 
     @property
     def order(self) -> np.ndarray:

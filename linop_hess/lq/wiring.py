@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -199,6 +200,13 @@ class Wiring:
         """
         arrays = (np.array(index, dtype=np.int64).reshape(-1) for index in (read, *keep, *put))
         return cls(n_in, n_out, outputs, *(torch.from_numpy(index).to(device) for index in arrays))
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Pickle the indices alone."""
+        return Wiring, (
+            *(self.n_in, self.n_out, self.outputs, self.read),
+            *(self.keep_from, self.keep_to, self.put_from, self.put_to),
+        )
 
     @cached_property
     def _indices(self) -> tuple[np.ndarray, ...]:

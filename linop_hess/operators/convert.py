@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -105,6 +105,28 @@ def to_numpy(out: Tensor, *, fresh: bool = False) -> np.ndarray:
     """Return a tensor as a writable, C-ordered NumPy array of its own memory, of the tensor's where that is `fresh`."""
     array = out.detach().cpu().numpy()
     return np.ascontiguousarray(array) if fresh else np.array(array, order="C", copy=True)
+
+
+Arrays = Literal["numpy", "torch"]
+"""What a method that takes no array gives back: one of NumPy, or a tensor on the operator's device."""
+
+
+def require_arrays(to: Any) -> bool:
+    """Tell whether tensors are asked for; `to` is one of `Arrays`.
+
+    Raises
+    ------
+    ValueError
+        If it is none of them.
+    """
+    if to not in ("numpy", "torch"):
+        raise ValueError(f'expected to="numpy" or to="torch", got {to!r}: pass one of the two')
+    return bool(to == "torch")
+
+
+def handed(out: Tensor, to: Any) -> Any:
+    """Return a tensor as one of its own memory, or as a NumPy array, as `to` says."""
+    return out.detach().clone() if require_arrays(to) else to_numpy(out)
 
 
 def _from_torch(x: Tensor, dtype: torch.dtype, device: torch.device, who: str) -> Tensor:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from torch import Tensor
 
 from linop_hess import _memory
 from linop_hess._validate import whole
+from linop_hess.operators.convert import Arrays, require_arrays
 from linop_hess.operators.operator import Operator
 
 _BLOCK_BYTES = 2**26
 
 
-def to_dense(op: Any, chunk: int | None = None) -> np.ndarray:
+@overload
+def to_dense(op: Any, chunk: int | None = ..., *, to: Literal["numpy"] = ...) -> np.ndarray: ...
+@overload
+def to_dense(op: Any, chunk: int | None = ..., *, to: Literal["torch"]) -> Tensor: ...
+def to_dense(op: Any, chunk: int | None = None, *, to: Arrays = "numpy") -> Any:
     """Return the matrix of a linear operator, computed by blocks of columns.
 
     Parameters
@@ -24,10 +30,12 @@ def to_dense(op: Any, chunk: int | None = None) -> np.ndarray:
         An operator of this package or any SciPy one.
     chunk : int, optional
         Columns multiplied at once. By default as many as keep a block under 64 MiB.
+    to : {"numpy", "torch"}
+        What to return: an array, or a tensor on the operator's device, which is the CPU for operators of others.
 
     Returns
     -------
-    numpy.ndarray, shape (m, n)
+    numpy.ndarray or Tensor, shape (m, n)
         Of the operator's dtype.
 
     Raises
@@ -37,7 +45,7 @@ def to_dense(op: Any, chunk: int | None = None) -> np.ndarray:
     TypeError
         If `op` is not a linear operator, or `chunk` no integer.
     ValueError
-        If `chunk` is less than one.
+        If `chunk` is less than one, or `to` is none of the two.
 
     Examples
     --------
@@ -46,6 +54,7 @@ def to_dense(op: Any, chunk: int | None = None) -> np.ndarray:
     array([[2., 0.],
            [0., 2.]])
     """
+    as_tensors = require_arrays(to)
     if not isinstance(op, LinearOperator):
         try:
             op = aslinearoperator(op)
@@ -68,6 +77,8 @@ def to_dense(op: Any, chunk: int | None = None) -> np.ndarray:
     for start in range(0, columns, chunk):
         stop = min(start + chunk, columns)
         out[:, start:stop] = _columns(op, start, stop, dtype)
+    if as_tensors:
+        return torch.from_numpy(out).to(op.device if isinstance(op, Operator) else "cpu")
     return out
 
 

@@ -19,7 +19,7 @@ from linop_hess.lq.inverse.solve import Solution
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.block import NamedOperator
-from linop_hess.operators.convert import as_tensor, to_numpy
+from linop_hess.operators.convert import Arrays, as_tensor, handed, require_arrays, to_numpy
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import ParameterTable
 
@@ -209,11 +209,24 @@ class HessianInverse(NamedOperator):
         with torch.no_grad():
             return PositiveOperator(self, self._inverse.positive())
 
-    def diagonal(self) -> np.ndarray:
+    @overload
+    def diagonal(self, to: Literal["numpy"] = ...) -> np.ndarray: ...
+    @overload
+    def diagonal(self, to: Literal["torch"]) -> Tensor: ...
+    def diagonal(self, to: Arrays = "numpy") -> Any:
         """Diagonal of the inverse, shape (N,).
 
         Up to N = 1000 by certified solves for all columns. Beyond, nothing of size N × N is formed; the error is about 1e-14 times the
         condition number of H + εI, and entries all along the chain are compared with certified solves.
+
+        Parameters
+        ----------
+        to : {"numpy", "torch"}
+            What to return: an array, or a tensor on the device of the operator.
+
+        Returns
+        -------
+        ndarray or Tensor, shape (N,)
 
         Warns
         -----
@@ -222,33 +235,47 @@ class HessianInverse(NamedOperator):
 
         Raises
         ------
+        ValueError
+            If `to` is none of the two.
         FactorizationError
             If H + εI is singular to working precision.
         ArithmeticError
             If the comparison fails by more than 1e-5 of the largest entry.
         """
+        require_arrays(to)
         with torch.no_grad():
-            return to_numpy(self._inverse.entries.diagonal.to(self.torch_dtype))
+            return handed(self._inverse.entries.diagonal.to(self.torch_dtype), to)
 
     def trace(self) -> float:
         """Trace of the inverse; errors as of `diagonal`."""
         with torch.no_grad():
             return float(self._inverse.entries.diagonal.sum())
 
-    def block_diagonal(self) -> dict[str, np.ndarray]:
+    @overload
+    def block_diagonal(self, to: Literal["numpy"] = ...) -> dict[str, np.ndarray]: ...
+    @overload
+    def block_diagonal(self, to: Literal["torch"]) -> dict[str, Tensor]: ...
+    def block_diagonal(self, to: Arrays = "numpy") -> Any:
         """Diagonal blocks of the inverse, one for each module that has parameters of its own.
 
         Blocks of modules whose parameters are controls of one stage come from the factors, like the diagonal; others, as those of a module
         used by several stages, from certified solves for their columns.
 
+        Parameters
+        ----------
+        to : {"numpy", "torch"}
+            What to return: an array, or a tensor on the device of the operator.
+
         Returns
         -------
-        dict of str to ndarray, each of shape (p, p)
+        dict of str to ndarray or Tensor, each of shape (p, p)
             By the module's name as in `model.named_modules()`, "" being the model itself, in the order of the flat vectors; rows and
             columns are the flat indices of the module's own parameters, ascending (weight before bias).
 
         Raises
         ------
+        ValueError
+            If `to` is none of the two.
         FactorizationError
             If H + εI is singular to working precision.
         ArithmeticError
@@ -256,13 +283,14 @@ class HessianInverse(NamedOperator):
         MemoryError
             If the blocks do not fit in memory; nothing has been allocated.
         """
+        require_arrays(to)
         modules = self.parameter_table.modules()
         sizes = [self._inverse.analysis.problem.layout.p, [places.size for places in modules.values()]]
         largest = max(float(np.square(np.asarray(p, dtype=float)).sum()) for p in sizes)
         require(8 * largest, "the diagonal blocks of the inverse")
         with torch.no_grad():
             blocks = self._inverse.blocks_at(list(modules.values()))
-            return {name: to_numpy(block.to(self.torch_dtype)) for name, block in zip(modules, blocks, strict=True)}
+            return {name: handed(block.to(self.torch_dtype), to) for name, block in zip(modules, blocks, strict=True)}
 
     def quadratic_form(self, v: Any) -> float | np.ndarray:
         """Return vᵀ (H + εI)⁻¹ v for v of shape (N,), or those of the columns of v of shape (N, k); v as in `solve`."""
@@ -272,7 +300,13 @@ class HessianInverse(NamedOperator):
         forms = np.einsum("i...,i...->...", x, v)
         return float(forms) if forms.ndim == 0 else forms
 
-    def sample(self, k: int = 1, generator: torch.Generator | None = None) -> np.ndarray:
+    @overload
+    def sample(
+        self, k: int = ..., generator: torch.Generator | None = ..., *, to: Literal["numpy"] = ...
+    ) -> np.ndarray: ...
+    @overload
+    def sample(self, k: int = ..., generator: torch.Generator | None = ..., *, to: Literal["torch"]) -> Tensor: ...
+    def sample(self, k: int = 1, generator: torch.Generator | None = None, *, to: Arrays = "numpy") -> Any:
         """Draw k samples of the normal distribution with mean zero and covariance (H + εI)⁻¹.
 
         Parameters
@@ -280,15 +314,17 @@ class HessianInverse(NamedOperator):
         k : int
         generator : torch.Generator, optional
             The same state gives the same samples.
+        to : {"numpy", "torch"}
+            What to return: an array, or a tensor on the device of the operator.
 
         Returns
         -------
-        ndarray, shape (N, k)
+        ndarray or Tensor, shape (N, k)
 
         Raises
         ------
         ValueError, TypeError
-            If `k` is no number of samples, or `generator` no torch generator.
+            If `k` is no number of samples, `generator` no torch generator, or `to` none of the two.
         NotPositiveDefiniteError
             If H + εI is not positive definite; it names the inertia and a damping that works.
         """
@@ -296,10 +332,11 @@ class HessianInverse(NamedOperator):
             raise ValueError(f"k must be a number of samples, got {k!r}")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        require_arrays(to)
         if not k:
-            return np.zeros((self.shape[0], 0), dtype=self.dtype)
+            return handed(torch.zeros(self.shape[0], 0, dtype=self.torch_dtype, device=self.device), to)
         with torch.no_grad():
-            return to_numpy(self._inverse.sample(int(k), generator).to(self.torch_dtype))
+            return handed(self._inverse.sample(int(k), generator).to(self.torch_dtype), to)
 
     def with_damping(self, damping: float) -> HessianInverse:
         """Factor again with another damping; derivatives are not computed again.
@@ -331,7 +368,11 @@ class PositiveOperator(Operator):
 
     def __init__(self, inverse: HessianInverse, product: Callable[[Tensor], Tensor]) -> None:
         super().__init__(inverse.shape, inverse.torch_dtype, inverse.device)
-        self._product = product
+        self._inverse, self._product = inverse, product
+
+    def __reduce__(self) -> tuple[Callable[[HessianInverse], PositiveOperator], tuple[HessianInverse]]:
+        """Pickle the inverse."""
+        return HessianInverse.positive, (self._inverse,)
 
     def _apply(self, X: Tensor) -> Tensor:
         return self._product(X)

@@ -2,10 +2,13 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import linop_hess
 from linop_hess.cli import compare
 from linop_hess.cli import main as cli
 from linop_hess.cli.models import FAMILIES
@@ -21,9 +24,9 @@ SMALL = ["--depth", "3", "--width", "4", "--batch", "5", "--maxiter", "30", "--n
         (["--width", "-3"], "--width: expected an integer of at least 1"),
         (["--batch", "1798"], "--batch: expected an integer from 1 to 1797, got '1798'"),
         (["--batch", "0"], "--batch: expected an integer from 1 to 1797"),
-        (["--damping", "0"], "--damping: expected a positive number, got '0'"),
-        (["--damping", "nan"], "--damping: expected a positive number"),
-        (["--damping", "inf"], "--damping: expected a positive number"),
+        (["--damping", "nan"], "--damping: expected a finite number, got 'nan'"),
+        (["--damping", "inf"], "--damping: expected a finite number"),
+        (["--damping", "much"], "--damping: expected a finite number, got 'much'"),
         (["--rtol", "1"], "--rtol: expected a number between 0 and 1, exclusive"),
         (["--maxiter", "0"], "--maxiter: expected an integer of at least 1"),
         (["--threads", "0"], "--threads: expected an integer of at least 1"),
@@ -43,6 +46,47 @@ def test_wrong_arguments_name_the_valid_range(arguments, words, capsys):
     said = capsys.readouterr().err
     assert said.startswith("usage: linop-hess")
     assert words in said
+
+
+@pytest.mark.parametrize("out", ["/proc/none/out", "/dev/null/out"])
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(out, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "digits_problem", lambda *_: pytest.fail("computed first"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "--out", out])
+    assert stop.value.code == 2
+    assert f"--out: expected a folder that can be made and written to, got '{out}'" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_without_a_traceback(monkeypatch, capsys, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "digits_problem", interrupt)
+    assert cli.main(["compare", "--out", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_version_and_the_module_as_a_command():
+    for arguments in (["-m", "linop_hess"], ["-m", "linop_hess.cli.main"]):
+        told = subprocess.run([sys.executable, *arguments, "--version"], capture_output=True, text=True, check=True)
+        assert told.stdout == f"linop-hess {linop_hess.__version__}\n"
+
+
+@pytest.mark.parametrize("damping", ["0", "-0.3"])
+def test_any_real_damping_is_tried(damping, capsys, tmp_path):
+    """A pixel that is dark in all images leaves H without damping singular: LAPACK's pivots are zero, and no method may answer."""
+    assert cli.main(["compare", *SMALL, "--damping", damping, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["options"]["damping"] == float(damping)
+    direct = {row["name"]: row for row in results["rows"] if row["solver"] == "direct"}
+    if damping == "0":
+        assert not direct
+        assert "left out: dense LU: a pivot is exactly zero" in said
+        assert "left out: exact inverse, riccati: H + damping·I with damping=0 is singular" in said
+    else:
+        assert direct["exact inverse, riccati"]["backward_error"] <= 1e-14
 
 
 def test_a_command_is_required(capsys):

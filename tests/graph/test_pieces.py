@@ -78,6 +78,15 @@ def test_lifted_system(name):
 
 
 @pytest.mark.parametrize("name", SOME)
+def test_files(name, tmp_path):
+    lin = linearized(name, 3)
+    lin.save(tmp_path / "file")
+    again = lh.load(tmp_path / "file")
+    np.testing.assert_array_equal(lh.to_dense(again.H), lh.to_dense(lin.H))
+    assert str(again.stages) == str(lin.stages) and str(again.plan().cuts) == str(lin.plan().cuts)
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_questions(name):
     _, gradient, H = truth(name, 3)
     N, norm = len(H), np.linalg.norm(H, 2)

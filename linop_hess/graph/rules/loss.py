@@ -53,6 +53,8 @@ class LossParts:
     stage : ObjectiveStage
         Gradient and Hessian over n state entries; `stage.samples` is the number of samples that do not interact through the
         loss (1: they do, or the output has no axis of samples).
+    apart : int
+        Number of samples where the output has an axis of them and they do not interact; else 0.
     order : Tensor, shape (n,)
         State entry i is entry ``order[i]`` of the outputs' floating tensors, flattened (row-major) and concatenated as
         `torch.utils._pytree.tree_leaves` gives them. One tensor keeps its order. Several that agree in their first dimension
@@ -61,6 +63,7 @@ class LossParts:
 
     value: float
     stage: ObjectiveStage
+    apart: int
     order: Tensor
 
 
@@ -123,7 +126,8 @@ def linearize_loss(
         if not bool(torch.isfinite(array).all()):
             raise ValueError(f"the {what} of the loss with respect to the model's output holds NaN or Inf")
     C = symmetric(C, "the loss", float(row.abs().max()), coarsest_eps(gradient))
-    return LossParts(value, ObjectiveStage(row, C), state.order())
+    apart = state.samples if state.together and C.shape[1] == state.samples else 0
+    return LossParts(value, ObjectiveStage(row, C), apart, state.order())
 
 
 class _State:
@@ -149,8 +153,8 @@ class _State:
         if any(tensor.device != self.device for tensor in tensors):
             raise ValueError("expected outputs on one device, got several: move them to one in the model")
         first = tensors[0].shape[0] if tensors[0].ndim else 1
-        together = all(t.ndim > 0 and t.shape[0] == first for t in tensors)
-        self.samples = first if together else 1
+        self.together = all(t.ndim > 0 and t.shape[0] == first for t in tensors)
+        self.samples = first if self.together else 1
         self.widths = [t.numel() // max(self.samples, 1) for t in tensors]
         if not sum(t.numel() for t in tensors):
             shapes = ", ".join(str(tuple(t.shape)) for t in tensors)

@@ -54,6 +54,10 @@ class Inverse:
     ) -> None:
         self.solver = Solver(problem, damping, method, tolerance=tolerance)
 
+    def __getstate__(self) -> dict[str, Solver]:
+        """Pickle the solver alone."""
+        return {"solver": self.solver}
+
     @property
     def analysis(self) -> Analysis:
         """What does not depend on the damping."""

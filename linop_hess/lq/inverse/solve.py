@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -145,6 +146,10 @@ class Solver:
         chosen = self.plan.choice if method == "auto" else method
         self._ladder: list[tuple[str, Factor]] = ladder(self.plan, chosen, self.problem.dtype)
         self._climb()
+
+    def __reduce__(self) -> tuple[Callable[..., Solver], tuple[Any, ...]]:
+        """Pickle problem, damping and method, no factors: they are made again when it is loaded."""
+        return _again, (self.analysis, self.damping, self.requested, self.tolerance, self.max_refinements)
 
     def _climb(self) -> None:
         """Factor by the next method of the ladder that does not meet a singular pivot."""
@@ -366,6 +371,12 @@ def damping_that_works(analysis: Analysis, damping: float, factor: Factor, toler
         if float(r.norm()) <= tolerance * (norm * float(x.norm()) + float(g.norm())):
             return trial
     return None
+
+
+def _again(analysis: Analysis, damping: float, method: str, tolerance: float, max_refinements: int) -> Solver:
+    """Factor anew, when unpickled."""
+    with torch.no_grad():
+        return Solver(analysis, damping, method, tolerance=tolerance, max_refinements=max_refinements)
 
 
 def _norms(columns: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class StructuredSolver:
             for group in self._analysis.groups
         ]
         for _ in range(_PROBES):
-            errors = rows * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
+            errors = rows * torch.randn(rows.shape, generator=generator, dtype=rows.dtype, device="cpu")
             change = self._factors.controls(self._factors.solve_band(errors), none)
             moved = torch.maximum(moved, torch.linalg.vector_norm(change, dim=0))
         moved = moved + of_hidden

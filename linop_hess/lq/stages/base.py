@@ -99,6 +99,10 @@ class Stage(Stacked, ABC):
     def F(self, d: Tensor) -> Tensor:
         """F δ: (K, n_in, k) to (K, n_out, k)."""
 
+    def rows_by_sample(self) -> Tensor:
+        """Fᵀ of a last stage of one output, a sample a column: (K, n_in, samples). Of one column where it does not tell them apart."""
+        return self.Ft(next(self._arrays()).new_ones(self.count, self.n_out, 1))
+
     @abstractmethod
     def Ft(self, y: Tensor) -> Tensor:
         """Fᵀ y: (K, n_out, k) to (K, n_in, k)."""

@@ -54,6 +54,10 @@ class ObjectiveStage(Stage):
     def Ft(self, y: Tensor) -> Tensor:
         return self.row[:, :, None] @ y
 
+    def rows_by_sample(self) -> Tensor:
+        m = self.samples
+        return torch.diag_embed(self.row.view(1, m, -1).mT).permute(0, 2, 1, 3).reshape(1, self.n_in, m)
+
     def C(self, d: Tensor) -> Tensor:
         m, i = self.c.shape[1:3]
         return (self.c @ d.reshape(1, m, i, d.shape[-1])).reshape(d.shape)

@@ -5,16 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+def compact(value: Any) -> Any:
+    """Return a tensor in memory no larger than itself: a view would be pickled with all that it is a view of. All else as it is."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size():
+        return value.clone()
+    return value
+
+
+def recipe(thing: Any) -> tuple[type, tuple[Any, ...]]:
+    """Class and arguments that make a dataclass again, without what it has computed since: what it is pickled as."""
+    return type(thing), tuple(compact(getattr(thing, field.name)) for field in fields(thing) if field.init)
+
+
 @dataclass(frozen=True)
 class Stacked:
     """Tensor fields with a leading axis of K, sliced and cast together; fields that are `Stacked` themselves follow."""
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Pickle the fields alone."""
+        return recipe(self)
 
     def _arrays(self) -> Iterator[Tensor]:
         """All tensors, in the order of the fields."""

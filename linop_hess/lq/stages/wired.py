@@ -114,6 +114,9 @@ class WiredStage(Stage):
         wiring.reads.add_to(out, back)
         return out
 
+    def rows_by_sample(self) -> Tensor:
+        return self.wiring.reads.spread(self.inner.rows_by_sample())
+
     def G(self, x: Tensor) -> Tensor:
         return self.wiring.seen.spread(self.inner.G(x))
 
