@@ -115,10 +115,10 @@ def build_chain(
     seen = capture(*run, second.sharpness is not None)
     if layers is None:
         _has_surrogates(second, run)
-    graph = _recorded(seen, loss_fn, targets, dict(zip(names, parameters, strict=True)), second)
+    graph, samples = _recorded(seen, loss_fn, targets, dict(zip(names, parameters, strict=True)), second)
     _compare_gradients(seen, graph.gradient, names)
     shape = tuple(names), shapes, graph.generic, graph.cuts, seen.looks_inside, graph.differenced
-    return Chain(graph.problem, seen.loss, graph.gradient, *shape, 0 if parts is None else parts.apart)
+    return Chain(graph.problem, seen.loss, graph.gradient, *shape, samples)
 
 
 def _has_surrogates(second: SecondDerivatives, run: tuple[Any, ...]) -> bool:
@@ -138,8 +138,8 @@ def _recorded(
     targets: Any,
     parameters: dict[str, nn.Parameter],
     second: SecondDerivatives,
-) -> Graph:
-    """A recorded run as a chain, what is separable in its loss as a diagonal."""
+) -> tuple[Graph, int]:
+    """A recorded run as a chain, what is separable in its loss as a diagonal; and of how many samples the loss is a sum, 0 of none."""
     parameter = next(iter(parameters.values()))
     sizes = {name: p.numel() for name, p in parameters.items()}
     penalty = without_penalty(seen.trace, seen.loss_id, seen.output_ids, second)
@@ -153,7 +153,9 @@ def _recorded(
         graph = build_graph(trace, target, parts.stage, parameter, sizes, second)
     else:
         graph = build_graph(trace, np.array([seen.loss_id]), None, parameter, sizes, second)
-    return graph if penalty is None else _with_penalty(graph, penalty)
+    if penalty is not None:
+        return _with_penalty(graph, penalty), 0
+    return graph, 0 if parts is None else parts.apart
 
 
 def _whole_loss(
