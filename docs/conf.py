@@ -5,6 +5,7 @@
 Links to SciPy, NumPy, torch and Python are made where their inventories can be had; without network the site is built without them.
 """
 
+import inspect
 import urllib.error
 import urllib.request
 from typing import Any
@@ -53,6 +54,17 @@ def _escape_bars(app: object, what: str, name: str, thing: object, options: obje
         lines[k] = "`".join(part if i % 2 else part.replace("|", r"\|") for i, part in enumerate(parts))
 
 
+def _of_init(
+    app: object, what: str, name: str, thing: Any, options: object, signature: str | None, result: str | None
+) -> tuple[str | None, str | None]:
+    """The arguments of an operator's class are those of its __init__, not those of SciPy's __new__."""
+    if what == "class" and signature == "(*args, **kwargs)":
+        parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]
+        plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+        return str(inspect.Signature(plain)), result
+    return signature, result
+
+
 def _home(app: object, page: str, text: list[str]) -> None:
     """README is the first page here."""
     text[0] = text[0].replace("](../README.md)", "](index.rst)")
@@ -61,4 +73,5 @@ def _home(app: object, page: str, text: list[str]) -> None:
 def setup(app: Any) -> None:
     """Connect what Sphinx calls."""
     app.connect("autodoc-process-docstring", _escape_bars)
+    app.connect("autodoc-process-signature", _of_init)
     app.connect("source-read", _home)
