@@ -118,7 +118,7 @@ def test_a_stage_of_ones_own_is_refused(tmp_path):
     chain = lin._chain
     first = next(k for k, b in enumerate(chain.problem.blocks) if isinstance(b, Own.__mro__[1]))
     blocks = list(chain.problem.blocks)
-    blocks[first] = Own(*(getattr(blocks[first], n) for n in Own.__dataclass_fields__))
+    blocks[first] = Own(**{n: getattr(blocks[first], n) for n in Own.__dataclass_fields__})
     changed = lh.Linearization(replace(chain, problem=chain.problem.with_curvature(blocks)))
     with pytest.raises(TypeError, match="test_stored.Own: pickle it instead"):
         changed.save(tmp_path / "file")

@@ -148,6 +148,7 @@ class Problem:
             "names": self.names,
             "places": self.places,
             "of_loss": self.of_loss,
+            "diagonal": self.diagonal,
         }
 
     def __reduce__(self) -> tuple[Callable[..., Problem], tuple[Any, ...]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
@@ -19,16 +19,17 @@ def compact(value: Any) -> Any:
     return value
 
 
-def recipe(thing: Any) -> tuple[type, tuple[Any, ...]]:
-    """Class and arguments that make a dataclass again, without what it has computed since: what it is pickled as."""
-    return type(thing), tuple(compact(getattr(thing, field.name)) for field in fields(thing) if field.init)
+def recipe(thing: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What makes a dataclass again, without what it has computed since: what it is pickled as."""
+    kind: Callable[..., Any] = type(thing)
+    return partial(kind, **{f.name: compact(getattr(thing, f.name)) for f in fields(thing) if f.init}), ()
 
 
 @dataclass(frozen=True)
 class Stacked:
     """Tensor fields with a leading axis of K, sliced and cast together; fields that are `Stacked` themselves follow."""
 
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickle the fields alone."""
         return recipe(self)
 
