@@ -85,6 +85,11 @@ class HessianInverse(NamedOperator):
         return self._inverse.damping
 
     @property
+    def formula(self) -> str:
+        """How it is written where it is shown."""
+        return f"inverse of H + {self.damping:g}·I by {self.method}"
+
+    @property
     def method(self) -> str:
         """The method whose factors are in use."""
         return self._inverse.solver.method
@@ -326,6 +331,7 @@ class PositiveOperator(Operator):
     def __init__(self, inverse: HessianInverse, product: Callable[[Tensor], Tensor]) -> None:
         super().__init__(inverse.shape, inverse.torch_dtype, inverse.device)
         self._product = product
+        self.formula = f"positive part of the {inverse.formula}"
 
     def _apply(self, X: Tensor) -> Tensor:
         return self._product(X)

@@ -19,6 +19,7 @@ from linop_hess.operators.convert import (
     require_one_column,
     to_numpy,
 )
+from linop_hess.operators.formula import described
 
 # As Any: the stubs some have installed for SciPy fix result types that compositions here refine.
 _ScipyOperator: Any = LinearOperator
@@ -66,6 +67,8 @@ class Operator(_ScipyOperator):
         super().__init__(dtype=NUMPY_DTYPES[dtype], shape=(int(shape[0]), int(shape[1])))
         self.torch_dtype = dtype
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+
+    __repr__ = described
 
     def _apply(self, X: Tensor) -> Tensor:
         """Return A X, shape (rows, k), for a block X of shape (columns, k) that is read only."""
@@ -202,8 +205,7 @@ class Operator(_ScipyOperator):
         """Return the multiple, with nested multiples multiplied out."""
         value = finite_real(factor, "the factor", self.torch_dtype)
         if isinstance(self, Scaled):
-            operator, inner = self.args
-            return Scaled(operator, value * inner)
+            return Scaled(self.args[0], value * self.args[1])
         return Scaled(self, value)
 
     def _adjoint(self) -> Operator:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess._display import Shown, Unpacked
 from linop_hess._memory import require
 from linop_hess._validate import finite_real
 from linop_hess.errors import FactorizationError, SingularPivotError
@@ -27,9 +28,29 @@ from linop_hess.lq.problem import Problem
 _REACH = {torch.float64: 1000, torch.float32: 120}
 
 
-@dataclass(frozen=True)
-class Solution:
+class _Shown(Shown, Unpacked):
+    """How a `Solution` is shown and unpacked."""
+
+    x: Any
+    backward_error: float
+    refinement_steps: int
+    method: str
+
+    _order = ("x", "backward_error", "residual_norm", "refinement_steps", "method")
+
+    def __str__(self) -> str:
+        steps = self.refinement_steps
+        return (
+            f"Solution(x of shape {tuple(self.x.shape)}, backward error {self.backward_error:.1e}, "
+            f"{steps} refinement step{'s' * (steps != 1)}, by {self.method})"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Solution(_Shown):
     """A solution of (H + εI)x = g and what is known of its quality.
+
+    It can be unpacked: ``x, backward_error, residual_norm, refinement_steps, method = inverse.solve(g)``.
 
     Attributes
     ----------
