@@ -21,8 +21,7 @@ from linop_hess.operators.convert import (
 )
 from linop_hess.operators.formula import described
 
-# As Any: the stubs some have installed for SciPy fix result types that compositions here refine.
-_ScipyOperator: Any = LinearOperator
+_ScipyOperator: Any = LinearOperator  # as Any: stubs that some have fix result types that compositions here refine
 
 
 class Operator(_ScipyOperator):
@@ -61,14 +60,13 @@ class Operator(_ScipyOperator):
 
     symmetric: bool = False
     fresh: bool = False
+    __repr__ = described
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         require_dtype(dtype, type(self).__name__)
         super().__init__(dtype=NUMPY_DTYPES[dtype], shape=(int(shape[0]), int(shape[1])))
         self.torch_dtype = dtype
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-
-    __repr__ = described
 
     def _apply(self, X: Tensor) -> Tensor:
         """Return A X, shape (rows, k), for a block X of shape (columns, k) that is read only."""
