@@ -446,6 +446,13 @@ def test_plot():
         found = lh.spectrum.density(lin, **options)
         figure = lh.plot.spectrum(found, title="a spectrum")
         (ax,) = figure.axes
+        assert ax.get_title(loc="left") == "a spectrum"
+        null = max(ax.patches, key=lambda bar: (bar.get_x() < 0 < bar.get_x() + bar.get_width(), bar.get_height()))
+        if not options.get("bins"):  # with these zero is inside a bin
+            assert null.get_height() == found.nullity and not null.get_hatch()
+            ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches if bar is not null]
+            left, right = null.get_x(), null.get_x() + null.get_width()
+            assert all(high < left or low > right for low, high in ends)
         heights = sum(int(bar.get_height()) for bar in ax.patches)
         assert heights == found.counts.sum() + found.nullity
         assert [text.get_text().split(":")[0] for text in ax.get_legend().get_texts()][-1].startswith("null space")
@@ -458,6 +465,7 @@ def test_plot_of_other_spectra():
     lin, _ = setting()
     outside = lh.spectrum.density(lin, [0.2, 0.6, 1.5])
     (ax,) = lh.plot.spectrum(outside).axes
+    assert ax.get_title(loc="left") == f"Spectrum, {lin.problem.size:,} eigenvalues"
     assert "not in range" in ax.get_legend().get_texts()[0].get_text() and ax.get_xlim()[0] > 0.1
     same = lh.linearize(
         torch.nn.Linear(3, 1, bias=False).double(), f.mse_loss, torch.eye(3).double(), torch.zeros(3, 1).double()

@@ -46,6 +46,10 @@ class _Shown(Shown, Unpacked):
         )
 
 
+# Flops of a solve for each entry of the factors, four times: what a refinement may cost is a fourth of the factorization.
+_REFINEMENT_FLOPS = 4 * 4.0
+
+
 @dataclass(frozen=True, repr=False)
 class Solution(_Shown):
     """A solution of (H + εI)x = g and what is known of its quality.
@@ -215,7 +219,10 @@ class Solver:
         x = self.factorization.solve(g).to(g.dtype)
         error, residuals, r = self._backward_error(g, x, tolerance)
         steps = 0
-        while not error <= tolerance and steps < self.max_refinements and math.isfinite(error):
+        few = g.shape[1] == 1 or g.shape[1] <= self._columns_refined
+        polish = few and error > 0.0 and tolerance <= default_tolerance(g.dtype)
+        while (polish or not error <= tolerance) and steps < self.max_refinements and math.isfinite(error):
+            polish = False
             candidate = x + self.factorization.solve(r).to(g.dtype)
             new_error, new_residuals, new_r = self._backward_error(g, candidate, tolerance)
             steps += 1
@@ -226,6 +233,15 @@ class Solver:
             if stalled:
                 break
         return x, error, residuals, steps
+
+    @property
+    def _columns_refined(self) -> float:
+        """Up to so many columns are refined once whatever their error, which costs a fourth of the factorization's flops; one always is.
+
+        Backward errors below the tolerance leave residuals of so many digits fewer as H + εI is ill-conditioned.
+        """
+        entries = self.nbytes / self.problem.dtype.itemsize
+        return self.plan.costs[self.method].flops / (_REFINEMENT_FLOPS * max(entries, 1.0))
 
     def _product(self, x: Tensor) -> Tensor:
         """(H + εI) x without the factors, in the precision of the factors."""
