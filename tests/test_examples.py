@@ -493,7 +493,9 @@ def test_near_inverses():
     assert list(found) == ["Gauss-Newton", "Hessian, positive definite", "Hessian, indefinite"]
     for title, rows in found.items():
         without = rows["none", 1.0]
-        assert rows["1 steps before", 1] < 0.5 * without, title  # what helps: an inverse from a step before, at the damping of A
+        assert rows["1 steps before", 1] < 0.5 * without, (
+            title
+        )  # what helps: an inverse from a step before, at the damping of A
         assert rows["1 steps before", 1] < rows["1 steps before", 10], title
         assert rows["another batch", 1] > rows["1 steps before", 1], title
     assert ("Gauss-Newton", 1) not in found["Gauss-Newton"] and ("Gauss-Newton", 1) in found["Hessian, indefinite"]
