@@ -17,7 +17,7 @@ what comes of it is counted over several right-hand sides, by true residuals ‖
     raised         by minres.
 
 Iterations and residual are the largest; rᵀMr < 0 counts the products with M that give it away, of all. A stale inverse
-is one from before a small step of the parameters.
+is one from before a small step of the parameters; near_inverses.py measures how many steps, and which damping.
 
 Run it with ``python examples/preconditioner_clinic.py``.
 """

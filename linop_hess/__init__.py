@@ -3,7 +3,7 @@
 from linop_hess import errors, krylov, lq, plot, spectrum
 from linop_hess.autograd import GaussNewton, Hessian
 from linop_hess.linearization import Linearization, linearize
-from linop_hess.lq.inverse.solve import Solution
+from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.operators import to_dense
 from linop_hess.operators.inverse import HessianInverse

@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from linop_hess._display import html_table
 from linop_hess._memory import format_bytes
 from linop_hess.lq.methods.plan import Plan
 from linop_hess.lq.problem import Problem
@@ -132,9 +133,7 @@ class StageTable(Sequence[StageRow]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head, *rows = [[html.escape(cell) for cell in row] for row in self._cells()]
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-        return f"<table><thead><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr></thead><tbody>{body}</tbody></table>"
+        return html_table(self._cells())
 
 
 @dataclass(frozen=True)
@@ -258,7 +257,7 @@ class Cuts:
 _TOLD = "What is live between operations decides that:"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NetworkPlan(Plan):
     """The cost of each method for a network, and what makes it: the widest cuts, and the parameters that are part of the state.
 
@@ -279,7 +278,14 @@ class NetworkPlan(Plan):
 
     def __str__(self) -> str:
         """Return the plan as tables."""
-        parts = [super().__str__(), str(self.cuts)]
+        return "\n\n".join([super().__str__(), str(self.cuts), *self._told_of_shared()])
+
+    def _repr_html_(self) -> str:
+        below = "\n\n".join([str(self.cuts), *self._told_of_shared()])
+        return f"{super()._repr_html_()}<pre>{html.escape(below)}</pre>"
+
+    def _told_of_shared(self) -> list[str]:
+        parts = []
         if self.shared:
             named = [
                 f"{one.name} ({one.entries}; stages {one.first + 1} to {one.last + 1})" for one in self.shared[:_NAMED]
@@ -289,7 +295,7 @@ class NetworkPlan(Plan):
                 "used several times, and so part of the state from the first use to the last: "
                 + ", ".join(named + more)
             )
-        return "\n\n".join(parts)
+        return parts
 
 
 def aligned(rows: Sequence[Sequence[str]], left: set[int]) -> str:

@@ -19,6 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Low to high; an import may go down or stay on its floor, never up. A package stands for all its modules that are not named themselves.
 FLOORS = [
     "errors",
+    "_display",
     "_memory",
     "_validate",
     "_machine",

@@ -39,6 +39,7 @@ def test_every_example_is_tested():
         "influence",
         "landscape",
         "laplace",
+        "near_inverses",
         "optimal_control",
         "preconditioner_clinic",
         "preconditioning",
@@ -485,3 +486,16 @@ def test_laplace_jacobian_and_confidence():
     averaged = (weights / (1 + np.exp(-1.5 - 2 * nodes))).sum() / weights.sum()
     assert example.confidence(logits, 0.0) == pytest.approx(1 / (1 + np.exp(-1.5)), rel=1e-12)
     assert example.confidence(logits, variances) == pytest.approx(averaged, rel=0.02)
+
+
+def test_near_inverses():
+    found = load("near_inverses").main(width=3, batch=8, steps=25, maxiter=120)
+    assert list(found) == ["Gauss-Newton", "Hessian, positive definite", "Hessian, indefinite"]
+    for title, rows in found.items():
+        without = rows["none", 1.0]
+        assert rows["1 steps before", 1] < 0.5 * without, (
+            title
+        )  # what helps: an inverse from a step before, at the damping of A
+        assert rows["1 steps before", 1] < rows["1 steps before", 10], title
+        assert rows["another batch", 1] > rows["1 steps before", 1], title
+    assert ("Gauss-Newton", 1) not in found["Gauss-Newton"] and ("Gauss-Newton", 1) in found["Hessian, indefinite"]

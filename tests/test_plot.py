@@ -8,6 +8,8 @@ import pytest
 from matplotlib.text import Text
 
 from linop_hess import krylov, plot
+from linop_hess.plot.figure import colours
+from linop_hess.plot.labels import spread
 
 matplotlib.use("Agg")
 
@@ -50,8 +52,7 @@ def test_every_record_is_labelled_in_its_colour_without_collisions(table):
         assert text.get_color() == line.get_color()
     boxes = sorted((Text.get_window_extent(t) for t in ax.texts), key=lambda box: box.y0)
     assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
-    looks = {(line.get_color(), line.get_linestyle(), str(line._dash_pattern)) for line in ax.lines}
-    assert len(looks) == 12
+    assert len({matplotlib.colors.to_hex(line.get_color()) for line in ax.lines}) == 12
 
 
 def test_labels_stay_on_the_canvas_at_their_curves_heights(table):
@@ -101,14 +102,93 @@ def test_given_axes_are_used(table):
 def test_spread_keeps_order_gap_and_bounds(count):
     rng = np.random.default_rng(count)
     wanted = sorted(rng.uniform(0.0, 0.2, count))
-    heights = plot._spread(wanted, 0.06)
+    heights = spread(wanted, 0.06)
     assert np.all(np.diff(heights) >= 0.06 - 1e-12)
     assert min(heights) >= 0
     assert max(heights) <= 1
-    assert plot._spread([0.1, 0.5, 0.9], 0.06) == [0.1, 0.5, 0.9]
+    assert spread([0.1, 0.5, 0.9], 0.06) == [0.1, 0.5, 0.9]
+
+
+@pytest.mark.parametrize("count", [1, 8, 12, 30])
+def test_no_colour_is_repeated(count):
+    assert len({matplotlib.colors.to_hex(colour) for colour in colours(count)}) == count
+
+
+def test_one_record_is_drawn_as_several_are(table):
+    for records in (table["CG"], [table["CG"]], krylov.Comparison([table["CG"]])):
+        (ax,) = plot.convergence(records).axes
+        (line,) = ax.lines
+        assert np.array_equal(line.get_ydata(), table["CG"].residuals)
+        assert ax.get_title(loc="left") == "True residual of CG, 12 unknowns"
+    assert plot.convergence(table).axes[0].get_title(loc="left") == "True residual of 3 solves, 12 unknowns"
+    assert plot.convergence(table, title="").axes[0].get_title(loc="left") == ""
+
+
+def test_direct_solves_are_marks_of_their_families_in_a_column_of_their_own(table):
+    direct = table["LU"]
+    levels = {"inverse, banded": 1e-14, "inverse, dense": 1e-13, "LU": 1e-12, "inverse, riccati": 1e-15}
+    rows = [direct.replace(name=name, residuals=np.array([level])) for name, level in levels.items()]
+    (ax,) = plot.convergence([table["CG"], *rows]).axes
+    cg, inverse, lu = ax.lines
+    assert inverse.get_label() == "inverse:\nriccati, banded, dense"
+    assert list(inverse.get_ydata()) == [1e-14, 1e-13, 1e-15] and list(lu.get_ydata()) == [1e-12]
+    assert inverse.get_marker() != lu.get_marker() and inverse.get_color() != lu.get_color()
+    (ours,), (other,) = set(inverse.get_xdata()), set(lu.get_xdata())
+    assert cg.get_xdata().max() < ours < other < ax.get_xlim()[1]
+    assert [text.get_text() for text in ax.get_xticklabels()][-1] == "direct"
+    (alone,) = plot.convergence(table["CG"]).axes
+    assert "direct" not in [text.get_text() for text in alone.get_xticklabels()]
+
+
+def corners(figure):
+    """Each leader as a polyline in pixels."""
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    for text in ax.texts:
+        path = text.arrow_patch.get_transform().transform_path(text.arrow_patch.get_path())
+        yield [tuple(point) for point in path.vertices]
+
+
+def crosses(a, b, c, d):
+    def side(p, q, r):
+        return (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0])
+
+    return side(a, b, c) * side(a, b, d) < -1e-3 and side(c, d, a) * side(c, d, b) < -1e-3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_leaders_do_not_cross_and_names_keep_off_the_axis(table, seed):
+    rng = np.random.default_rng(seed)
+    records = []
+    for k in range(9):
+        steps, end = int(rng.integers(1, 400)), 10.0 ** -rng.uniform(0, [2, 14][seed % 2])
+        records.append(
+            table["CG"].replace(name=f"solver {k}", residuals=np.geomspace(1, end, steps + 1), iterations=steps)
+        )
+    records += [
+        table["LU"].replace(name=f"direct {k}", residuals=np.array([10.0 ** -rng.uniform(12, 15)])) for k in range(4)
+    ]
+    figure = plot.convergence(records)
+    lines = list(corners(figure))
+    for i, one in enumerate(lines):
+        for other in lines[:i]:
+            pairs = [(p, q) for p in zip(one, one[1:], strict=False) for q in zip(other, other[1:], strict=False)]
+            assert not any(crosses(*p, *q) for p, q in pairs)
+    (ax,) = figure.axes
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    assert min(box.y0 for box in boxes) > ax.bbox.y0 and max(box.y1 for box in boxes) < ax.bbox.y1
+
+
+def test_a_notebook_shows_figures(table):
+    figure = plot.convergence(table)
+    data, size = figure._repr_png_()
+    width, height = (int.from_bytes(data[k : k + 4], "big") for k in (16, 20))
+    assert data.startswith(b"\x89PNG") and (width, height) == (2 * size["width"], 2 * size["height"])
 
 
 def test_bad_input(table):
+    with pytest.raises(TypeError, match="expected records"):
+        plot.convergence([1.0])
     with pytest.raises(ValueError, match="at least one"):
         plot.convergence([])
     with pytest.raises(ValueError, match="'iterations' or x='seconds'"):

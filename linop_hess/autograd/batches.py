@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 from linop_hess.autograd.calling import takes_parameters
+
+Progress = bool | Callable[[int], object] | None
+"""True for a progress bar, or what to call with the number of batches done in this pass."""
+
+_Batch = TypeVar("_Batch")
+
 
 _ONE_BATCH = "pass one batch as a tuple (inputs, targets), several as a list of such tuples or a DataLoader"
 
@@ -30,8 +37,8 @@ class Batches:
         Asked for its `reduction` attribute where `reduction` is not given.
     reduction : {"sum", "mean"}, optional
         How `loss_fn` combines the samples of a batch. Needed for several batches only.
-    progress : bool
-        Show a progress bar over batches.
+    progress : bool or callable
+        True shows a progress bar over batches, where there is a terminal; a callable is called with the number of batches done.
     weight_fn : callable, optional
         ``weight_fn(inputs, targets)`` is what the mean of a batch divides by.
 
@@ -43,11 +50,11 @@ class Batches:
     Raises
     ------
     TypeError
-        If the data are neither, a one-shot iterator, or a data set without batches.
+        If the data are neither, a one-shot iterator, or a data set without batches, or `progress` is neither.
     ValueError
         If there are no batches, or the weights cannot be told, are negative, not finite or all zero.
     ImportError
-        If progress is asked for without tqdm.
+        If `progress` is True without tqdm.
     """
 
     def __init__(
@@ -55,11 +62,10 @@ class Batches:
         data: Any,
         loss_fn: Callable[..., Any],
         reduction: str | None = None,
-        progress: bool = False,
+        progress: Progress = False,
         weight_fn: Callable[[Any, Any], Any] | None = None,
     ) -> None:
-        if progress:
-            _import_tqdm()
+        _check_progress(progress)
         self.progress = progress
         self.data: Iterable[Any] = _as_iterable(data)
         stated = _stated_reduction(loss_fn)
@@ -126,10 +132,10 @@ class Batches:
         return number
 
     def tracked(self, title: str) -> Iterable[tuple[Any, Any, float]]:
-        """Return an iterable of the batches, with a progress bar where one was asked for."""
-        if not self.progress:
-            return self
-        return _import_tqdm()(self, desc=title, total=self.count, unit="batch")
+        """Return an iterable of the batches, with a progress bar where one was asked for and there is a terminal."""
+        if callable(self.progress):
+            return _telling(self, self.progress)
+        return _import_tqdm()(self, desc=title, total=self.count, unit="batch", disable=None) if self.progress else self
 
     def _survey(self, loss_fn: Callable[..., Any]) -> None:
         """Count batches and, for a mean over several, samples; check that weights make the mean exact."""
@@ -289,6 +295,25 @@ def _cause(loss_fn: Callable[..., Any], targets: list[Any]) -> str:
     if any(each is not None and bool(each.any()) for each in ignored):
         return f" (there are targets with ignore_index={loss_fn.ignore_index})"  # type: ignore[attr-defined]
     return " (a class-weighted loss)" if getattr(loss_fn, "weight", None) is not None else ""
+
+
+def _check_progress(progress: Any) -> None:
+    """Refuse what is neither a bool, None nor callable, and True without tqdm."""
+    if progress is None or callable(progress):
+        return
+    if not isinstance(progress, bool | np.bool_):
+        raise TypeError(
+            f"expected progress to be a bool or callable, got {type(progress).__name__}: pass True or leave it out"
+        )
+    if progress:
+        _import_tqdm()
+
+
+def _telling(batches: Iterable[_Batch], told: Callable[[int], object]) -> Iterator[_Batch]:
+    """The same batches; after each is done `told` is called with how many are."""
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        told(done)
 
 
 def _import_tqdm() -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from linop_hess._validate import checked_loss, require_loss_fn
 from linop_hess.autograd.additivity import Additivity, Part
-from linop_hess.autograd.batches import Batches
+from linop_hess.autograd.batches import Batches, Progress
 from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import (
     coarsest_eps,
@@ -77,7 +77,7 @@ class RiskCurvature(NamedOperator):
         *,
         params: str | Iterable[str] | None = None,
         reduction: str | None = None,
-        progress: bool = False,
+        progress: Progress = False,
         check_deterministic: bool = True,
         check_symmetric: bool = True,
         retain_graph: bool | None = None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from linop_hess.autograd.batches import Progress
 from linop_hess.autograd.calling import call_model, of_the_output_alone, takes_parameters
 from linop_hess.autograd.differentiate import Gradients, differentiate, joined, once_differentiable_graphs
 from linop_hess.autograd.empirical_risk import Computation, RiskCurvature
@@ -49,8 +50,9 @@ class Hessian(RiskCurvature):
     reduction : {"sum", "mean"}, optional
         How `loss_fn` combines the samples of a batch. Read from ``loss_fn.reduction`` where there is one, and
         not needed for a single batch.
-    progress : bool, optional
-        Show a progress bar over batches (needs tqdm).
+    progress : bool or callable, optional
+        True shows a progress bar over batches where there is a terminal (needs tqdm), as it does everywhere in this package; a callable
+        is called with the number of batches done in each pass.
     check_deterministic : bool, optional
         Evaluate loss and gradient twice and raise where they differ.
     check_symmetric : bool, optional
@@ -111,7 +113,7 @@ class Hessian(RiskCurvature):
         Parameters that are neither float32 nor float64 or of mixed dtypes, a one-shot iterator of batches, a loss that is
         no tensor.
     ImportError
-        If `progress` is set and tqdm is not installed.
+        If `progress` is True and tqdm is not installed.
 
     Notes
     -----
@@ -147,7 +149,7 @@ class Hessian(RiskCurvature):
         *,
         params: Iterable[str] | None = None,
         reduction: str | None = None,
-        progress: bool = False,
+        progress: Progress = False,
         check_deterministic: bool = True,
         check_symmetric: bool = True,
         retain_graph: bool | None = None,

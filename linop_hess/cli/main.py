@@ -205,7 +205,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _bar(label: str, total: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(desc=label, total=total, leave=False, delay=0.5, file=sys.stderr)
+    return tqdm(desc=label, total=total, leave=False, delay=0.5, file=sys.stderr, disable=None)
 
 
 def _headline(arguments: argparse.Namespace, outcome: Outcome) -> str:

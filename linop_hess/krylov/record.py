@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from linop_hess._display import Shown
 from linop_hess._memory import format_bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Record:
+@dataclass(frozen=True, eq=False, repr=False)
+class Record(Shown):
     """How one solve of ``A x = b`` went, judged by the true residual ``b - A x``.
 
     Attributes
@@ -99,7 +100,7 @@ class Record:
         )
 
 
-class Comparison:
+class Comparison(Shown):
     """Several records of the same system as one table.
 
     Parameters

@@ -41,6 +41,11 @@ class Block(Operator):
         self.rows, self.columns = (torch.from_numpy(one).to(self.device) for one in places)
         self.symmetric = operator.symmetric and np.array_equal(places[0], places[1])
 
+    @property
+    def formula(self) -> str:
+        """How it is written where it is shown."""
+        return f"block of {type(self.args[0]).__name__}"
+
     def damped(self, damping: float) -> Operator:
         """Return this block plus ``damping`` times the identity.
 

@@ -15,7 +15,7 @@ from linop_hess._memory import require
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.factors import SegmentReport
 from linop_hess.lq.inverse.inverse import Inverse
-from linop_hess.lq.inverse.solve import Solution
+from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.block import NamedOperator
@@ -88,6 +88,11 @@ class HessianInverse(NamedOperator):
     def damping(self) -> float:
         """ε."""
         return self._inverse.damping
+
+    @property
+    def formula(self) -> str:
+        """How it is written where it is shown."""
+        return f"inverse of H + {self.damping:g}·I by {self.method}"
 
     @property
     def method(self) -> str:
@@ -369,6 +374,7 @@ class PositiveOperator(Operator):
     def __init__(self, inverse: HessianInverse, product: Callable[[Tensor], Tensor]) -> None:
         super().__init__(inverse.shape, inverse.torch_dtype, inverse.device)
         self._inverse, self._product = inverse, product
+        self.formula = f"positive part of the {inverse.formula}"
 
     def __reduce__(self) -> tuple[Callable[[HessianInverse], PositiveOperator], tuple[HessianInverse]]:
         """Pickle the inverse."""

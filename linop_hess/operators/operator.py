@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linop_hess._validate import finite_real, is_scalar, whole
 from linop_hess.operators.convert import refuse_scalar, require_alike
+from linop_hess.operators.formula import described
 from linop_hess.operators.products import Foreign, Products
 
 
@@ -48,6 +49,8 @@ class Operator(Products):
     TypeError
         If `dtype` is neither float32 nor float64.
     """
+
+    __repr__ = described
 
     @overload
     def dot(self, x: Operator | float) -> Operator: ...
@@ -202,8 +205,7 @@ class Operator(Products):
         """Return the multiple, with nested multiples multiplied out."""
         value = finite_real(factor, "the factor", self.torch_dtype)
         if isinstance(self, Scaled):
-            operator, inner = self.args
-            return Scaled(operator, value * inner)
+            return Scaled(self.args[0], value * self.args[1])
         return Scaled(self, value)
 
     def adjoint(self) -> Operator:

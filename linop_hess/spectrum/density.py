@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy.sparse.linalg import LinearOperator
 
-from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.inverse.counting import count_up_to
-from linop_hess.spectrum.extremes import NULL, HasSpectrum, analysis_of, extreme_eigenvalues, nullity
+from linop_hess._display import Shown
+from linop_hess.spectrum.counts import ByInertia, ByLapack, Counts, dense_symmetric, factorable
+from linop_hess.spectrum.extremes import NULL, HasSpectrum
 
 
-@dataclass(frozen=True)
-class Density:
+@dataclass(frozen=True, repr=False)
+class Density(Shown):
     """How many eigenvalues lie where.
 
     Attributes
@@ -41,21 +42,36 @@ class Density:
 
     def __str__(self) -> str:
         """Return the non-empty bins as a table."""
-        lines = [f"{'(from':>14} {'to]':>14} {'count':>9}"]
+        return "\n".join(f"{low:>14} {high:>14} {count:>9}" for low, high, count in self._cells())
+
+    def __repr__(self) -> str:
+        """In one line."""
+        inside = int(self.counts.sum())
+        return (
+            f"<Density of {self.size:,} eigenvalues: {inside:,} in {self.counts.size} bins from {self.edges[0]:.4g} to "
+            f"{self.edges[-1]:.4g}, {self.nullity:,} in the null space; print it, or draw it with plot.spectrum>"
+        )
+
+    def _cells(self) -> list[tuple[str, str, str]]:
+        rows = [("(from", "to]", "count")]
         for low, high, count in zip(self.edges[:-1], self.edges[1:], self.counts, strict=True):
             if low < 0.0 <= high and self.nullity:
-                lines.append(f"{'null space':>29} {self.nullity:>9}")
+                rows.append(("", "null space", str(self.nullity)))
             if count:
-                lines.append(f"{low:>14.6g} {high:>14.6g} {count:>9}")
-        return "\n".join(lines)
+                rows.append((f"{low:.6g}", f"{high:.6g}", str(count)))
+        return rows
 
 
-def density(lin: HasSpectrum, bins: int | ArrayLike = 60, *, scale: str = "symlog") -> Density:
+def density(
+    lin: HasSpectrum | LinearOperator | ArrayLike, bins: int | ArrayLike = 60, *, scale: str = "symlog"
+) -> Density:
     """Count the eigenvalues of H in bins.
 
     Parameters
     ----------
-    lin : Linearization or ChainCurvature
+    lin : Linearization, ChainCurvature or symmetric operator
+        Of a linearization eigenvalues are counted by inertia. Of any other symmetric operator, as `lh.Hessian`, or matrix, all of them
+        are computed by LAPACK from its dense matrix.
     bins : int or array_like of float
         Number of bins between the smallest and the largest eigenvalue, or their edges, ascending.
     scale : {"symlog", "linear"}
@@ -69,7 +85,9 @@ def density(lin: HasSpectrum, bins: int | ArrayLike = 60, *, scale: str = "symlo
     Raises
     ------
     ValueError, TypeError
-        If `bins` is below 1, its edges do not ascend or are not finite, or `scale` is unknown.
+        If `bins` is below 1, its edges do not ascend or are not finite, or `scale` is unknown; if `lin` is neither, or not symmetric.
+    MemoryError
+        If a dense matrix is needed and does not fit; nothing has been allocated.
 
     Notes
     -----
@@ -77,18 +95,17 @@ def density(lin: HasSpectrum, bins: int | ArrayLike = 60, *, scale: str = "symlo
     """
     if scale not in ("symlog", "linear"):
         raise ValueError(f"scale must be 'symlog' or 'linear', got {scale!r}")
-    analysis = analysis_of(lin)
     with torch.no_grad():
-        edges = _edges(analysis, bins, scale)
-        null = NULL * analysis.norm
-        zeros = nullity(analysis)
-        below = [
-            count_up_to(analysis, -null if abs(b) <= null else float(b)) - (zeros if b > null else 0) for b in edges
-        ]
-    return Density(edges, np.diff(below), zeros, null, scale, analysis.problem.size)
+        analysis = factorable(lin)
+        found: Counts = ByLapack(np.linalg.eigvalsh(dense_symmetric(lin))) if analysis is None else ByInertia(analysis)
+        edges = _edges(found, bins, scale)
+        null = NULL * found.norm
+        zeros = found.nullity()
+        below = [found.up_to(-null if abs(b) <= null else float(b)) - (zeros if b > null else 0) for b in edges]
+    return Density(edges, np.diff(below), zeros, null, scale, found.size)
 
 
-def _edges(analysis: Analysis, bins: int | ArrayLike, scale: str) -> np.ndarray:
+def _edges(found: Counts, bins: int | ArrayLike, scale: str) -> np.ndarray:
     if isinstance(bins, list | tuple | np.ndarray) or np.ndim(bins) > 0:
         try:
             edges = np.array(bins, dtype=np.float64)
@@ -99,7 +116,7 @@ def _edges(analysis: Analysis, bins: int | ArrayLike, scale: str) -> np.ndarray:
         return edges
     if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 1:
         raise ValueError(f"bins must be a number of at least 1, or edges, got {bins!r}")
-    low, high = extreme_eigenvalues(analysis)
+    low, high = found.ends()
     if low == high == 0.0:
         return np.array([-1.0, 1.0])
     if high - low < 1e-3 * max(abs(low), abs(high)):  # as good as one eigenvalue: room to draw it

@@ -1,10 +1,11 @@
-"""Eigenpairs of a chain's Hessian near a shift: inside the spectrum too, each with its residual, their number verified by inertia."""
+"""Eigenpairs of a Hessian near any shift or at its ends, each with its residual, their number verified by inertia."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from scipy.sparse.linalg import eigsh as arpack
 
@@ -13,10 +14,11 @@ from linop_hess.errors import FactorizationError
 from linop_hess.lq.accuracy import NUDGE
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.counting import count_up_to
-from linop_hess.operators.dense import to_dense
 from linop_hess.operators.inverse import HessianInverse
 from linop_hess.operators.pieces import ChainHessian
-from linop_hess.spectrum.extremes import NULL, HasSpectrum, analysis_of, negatives, nullity
+from linop_hess.spectrum.counts import dense_symmetric, factorable
+from linop_hess.spectrum.extremes import NULL, HasSpectrum, extreme_eigenvalues, negatives, nullity
+from linop_hess.spectrum.pairs import Eigenpairs
 
 # Up to this order LAPACK's dense solver is as fast, and finds all.
 _SMALL = 300
@@ -26,64 +28,37 @@ _ROUNDS = 12
 _TIE = 2e-8  # eigenvalues that differ in distance by less than this times ‖H‖ are equally near
 _RESTARTS = 40
 
+# A shift for the ends is so far outside, in terms of the end; and in terms of ‖H‖ at least.
+_OUTSIDE, _LEAST_OUTSIDE = 0.1, 1e-6
 
-@dataclass(frozen=True)
-class Eigenpairs:
-    """Eigenpairs of H near a shift.
-
-    Attributes
-    ----------
-    values : ndarray, shape (k,)
-        Ascending.
-    vectors : ndarray, shape (N, k)
-        Orthonormal.
-    residuals : ndarray, shape (k,)
-        ‖Hv − λv‖ of each pair: some eigenvalue lies no farther from λ than that.
-    sigma : float
-        The shift used: the one asked for, 0 if that is within 1e-7‖H‖ of it, or, where an eigenvalue is within 1e-8‖H‖, one 1e-7‖H‖
-        beside it.
-    norm : float
-        ‖H‖, estimated from below.
-    nullity : int
-        Number of eigenvalues up to 1e-7‖H‖ in size.
-    missing : tuple of (float, float, int)
-        Intervals (a, b] nearer the shift than the farthest value that hold more eigenvalues than found there, by inertia, and how many
-        more. Of equally far eigenvalues, the null space among them, only as many as `k` asks for are found, and the others not called
-        missing.
-    """
-
-    values: np.ndarray
-    vectors: np.ndarray
-    residuals: np.ndarray
-    sigma: float
-    norm: float
-    nullity: int
-    missing: tuple[tuple[float, float, int], ...]
-
-    def __str__(self) -> str:
-        """Return the pairs as a table."""
-        lines = [f"{'eigenvalue':>24}  residual / ‖H‖"]
-        scale = self.norm or 1.0
-        lines += [f"{v:>24.15e}  {r / scale:.1e}" for v, r in zip(self.values, self.residuals, strict=True)]
-        lines.append(f"of the null space: {self._of_null_space()} of {self.nullity}")
-        lines += [f"missing: {count} in ({a:.6e}, {b:.6e}]" for a, b, count in self.missing]
-        return "\n".join(lines) if self.missing else "\n".join([*lines, "none missing, by inertia"])
-
-    def _of_null_space(self) -> int:
-        return int((np.abs(self.values) <= NULL * self.norm).sum())
+WHICH = ("nearest", "SA", "LA", "LM")
 
 
-def eigsh(lin: HasSpectrum, k: int = 6, sigma: float = 0.0, *, tolerance: float = 1e-8, seed: int = 0) -> Eigenpairs:
-    """Find the k eigenvalues of H nearest `sigma`, by shift-invert Lanczos (ARPACK) with the exact inverse.
+def eigsh(
+    lin: HasSpectrum | LinearOperator | ArrayLike,
+    k: int = 6,
+    sigma: float | None = None,
+    *,
+    which: str = "nearest",
+    tolerance: float = 1e-8,
+    seed: int = 0,
+) -> Eigenpairs:
+    """Find k eigenvalues of H, nearest `sigma` or at the ends, by shift-invert Lanczos (ARPACK) with the exact inverse.
 
     What Lanczos misses (it sees one vector of each eigenspace) inertia tells; it is then started again, orthogonal to what is found.
 
     Parameters
     ----------
-    lin : Linearization or ChainCurvature
+    lin : Linearization, ChainCurvature or symmetric operator
+        Of any other symmetric operator than a linearization's, as `lh.Hessian`, or matrix, all eigenpairs are computed by LAPACK from its
+        dense matrix.
     k : int
         1 ≤ k < N.
-    sigma : float
+    sigma : float, optional
+        The shift, 0 by default; for ``which="nearest"`` alone.
+    which : {"nearest", "SA", "LA", "LM"}
+        The k nearest `sigma`, the k smallest ("smallest algebraic": the most negative ones first), the k largest, or the k largest in
+        size, as SciPy names them.
     tolerance : float
         Every residual ‖Hv − λv‖ must be below this times ‖H‖.
     seed : int
@@ -96,36 +71,114 @@ def eigsh(lin: HasSpectrum, k: int = 6, sigma: float = 0.0, *, tolerance: float 
     Raises
     ------
     ValueError, TypeError
-        If k, sigma or tolerance is not usable.
+        If k, sigma, which or tolerance is not usable; if `lin` is neither, or not symmetric.
     ArithmeticError
         If a residual exceeds its bound, or Lanczos finds fewer than k pairs.
     FactorizationError
         If H − σI can be factored neither at `sigma` nor 1e-7‖H‖ beside it.
+    MemoryError
+        If a dense matrix is needed and does not fit; nothing has been allocated.
 
     Notes
     -----
-    Computed in float64 whatever the precision of the model.
+    Computed in float64 whatever the precision of the model. Eigenvalues that differ by less than 2e-8‖H‖ count as one where it is told
+    whether any is missing.
     """
-    analysis = analysis_of(lin)
-    N = analysis.problem.size
-    _check_k(k, N)
-    shift, tolerance = finite_real(sigma, "sigma"), finite_real(tolerance, "tolerance")
+    shift, tolerance = _checked(sigma, which, tolerance, seed)
+    analysis = factorable(lin)
+    if analysis is not None:
+        _check_k(k, analysis.problem.size)
+        pairs = _of_chain(analysis, k, shift, which, np.random.default_rng(seed))
+    else:
+        matrix = dense_symmetric(lin)
+        _check_k(k, len(matrix))
+        pairs = _of_dense(matrix, k, shift, which)
+    bound = tolerance * pairs.norm
+    if pairs.residuals.size < k or not (pairs.residuals <= bound).all():
+        where = f"near {shift:g}" if which == "nearest" else f'of which="{which}"'
+        raise ArithmeticError(
+            f"found {pairs.residuals.size} of {k} eigenpairs {where}, the largest residual {pairs.residuals.max(initial=0.0):.1e} "
+            f"against {bound:.1e}; move sigma, or raise the tolerance"
+        )
+    return pairs
+
+
+def _checked(sigma: float | None, which: str, tolerance: float, seed: int) -> tuple[float, float]:
+    if which not in WHICH:
+        raise ValueError(f"expected which to be one of {', '.join(map(repr, WHICH))}, got {which!r}: pass one of them")
+    if which != "nearest" and sigma is not None:
+        raise ValueError(f"expected no sigma with which={which!r}, got {sigma!r}: leave one of the two out")
+    shift, tolerance = finite_real(0.0 if sigma is None else sigma, "sigma"), finite_real(tolerance, "tolerance")
     if not tolerance > 0.0:
         raise ValueError(f"tolerance must be positive, got {tolerance!r}")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise TypeError(f"seed must be an integer of at least 0, got {seed!r}")
-    if analysis.norm == 0.0:
+    return shift, tolerance
+
+
+def _of_chain(analysis: Analysis, k: int, shift: float, which: str, rng: np.random.Generator) -> Eigenpairs:
+    N, norm = analysis.problem.size, analysis.norm
+    if norm == 0.0:
         return Eigenpairs(np.zeros(k), np.eye(N, k), np.zeros(k), shift, 0.0, N, ())
-    shift = 0.0 if abs(shift) <= NULL * analysis.norm else shift
-    finder = _Finder(analysis, shift, np.random.default_rng(seed))
-    pairs = finder.small(k) if N <= _SMALL else finder.lanczos(k)
-    bound = tolerance * analysis.norm
-    if pairs.residuals.size < k or not (pairs.residuals <= bound).all():
-        raise ArithmeticError(
-            f"found {pairs.residuals.size} of {k} eigenpairs near {sigma:g}, the largest residual "
-            f"{pairs.residuals.max(initial=0.0):.1e} against {bound:.1e}; move sigma, or raise the tolerance"
-        )
-    return pairs
+    if N <= _SMALL:
+        return _of_dense(dense_symmetric(ChainHessian(analysis.problem)), k, shift, which, norm)
+    if which == "LM":
+        return _largest(analysis, k, rng)
+    if which != "nearest":
+        return _at_end(analysis, k, which, rng)
+    return _Finder(analysis, 0.0 if abs(shift) <= NULL * norm else shift, rng).lanczos(k)
+
+
+def _of_dense(matrix: np.ndarray, k: int, shift: float, which: str, norm: float | None = None) -> Eigenpairs:
+    """All eigenpairs by LAPACK, and of them the k that are asked for."""
+    values, vectors = np.linalg.eigh(matrix)
+    norm = float(np.abs(values).max()) if norm is None else norm
+    shift = 0.0 if abs(shift) <= NULL * norm else shift
+    keys = {"nearest": np.abs(values - shift), "SA": values, "LA": -values, "LM": -np.abs(values)}
+    chosen = np.sort(np.argsort(keys[which], kind="stable")[:k])
+    values, vectors, zeros = values[chosen], vectors[:, chosen], int((np.abs(values) <= NULL * norm).sum())
+    residuals = np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
+    ends = {"nearest": shift, "SA": float(values[0]), "LA": float(values[-1]), "LM": math.nan}
+    return Eigenpairs(values, vectors, residuals, ends[which], norm, zeros, ())
+
+
+def _at_end(analysis: Analysis, k: int, which: str, rng: np.random.Generator) -> Eigenpairs:
+    """The k nearest to a shift just outside an end: what is nearer is counted by inertia, as for any shift."""
+    low, high = extreme_eigenvalues(analysis)
+    end, outwards = (low, -1.0) if which == "SA" else (high, 1.0)
+    outside = max(_OUTSIDE * abs(end), _LEAST_OUTSIDE * analysis.norm)
+    return _Finder(analysis, end + outwards * outside, rng).lanczos(k)
+
+
+def _largest(analysis: Analysis, k: int, rng: np.random.Generator) -> Eigenpairs:
+    """Largest in size: as many from each end as inertia finds beyond a radius with k or just more outside it."""
+    N, norm, null = analysis.problem.size, analysis.norm, NULL * analysis.norm
+
+    def beyond(radius: float) -> tuple[int, int]:
+        return count_up_to(analysis, -radius), N - count_up_to(analysis, radius)
+
+    inner, outer = null, 1.01 * max(map(abs, extreme_eigenvalues(analysis)))
+    below, above = beyond(inner)
+    zeros = N - below - above
+    while below + above > k and outer - inner > _TIE * norm:
+        middle = (inner * outer) ** 0.5
+        counts = beyond(middle)
+        if sum(counts) >= k:
+            inner, (below, above) = middle, counts
+        else:
+            outer = middle
+    below, above = beyond(max(null, inner - 2 * NUDGE * norm))  # one at the radius may have been counted on either side
+    both = _Finder(analysis, math.nan, rng)
+    missing: list[tuple[float, float, int]] = []
+    for which, count in (("SA", min(below, k)), ("LA", min(above, k))):
+        if count:
+            part = _at_end(analysis, count, which, rng)
+            both._add(part.vectors)
+            missing += part.missing
+    if (more := k - both.values.size) > 0:
+        # Everything else is the null space.
+        both._add(_Finder(analysis, 0.0, rng).lanczos(min(more, zeros)).vectors)
+    return both._nearest(k, zeros, tuple(missing))
 
 
 def _check_k(k: int, N: int) -> None:
@@ -160,12 +213,6 @@ class _Finder:
         self.norm = analysis.norm
         self.vectors = np.zeros((analysis.problem.size, 0))
         self.values = np.zeros(0)
-
-    def small(self, k: int) -> Eigenpairs:
-        """All eigenpairs by LAPACK, the k nearest of them."""
-        dense = to_dense(self.H)
-        self.values, self.vectors = np.linalg.eigh((dense + dense.T) / 2)
-        return self._nearest(k, int((np.abs(self.values) <= NULL * self.norm).sum()), ())
 
     def lanczos(self, k: int) -> Eigenpairs:
         """Lanczos, started again as long as inertia tells of more."""
@@ -291,7 +338,8 @@ class _Finder:
         return holes
 
     def _nearest(self, k: int, zeros: int, missing: tuple[tuple[float, float, int], ...]) -> Eigenpairs:
-        chosen = np.sort(np.argsort(np.abs(self.values - self.sigma), kind="stable")[:k])
+        distances = -np.abs(self.values) if math.isnan(self.sigma) else np.abs(self.values - self.sigma)
+        chosen = np.sort(np.argsort(distances, kind="stable")[:k])
         values, vectors = self.values[chosen], self.vectors[:, chosen]
         order = np.argsort(values)
         values, vectors = values[order], vectors[:, order]

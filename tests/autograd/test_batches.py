@@ -1,5 +1,7 @@
 """Data in one batch or several: the same matrix, or an error."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -99,13 +101,35 @@ def test_inputs_may_be_a_dict():
     np.testing.assert_allclose(H @ v.numpy(), (sides[0] - sides[1]) / (2 * step), atol=1e-8)
 
 
-def test_progress_counts_batches(capsys):
+def test_progress_counts_batches(capsys, monkeypatch):
     model, (x, y) = mlp_and_batch()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     H = Hessian(model, CE_SUM, [(x[:3], y[:3]), (x[3:], y[3:])], progress=True)
     capsys.readouterr()
     H @ np.ones(H.shape[0])
     shown = capsys.readouterr().err
     assert "Hessian" in shown and "2/2" in shown
+
+
+def test_no_progress_bar_where_there_is_no_terminal(capsys):
+    model, (x, y) = mlp_and_batch()
+    H = Hessian(model, CE_SUM, [(x[:3], y[:3]), (x[3:], y[3:])], progress=True)
+    H @ np.ones(H.shape[0])
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_may_be_a_callable():
+    model, (x, y) = mlp_and_batch()
+    seen = []
+    told = Hessian(model, CE_SUM, [(x[:2], y[:2]), (x[2:3], y[2:3]), (x[3:], y[3:])], progress=seen.append)
+    assert seen[:3] == [1, 2, 3]
+    seen.clear()
+    quiet = Hessian(model, CE_SUM, [(x[:2], y[:2]), (x[2:3], y[2:3]), (x[3:], y[3:])], progress=None)
+    v = np.ones(told.shape[0])
+    np.testing.assert_array_equal(told @ v, quiet @ v)
+    assert seen == [1, 2, 3]
+    with pytest.raises(TypeError, match="expected progress to be a bool or callable, got int"):
+        Hessian(model, CE_SUM, (x, y), progress=1)
 
 
 def test_progress_without_tqdm_says_what_to_install(monkeypatch):

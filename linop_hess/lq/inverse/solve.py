@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from linop_hess.lq.accuracy import (
 )
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.right_hand_side import checked, times_power_of_two, to_size_one
+from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.inverse.structured import StructuredSolver
 from linop_hess.lq.methods.base import Factor, Factorization
 from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan
@@ -41,37 +42,8 @@ _WORTH = 100.0
 _WORTH_A_LOOK = 4.0
 
 
-Array = TypeVar("Array")
-
-
-@dataclass(frozen=True)
-class Solution(Generic[Array]):
-    """A solution of (H + εI)x = g and what is known of its quality.
-
-    Attributes
-    ----------
-    x : ndarray or Tensor, shape (N,) or (N, k)
-        As the right-hand side came.
-    backward_error : float
-        max over columns of ‖g − (H+εI)x‖ / (‖H+εI‖‖x‖ + ‖g‖): how much H and g would have to be changed, relatively, for x
-        to be exact. ‖H+εI‖ is estimated from below, so this errs on the large side. It tells as much of x as the condition number
-        of H + εI allows: where that exceeds 1/eps, nothing, and `structured_error` is what x is judged by.
-    residual_norm : float
-        max over columns of ‖g − (H+εI)x‖.
-    refinement_steps : int
-    method : str
-        The method whose factors gave x.
-    structured_error : float
-        Where H + εI as a matrix is singular to working precision although its stages determine x, as in chains whose states grow:
-        max over columns of the part of ‖x‖ by which rounding in the blocks of the stages moves x. NaN where it was not needed.
-    """
-
-    x: Array
-    backward_error: float
-    residual_norm: float
-    refinement_steps: int
-    method: str
-    structured_error: float = math.nan
+# Flops of a solve for each entry of the factors, four times: what a refinement may cost is a fourth of the factorization.
+_REFINEMENT_FLOPS = 4 * 4.0
 
 
 @dataclass(frozen=True)
@@ -289,7 +261,10 @@ class Solver:
         x = self._by_factors(g)
         error, residuals, r = self._backward_error(g, x, tolerance)
         steps = 0
-        while not error <= tolerance and steps < self.max_refinements and math.isfinite(error):
+        few = g.shape[1] == 1 or g.shape[1] <= self._columns_refined
+        polish = few and error > 0.0 and tolerance <= default_tolerance(g.dtype)
+        while (polish or not error <= tolerance) and steps < self.max_refinements and math.isfinite(error):
+            polish = False
             candidate = x + self._by_factors(r)
             new_error, new_residuals, new_r = self._backward_error(g, candidate, tolerance)
             steps += 1
@@ -303,6 +278,15 @@ class Solver:
 
     def _by_factors(self, g: Tensor) -> Tensor:
         return self.change.solve(self.factorization, g).to(g.dtype)
+
+    @property
+    def _columns_refined(self) -> float:
+        """Up to so many columns are refined once whatever their error, which costs a fourth of the factorization's flops; one always is.
+
+        Backward errors below the tolerance leave residuals of so many digits fewer as H + εI is ill-conditioned.
+        """
+        entries = self.nbytes / self.problem.dtype.itemsize
+        return self.plan.costs[self.method].flops / (_REFINEMENT_FLOPS * max(entries, 1.0))
 
     def _product(self, x: Tensor) -> Tensor:
         """(H + εI) x without the factors, in the precision of the factors."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from linop_hess._display import Shown
 from linop_hess._memory import available_bytes, format_bytes
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods import banded, block_ldu, dense, riccati, woodbury
@@ -18,8 +19,8 @@ METHODS: dict[str, Method] = {
 """The methods by name."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """The cost of each method for one problem, and the choice.
 
     Attributes
@@ -47,18 +48,23 @@ class Plan:
         return sorted((name for name in self.costs if self.fits(name)), key=lambda name: self.costs[name].seconds)
 
     def __str__(self) -> str:
-        """Return the plan as a table."""
-        lines = [f"{'method':<10}{'flops':>10}{'memory':>12}{'seconds':>10}  (damping {self.damping:g})"]
+        """Return the plan as a table, and below it a line for each method that cannot be used here, with the reason."""
+        lines = ["{:<10}{:>10}{:>12}{:>10}  {}".format(*row).rstrip() for row in self._cells()]
+        return "\n".join([*lines, *self._notes()])
+
+    def _cells(self) -> list[list[str]]:
+        """The methods that can be used, a row each."""
+        rows = [["method", "flops", "memory", "seconds", f"(damping {self.damping:g})"]]
         for method, cost in self.costs.items():
-            if cost.why_not:
-                lines.append(f"{method:<10}{'-':>10}{'-':>12}{'-':>10}  {cost.why_not}")
-                continue
-            note = "<- chosen" if method == self.choice else ""
-            if not self.fits(method):
-                note = f"does not fit in {format_bytes(self.available)}"
-            row = f"{method:<10}{cost.flops:>10.2g}{format_bytes(cost.nbytes):>12}{cost.seconds:>10.2g}  {note}"
-            lines.append(row.rstrip())
-        return "\n".join(lines)
+            if not cost.why_not:
+                note = "<- chosen" if method == self.choice else ""
+                if not self.fits(method):
+                    note = f"does not fit in {format_bytes(self.available)}"
+                rows.append([method, f"{cost.flops:.2g}", format_bytes(cost.nbytes), f"{cost.seconds:.2g}", note])
+        return rows
+
+    def _notes(self) -> list[str]:
+        return [f"{method} cannot be used: {cost.why_not}" for method, cost in self.costs.items() if cost.why_not]
 
 
 def estimates(analysis: Analysis) -> dict[str, Cost]:

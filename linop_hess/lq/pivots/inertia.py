@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linop_hess._display import Unpacked
+
 
 @dataclass(frozen=True)
-class Inertia:
-    """Numbers of negative, zero and positive eigenvalues.
+class Inertia(Unpacked):
+    """Numbers of negative, zero and positive eigenvalues; ``negative, zero, positive = inertia`` unpacks them.
 
     By Sylvester's law of inertia these are the numbers of negative, zero and positive pivots of any congruence L D Lᵀ with L regular.
 
@@ -23,6 +25,8 @@ class Inertia:
     negative: int
     zero: int
     positive: int
+
+    _order = ("negative", "zero", "positive")
 
     def __add__(self, other: Inertia) -> Inertia:
         """Inertia of the direct sum."""
