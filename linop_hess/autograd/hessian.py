@@ -298,9 +298,9 @@ class GaussNewton(RiskCurvature):
         def product(v: Tensor, batched: bool) -> Gradients:
             pushed = differentiate([pullback], cotangents, [v], retain_graph=True, batched=batched)
             lead = v.shape[:1] if batched else ()
-            along = [v.new_zeros(*lead, *s.shape) if p is None else p for p, s in zip(pushed, states, strict=True)]
+            along = [v.new_zeros((*lead, *s.shape)) if p is None else p for p, s in zip(pushed, states, strict=True)]
             parts = v.split([d.numel() for d in direct], -1) if direct else ()
-            along += [part.reshape(*lead, *d.shape) for part, d in zip(parts, direct, strict=True)]
+            along += [part.reshape((*lead, *d.shape)) for part, d in zip(parts, direct, strict=True)]
             curved = differentiate(slopes, [*states, *direct], along, retain_graph=True, batched=batched)
             seen = [(o, c) for o, c in zip(outputs, curved, strict=False) if c is not None]
             back = _pulled_back(seen, parameters, batched)

@@ -101,7 +101,9 @@ def _extent(output: Strided) -> int:
     return output.offset + 1 + sum((size - 1) * step for size, step in zip(output.shape, output.stride, strict=True))
 
 
-def grouped(nodes: Sequence[Node], parameters: int, second: SecondDerivatives) -> list[Group]:
+def grouped(
+    nodes: Sequence[Node], parameters: int, second: SecondDerivatives, target: np.ndarray | None = None
+) -> list[Group]:
     """Group nodes by signature and by the roles of what they read, and choose a rule for each group.
 
     Parameters
@@ -111,6 +113,8 @@ def grouped(nodes: Sequence[Node], parameters: int, second: SecondDerivatives) -
         Number of parameter entries N.
     second : SecondDerivatives
         Where they come from.
+    target : ndarray of int, optional
+        Elements that are read after all nodes, which is a use of those that are parameters.
 
     Raises
     ------
@@ -123,6 +127,8 @@ def grouped(nodes: Sequence[Node], parameters: int, second: SecondDerivatives) -
     batches = [(members, [nodes[k] for k in members]) for members in by_signature.values()]
     slots = [_slots(chosen) for _, chosen in batches]
     reads = [part for (_, chosen), ids in zip(batches, slots, strict=True) for part in _distinct_reads(chosen, ids)]
+    if target is not None:
+        reads.append(np.unique(target))
     count = uses(parameters, reads)
     groups: list[Group] = []
     for (members, chosen), ids in zip(batches, slots, strict=True):

@@ -108,6 +108,31 @@ class PrimitiveNorms(TorchFunctionMode):
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
+class Rounded(TorchFunctionMode):
+    """Floating results of operations moved by a few ulp, as rounding in another order would move them.
+
+    Parameters
+    ----------
+    seed : int
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator(device="cpu").manual_seed(seed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if not isinstance(y, Tensor) or not y.requires_grad or y.is_leaf or y._is_view() or y.dtype not in _ROUNDED:
+            return y
+        if any(y is a for a in args if isinstance(a, Tensor)):  # written in place
+            return y
+        noise = torch.randn(y.shape, generator=self._generator, dtype=y.dtype, device="cpu").to(y.device)
+        return y * (1 + 2 * torch.finfo(y.dtype).eps * noise)
+
+
+_ROUNDED = (torch.float32, torch.float64)
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],

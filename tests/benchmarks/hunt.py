@@ -243,7 +243,7 @@ class Check:
         self.scale = float(np.abs(true.H).max())
         g_scale = float(np.abs(true.gradient).max())
         self.gap = float(np.linalg.norm(H - true.H))
-        floor = 500 * self.eps * (self.scale + g_scale)
+        floor = 500 * self.eps * (self.scale + g_scale + 0.01 * abs(true.loss))
         gaps = float(np.abs(lin.gradient - true.gradient).max())
         off = float(np.abs(H - true.H).max())
         if off > floor or gaps > 500 * self.eps * g_scale:  # then what rounding explains
@@ -252,7 +252,7 @@ class Check:
             by_g = max(float(np.abs(m.gradient - true.gradient).max()) for m in moved)
             require(off <= 100 * by + floor, "H", off=off, scale=self.scale, moved=by, asymmetry=float(np.abs(true.H - true.H.T).max()))
             require(gaps <= 100 * by_g + 500 * self.eps * (g_scale + self.scale), "gradient", off=gaps, scale=g_scale, moved=by_g)
-        require(np.abs(H - H.T).max() <= 100 * self.eps * (np.abs(H).max() + g_scale), "asymmetric H", off=float(np.abs(H - H.T).max()))
+        require(np.abs(H - H.T).max() <= 100 * self.eps * (np.abs(H).max() + g_scale) + 1e-30, "asymmetric H", off=float(np.abs(H - H.T).max()))
         self.off, self.g_scale = off, g_scale
         try:
             lin.verify()
@@ -283,7 +283,11 @@ class Check:
         if off > 1e3 * self.eps * g_norm:
             by = max(float(np.abs(truth(case, t * self.eps, True).gn - true.gn).max()) for t in (1, -1))
             require(off <= 1e3 * self.eps * g_norm + 100 * by, "gauss_newton", off=off, scale=g_norm, moved=by)
-        product = lh.GaussNewton(model, case.loss_fn, (inputs, targets), params=case.params) @ v
+        try:
+            product = lh.GaussNewton(model, case.loss_fn, (inputs, targets), params=case.params) @ v
+        except ValueError as error:  # logcumsumexp: torch has no finite second derivative by cotangents that are zero
+            require("expected finite derivatives" in str(error), "lh.GaussNewton raises", error=str(error)[:150])
+            return
         off = float(np.abs(product - true.gn @ v).max())
         require(off <= 1e6 * self.eps * g_norm * self.N**0.5 + 1e3 * self.off, "lh.GaussNewton", off=off, scale=g_norm)
 
@@ -304,7 +308,7 @@ class Check:
         values = self.values + damping
         norm, least = float(np.abs(values).max()), float(np.abs(values).min())
         off = self.gap + 30 * self.eps * (norm + self.scale)  # by how much our matrix may differ
-        near = least <= 1e3 * off or least <= 1e-11 * norm
+        near = least <= 1e3 * off or least <= 1e-11 * norm or norm <= 0.1 * abs(damping) or off >= 1e2 * self.eps * norm
         method = self.draw.choice(["auto", "auto", "riccati", "dense", "banded", "ldu"])
         self.where += f" method={method}"
         try:

@@ -200,7 +200,16 @@ def out_of_place(func: Any) -> Any:
     if schema is None or not schema.name.endswith("_") or schema.name.endswith("__"):
         return func
     packet = getattr(torch.ops.aten, schema.name.split("::")[1][:-1], None)
-    return getattr(packet, func._overloadname, func) if packet is not None else func
+    if packet is None:
+        return func
+    # pow_.Scalar is no pow.Scalar, which takes a number to the power of a tensor.
+    wanted = _argument_types(func)
+    names = sorted(packet.overloads(), key=lambda name: name != func._overloadname)
+    return next((one for one in (getattr(packet, name) for name in names) if _argument_types(one) == wanted), func)
+
+
+def _argument_types(func: Any) -> list[str]:
+    return [str(argument.type) for argument in func._schema.arguments]
 
 
 def is_aten(func: Any) -> bool:

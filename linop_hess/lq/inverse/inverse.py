@@ -15,7 +15,7 @@ from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse import determinant, sampling
 from linop_hess.lq.inverse.entries import DiagonalEntries
 from linop_hess.lq.inverse.factors import Factors, SegmentReport
-from linop_hess.lq.inverse.inertia import inertia, inertia_of_factors
+from linop_hess.lq.inverse.inertia import dense_spectrum, inertia, inertia_of_factors
 from linop_hess.lq.inverse.solve import Solution, Solver
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
@@ -86,7 +86,10 @@ class Inverse:
     def inertia(self) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + εI."""
         if "inertia" in self.solver.factorization.answers:
-            return self._asked(inertia_of_factors)
+            try:
+                return self._asked(inertia_of_factors)
+            except FactorizationError:
+                pass  # other factors may tell
         return inertia(self.analysis, self.damping)
 
     @property
@@ -108,7 +111,12 @@ class Inverse:
                 damping=self.damping,
             )
         sign = -1.0 if self.inertia.negative % 2 else 1.0
-        return sign, self._asked(lambda factors: determinant.logabsdet(factors, self.solver.plan))
+        try:
+            return sign, self._asked(lambda factors: determinant.logabsdet(factors, self.solver.plan))
+        except FactorizationError:
+            if (values := dense_spectrum(self.analysis.in_float64, self.damping)) is None:
+                raise
+            return sign, float(values.abs().log().sum())
 
     def report(self) -> list[SegmentReport]:
         """Pivots of each segment of the block LDLᵀ, in the order of the chain."""
