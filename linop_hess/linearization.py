@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -331,7 +332,12 @@ class Linearization(Named):
         is_rounding = _is_rounding(gap, theirs, moved, sizes, unit)
         for seed in range(0 if is_rounding else ROUNDINGS):
             # What the parameters' last digits do not explain those of all that is computed from them may.
-            with untouched_randomness(self.problem.device), PrimitiveNorms(), Rounded(seed):
+            with (
+                suppress(ValueError),  # NaN: at the edge of where it is differentiable
+                untouched_randomness(self.problem.device),
+                PrimitiveNorms(),
+                Rounded(seed),
+            ):
                 moved = torch.maximum(moved.abs(), reference.moved_by_rounding(v, theirs).abs())
         if is_rounding or _is_rounding(gap, theirs, moved, sizes, unit):
             return worst / scale if scale else 0.0

@@ -289,7 +289,8 @@ class GaussNewton(RiskCurvature):
     def _record(self, inputs: Any, targets: Any) -> Product:
         parameters = self.parameters
         outputs, states, direct, computation = self._cut(inputs, targets)
-        cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        # Not zeros: backward passes are linear in them, but some of torch's (logcumsumexp) are computed in ways that have no derivative there.
+        cotangents = [_spread(output).requires_grad_() for output in outputs]
         pullback = joined(differentiate(outputs, parameters, cotangents, create_graph=True), parameters)
         with of_the_output_alone():
             loss, points, corrections = self._smoothed(computation)
@@ -318,3 +319,8 @@ def _pulled_back(pairs: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Te
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+def _spread(like: Tensor) -> Tensor:
+    """Numbers from 1 to 2 in the shape of a tensor."""
+    return torch.linspace(1.0, 2.0, like.numel(), dtype=like.dtype, device=like.device).view(like.shape)

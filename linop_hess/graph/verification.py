@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils import _pytree as pytree
 
 from linop_hess.autograd.calling import as_data, as_module, call_loss, call_model
@@ -108,8 +109,8 @@ class PrimitiveNorms(TorchFunctionMode):
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
-class Rounded(TorchFunctionMode):
-    """Floating results of operations moved by a few ulp, as rounding in another order would move them.
+class Rounded(TorchDispatchMode):
+    """Results of all operations, those of backward passes too, moved by a few ulp, as rounding in another order would move them.
 
     Parameters
     ----------
@@ -120,14 +121,15 @@ class Rounded(TorchFunctionMode):
         super().__init__()
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        y = func(*args, **(kwargs or {}))
-        if not isinstance(y, Tensor) or not y.requires_grad or y.is_leaf or y._is_view() or y.dtype not in _ROUNDED:
-            return y
-        if any(y is a for a in args if isinstance(a, Tensor)):  # written in place
-            return y
-        noise = torch.randn(y.shape, generator=self._generator, dtype=y.dtype, device="cpu").to(y.device)
-        return y * (1 + 2 * torch.finfo(y.dtype).eps * noise)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(r.alias_info is not None for r in func._schema.returns):  # views, and what is written in place
+            return out
+        for y in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(y, Tensor) and y.dtype in _ROUNDED:
+                noise = torch.randn(y.shape, generator=self._generator, dtype=y.dtype, device="cpu")
+                y.mul_(1 + 2 * torch.finfo(y.dtype).eps * noise.to(y.device))
+        return out
 
 
 _ROUNDED = (torch.float32, torch.float64)

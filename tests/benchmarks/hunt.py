@@ -230,6 +230,9 @@ class Check:
         except ValueError as error:
             require("does not depend" in str(error), "no truth", autograd=str(reason)[:80], ours=str(error)[:150])
             return "independent, told"
+        except RuntimeError as error:
+            require(str(error)[:60] == str(reason)[:60], "no truth", autograd=str(reason)[:80], ours=str(error)[:150])
+            return f"refused by torch in both: {str(error)[:60]}"
         H, seen = lh.to_dense(lin.H), differences(self.case)
         off = float(np.abs(H - seen).max())
         require(off <= 1e-5 * (1 + np.abs(H).max()) or self.eps > 1e-10, "H without truth", off=off, autograd=str(reason)[:80])
@@ -243,21 +246,25 @@ class Check:
         self.scale = float(np.abs(true.H).max())
         g_scale = float(np.abs(true.gradient).max())
         self.gap = float(np.linalg.norm(H - true.H))
-        floor = 500 * self.eps * (self.scale + g_scale + 0.01 * abs(true.loss))
+        floor = 500 * self.eps * (self.scale + g_scale + 0.01 * abs(true.loss)) + 5 * self.eps * self.case_size()
         gaps = float(np.abs(lin.gradient - true.gradient).max())
         off = float(np.abs(H - true.H).max())
-        if off > floor or gaps > 500 * self.eps * g_scale:  # then what rounding explains
+        if off > floor or gaps > floor:  # then what rounding explains
             moved = [truth(case, t * self.eps) for t in (1, -1, 3)]
             by = max(float(np.abs(m.H - true.H).max()) for m in moved)
             by_g = max(float(np.abs(m.gradient - true.gradient).max()) for m in moved)
             require(off <= 100 * by + floor, "H", off=off, scale=self.scale, moved=by, asymmetry=float(np.abs(true.H - true.H.T).max()))
-            require(gaps <= 100 * by_g + 500 * self.eps * (g_scale + self.scale), "gradient", off=gaps, scale=g_scale, moved=by_g)
-        require(np.abs(H - H.T).max() <= 100 * self.eps * (np.abs(H).max() + g_scale) + 1e-30, "asymmetric H", off=float(np.abs(H - H.T).max()))
+            require(gaps <= 100 * by_g + floor, "gradient", off=gaps, scale=g_scale, moved=by_g)
+        require(np.abs(H - H.T).max() <= 2 * off + floor, "asymmetric H", off=float(np.abs(H - H.T).max()))
         self.off, self.g_scale = off, g_scale
         try:
             lin.verify()
         except ArithmeticError as error:
             raise Wrong(f"verify raises: {error}") from error
+
+    def case_size(self) -> float:
+        """Size of terms that may cancel in all derivatives."""
+        return max(1.0, abs(self.true.loss)) if self.eps > 1e-10 else 1e-2
 
     def products(self, model: nn.Module, inputs: Any, targets: Any) -> None:
         case, true, lin = self.case, self.true, self.lin
@@ -283,11 +290,7 @@ class Check:
         if off > 1e3 * self.eps * g_norm:
             by = max(float(np.abs(truth(case, t * self.eps, True).gn - true.gn).max()) for t in (1, -1))
             require(off <= 1e3 * self.eps * g_norm + 100 * by, "gauss_newton", off=off, scale=g_norm, moved=by)
-        try:
-            product = lh.GaussNewton(model, case.loss_fn, (inputs, targets), params=case.params) @ v
-        except ValueError as error:  # logcumsumexp: torch has no finite second derivative by cotangents that are zero
-            require("expected finite derivatives" in str(error), "lh.GaussNewton raises", error=str(error)[:150])
-            return
+        product = lh.GaussNewton(model, case.loss_fn, (inputs, targets), params=case.params) @ v
         off = float(np.abs(product - true.gn @ v).max())
         require(off <= 1e6 * self.eps * g_norm * self.N**0.5 + 1e3 * self.off, "lh.GaussNewton", off=off, scale=g_norm)
 
@@ -308,7 +311,7 @@ class Check:
         values = self.values + damping
         norm, least = float(np.abs(values).max()), float(np.abs(values).min())
         off = self.gap + 30 * self.eps * (norm + self.scale)  # by how much our matrix may differ
-        near = least <= 1e3 * off or least <= 1e-11 * norm or norm <= 0.1 * abs(damping) or off >= 1e2 * self.eps * norm
+        near = least <= 1e3 * off or least <= 1e-11 * norm or norm <= 0.1 * abs(damping) or off >= 30 * self.eps * norm
         method = self.draw.choice(["auto", "auto", "riccati", "dense", "banded", "ldu"])
         self.where += f" method={method}"
         try:
@@ -323,6 +326,7 @@ class Check:
         except (FactorizationError, ValueError) as error:
             if isinstance(error, ValueError) and "cannot be used here" in str(error):
                 return
+            near = near or method == "ldu"  # no other method may stand in for it
             require(near, f"refused solve ({str(error)[:90]})", least=least, norm=norm, off=off)
             return
         kappa = norm / max(least, 1e-300)
