@@ -289,7 +289,7 @@ class GaussNewton(RiskCurvature):
     def _record(self, inputs: Any, targets: Any) -> Product:
         parameters = self.parameters
         outputs, states, direct, computation = self._cut(inputs, targets)
-        # Not zeros: backward passes are linear in them, but some of torch's (logcumsumexp) are computed in ways that have no derivative there.
+        # Not zeros: backward passes are linear in them, but torch computes some (logcumsumexp) in ways that have no derivative there.
         cotangents = [_spread(output).requires_grad_() for output in outputs]
         pullback = joined(differentiate(outputs, parameters, cotangents, create_graph=True), parameters)
         with of_the_output_alone():

@@ -159,7 +159,7 @@ def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str], terms:
     wrong = [name for name, part in parts if not bool((part <= bound).all())]
     raise UnsupportedModelError(
         f"expected a gradient that follows from the model's operations, got another one of {', '.join(wrong[:5])}: remove hooks and "
-        "custom backward functions that change gradients"
+        "custom backward functions that change gradients, and write no place twice in one scatter, of which torch's gradient is wrong"
     )
 
 

@@ -128,11 +128,12 @@ def build_graph(
 
 
 def _size_of_terms(problem: Problem, adjoint: Tensor) -> float:
-    """Of the products that gradients are sums of, the root mean square in the largest sum: with random signs they do not cancel."""
+    """Of the terms that gradients are sums of, the size in the largest sum: with random signs they do not cancel; or that of adjoints."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     draws = torch.randint(2, (len(adjoint), 4), generator=generator, dtype=torch.int64, device="cpu")
     sums = problem.apply_Gt(adjoint * (2 * draws - 1).to(adjoint))
-    return float(sums.square().mean(1).max().sqrt()) if sums.numel() else 0.0
+    sizes = [float(sums.square().mean(1).max().sqrt()) if sums.numel() else 0.0, float(adjoint.abs().max())]
+    return max(sizes)
 
 
 def _stage(stack: Stack, makers: dict[int, Stage], objective: ObjectiveStage | None, like: Tensor) -> Stage:

@@ -101,14 +101,20 @@ def truth(case: Case, moved: float = 0.0, with_gn: bool = False) -> Truth:
     try:
         with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
             values = {
-                n: (p.detach() * (1 + moved * torch.randn(p.shape, generator=generator, dtype=p.dtype)) if n in names else p.detach())
+                n: (
+                    p.detach() * (1 + moved * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+                    if n in names
+                    else p.detach()
+                )
                 for n, p in named.items()
             }
             leaves = [values[n].clone().requires_grad_() for n in names]
             given = {**values, **dict(zip(names, leaves, strict=True))}
             output = torch.func.functional_call(model, {**buffers, **given}, inputs)
             loss = call(case.loss_fn, output, targets, dict(zip(names, leaves, strict=True)))
-            first = flat(torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True))
+            first = flat(
+                torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+            )
             H = rows(first, leaves)
             gn = gauss_newton(case, output, targets, leaves, names) if with_gn else None
     finally:
@@ -130,7 +136,9 @@ def gauss_newton(case: Case, output: Any, targets: Tensor, leaves: list[Tensor],
         again = dict(zip(output, free, strict=True)) if isinstance(output, dict) else tuple(free)
     loss = call(case.loss_fn, again, targets, dict(zip(names, own, strict=True)))
     leaves = [*free, *own]
-    C = rows(flat(torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)), leaves)
+    C = rows(
+        flat(torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)), leaves
+    )
     return J.T @ C @ J
 
 
@@ -141,11 +149,18 @@ def differences(case: Case, step: float = 1e-4) -> np.ndarray:
     sizes = [named[n].numel() for n in case.names()]
 
     def gradient(theta: Tensor) -> Tensor:
-        leaves = [part.reshape(named[n].shape).clone().requires_grad_() for n, part in zip(case.names(), theta.split(sizes), strict=True)]
+        leaves = [
+            part.reshape(named[n].shape).clone().requires_grad_()
+            for n, part in zip(case.names(), theta.split(sizes), strict=True)
+        ]
         given = dict(zip(case.names(), leaves, strict=True))
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         output = torch.func.functional_call(model, {**buffers, **named, **given}, inputs)
-        return flat(torch.autograd.grad(call(case.loss_fn, output, targets, given), leaves, allow_unused=True, materialize_grads=True))
+        return flat(
+            torch.autograd.grad(
+                call(case.loss_fn, output, targets, given), leaves, allow_unused=True, materialize_grads=True
+            )
+        )
 
     try:
         theta = flat(named[n] for n in case.names())
@@ -168,7 +183,9 @@ def rows(y: Tensor, leaves: list[Tensor]) -> np.ndarray:
     count = sum(leaf.numel() for leaf in leaves)
     if not y.requires_grad:
         return np.zeros((y.numel(), count))
-    found = [flat(torch.autograd.grad(v, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)) for v in y]
+    found = [
+        flat(torch.autograd.grad(v, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)) for v in y
+    ]
     return torch.stack(found).detach().numpy() if found else np.zeros((0, count))
 
 
@@ -235,13 +252,25 @@ class Check:
             return f"refused by torch in both: {str(error)[:60]}"
         H, seen = lh.to_dense(lin.H), differences(self.case)
         off = float(np.abs(H - seen).max())
-        require(off <= 1e-5 * (1 + np.abs(H).max()) or self.eps > 1e-10, "H without truth", off=off, autograd=str(reason)[:80])
+        require(
+            off <= 1e-5 * (1 + np.abs(H).max()) or self.eps > 1e-10,
+            "H without truth",
+            off=off,
+            autograd=str(reason)[:80],
+        )
         return f"right where autograd fails: {str(reason)[:60]}"
 
     def derivatives(self) -> None:
+        """Loss, gradient and Hessian, and that verify() does not raise."""
         lin, true, case = self.lin, self.true, self.case
         require(lin.names == tuple(case.names()), "names", got=lin.names)
-        require(abs(lin.loss - true.loss) <= 200 * self.eps * (1 + abs(true.loss)), "loss", got=lin.loss, want=true.loss)
+        require(
+            abs(lin.loss - true.loss) <= 200 * self.eps * (1 + abs(true.loss)), "loss", got=lin.loss, want=true.loss
+        )
+        try:
+            lin.verify()
+        except ArithmeticError as error:
+            raise Wrong(f"verify raises: {error}") from error
         H = lh.to_dense(lin.H).astype(np.float64)
         self.scale = float(np.abs(true.H).max())
         g_scale = float(np.abs(true.gradient).max())
@@ -253,14 +282,17 @@ class Check:
             moved = [truth(case, t * self.eps) for t in (1, -1, 3)]
             by = max(float(np.abs(m.H - true.H).max()) for m in moved)
             by_g = max(float(np.abs(m.gradient - true.gradient).max()) for m in moved)
-            require(off <= 100 * by + floor, "H", off=off, scale=self.scale, moved=by, asymmetry=float(np.abs(true.H - true.H.T).max()))
+            require(
+                off <= 100 * by + floor,
+                "H",
+                off=off,
+                scale=self.scale,
+                moved=by,
+                asymmetry=float(np.abs(true.H - true.H.T).max()),
+            )
             require(gaps <= 100 * by_g + floor, "gradient", off=gaps, scale=g_scale, moved=by_g)
         require(np.abs(H - H.T).max() <= 2 * off + floor, "asymmetric H", off=float(np.abs(H - H.T).max()))
         self.off, self.g_scale = off, g_scale
-        try:
-            lin.verify()
-        except ArithmeticError as error:
-            raise Wrong(f"verify raises: {error}") from error
 
     def case_size(self) -> float:
         """Size of terms that may cancel in all derivatives."""
@@ -300,7 +332,14 @@ class Check:
         near = float(self.draw.choice(list(values)))
         return [
             10.0 ** self.draw.uniform(-8, -1),
-            self.draw.choice([-(10.0 ** self.draw.uniform(-8, -1)), 0.0, 10.0 ** self.draw.uniform(-1, 3), 10.0 ** self.draw.uniform(-13, -8)]),
+            self.draw.choice(
+                [
+                    -(10.0 ** self.draw.uniform(-8, -1)),
+                    0.0,
+                    10.0 ** self.draw.uniform(-1, 3),
+                    10.0 ** self.draw.uniform(-13, -8),
+                ]
+            ),
             -near + self.draw.choice([1, -1]) * max(abs(near), 1e-3) * 10.0 ** self.draw.uniform(-14, -3),
         ]
 
@@ -322,7 +361,15 @@ class Check:
             r = g - A @ x
             error = max(np.linalg.norm(r, axis=0) / (norm * np.linalg.norm(x, axis=0) + np.linalg.norm(g, axis=0)))
             limit = 5e-14 if self.eps < 1e-10 else 2e-6
-            require(error <= limit + 3 * off / max(norm, 1e-300), "solve", error=error, off=off, norm=norm, least=least, method=solution.method)
+            require(
+                error <= limit + 3 * off / max(norm, 1e-300),
+                "solve",
+                error=error,
+                off=off,
+                norm=norm,
+                least=least,
+                method=solution.method,
+            )
         except (FactorizationError, ValueError) as error:
             if isinstance(error, ValueError) and "cannot be used here" in str(error):
                 return
@@ -336,11 +383,23 @@ class Check:
             want = (int((values < 0).sum()), 0, int((values > 0).sum()))
             require(near or got == want, "inertia", got=got, want=want, least=least, off=off, norm=norm)
             other = self.lin.inertia(damping)
-            require(near or (other.negative, other.zero, other.positive) == want, "lin.inertia", got=other, want=want, least=least)
+            require(
+                near or (other.negative, other.zero, other.positive) == want,
+                "lin.inertia",
+                got=other,
+                want=want,
+                least=least,
+            )
             sign, log = inverse.slogdet()
             want_sign, want_log = np.linalg.slogdet(A)
             slack = 1e-8 * (self.eps / 2**-52) ** 0.5 + 10 * float((off / np.abs(values)).sum())
-            require(near or (sign == want_sign and abs(log - want_log) <= slack), "slogdet", got=(sign, log), want=(want_sign, want_log), slack=slack)
+            require(
+                near or (sign == want_sign and abs(log - want_log) <= slack),
+                "slogdet",
+                got=(sign, log),
+                want=(want_sign, want_log),
+                slack=slack,
+            )
         except FactorizationError as error:
             require(near, f"refused inertia or slogdet ({str(error)[:90]})", least=least, norm=norm, off=off)
             return
@@ -362,23 +421,41 @@ class Check:
             places.setdefault(name.rpartition(".")[0], []).extend(range(at, at + named[name].numel()))
             at += named[name].numel()
         blocks = inverse.block_diagonal()
-        require({n: len(b) for n, b in blocks.items()} == {n: len(p) for n, p in places.items() if p}, "blocks", got=list(blocks))
+        require(
+            {n: len(b) for n, b in blocks.items()} == {n: len(p) for n, p in places.items() if p},
+            "blocks",
+            got=list(blocks),
+        )
         for name, block in blocks.items():
             off = float(np.abs(block - B[np.ix_(places[name], places[name])]).max())
             require(off <= slack, "block_diagonal", off=off, size=size, name=name)
 
-    def positive(self, inverse: Any, A: np.ndarray, B: np.ndarray, values: np.ndarray, slack: float, kappa: float, off: float) -> None:
+    def positive(
+        self, inverse: Any, A: np.ndarray, B: np.ndarray, values: np.ndarray, slack: float, kappa: float, off: float
+    ) -> None:
         P = lh.to_dense(inverse.positive()).astype(np.float64)
         size = float(np.abs(P).max())
-        require(np.abs(P - P.T).max() <= 1e-9 * (self.eps / 2**-52) * size + slack, "positive is asymmetric", off=float(np.abs(P - P.T).max()), size=size)
+        require(
+            np.abs(P - P.T).max() <= 1e-9 * (self.eps / 2**-52) * size + slack,
+            "positive is asymmetric",
+            off=float(np.abs(P - P.T).max()),
+            size=size,
+        )
         if values[0] > 0:
-            require(np.abs(P - B).max() <= slack, "positive is not the inverse", off=float(np.abs(P - B).max()), size=size)
+            require(
+                np.abs(P - B).max() <= slack, "positive is not the inverse", off=float(np.abs(P - B).max()), size=size
+            )
         fuzz = kappa * (1e-12 + 5 * off + 100 * (self.eps if self.eps > 1e-10 else 0))
         if fuzz < 1e-3:
             ours = np.linalg.eigvalsh((P + P.T) / 2)
             require(ours[0] > -slack, "positive is not definite", least=float(ours[0]), size=size, slack=slack)
             signs = np.linalg.eigvals(P @ A)
-            require(np.abs(np.abs(signs) - 1).max() <= 1e-5 + fuzz, "positive does not turn eigenvalues into ±1", worst=float(np.abs(np.abs(signs) - 1).max()), kappa=kappa)
+            require(
+                np.abs(np.abs(signs) - 1).max() <= 1e-5 + fuzz,
+                "positive does not turn eigenvalues into ±1",
+                worst=float(np.abs(np.abs(signs) - 1).max()),
+                kappa=kappa,
+            )
             require(int((signs.real < 0).sum()) == int((values < 0).sum()), "positive has another inertia", kappa=kappa)
         if self.draw.random() < 0.1 and values[0] > 0:
             inverse.sample(2)
@@ -417,7 +494,11 @@ def main() -> None:
             failures[kind] += 1
             told = f"{type(error).__name__}: {str(error)[:260]}"
             place = "" if isinstance(error, Wrong) else f" at {where.filename.split('/')[-1]}:{where.lineno}"
-            at = "" if check is None else f" [{check.case.label}, {str(check.case.dtype)[6:]}] {getattr(check, 'where', '')}"
+            at = (
+                ""
+                if check is None
+                else f" [{check.case.label}, {str(check.case.dtype)[6:]}] {getattr(check, 'where', '')}"
+            )
             print(f"seed {seed}: {told}{place}{at}  (--seeds {seed}:{seed + 1})", flush=True)
             if options.trace:
                 traceback.print_exc(file=sys.stdout)

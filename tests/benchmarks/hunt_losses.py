@@ -40,8 +40,14 @@ def draw_loss(draw: random.Random, output: Any, samples: int, names: list[str]) 
         ignored[0] = -100
     entropy: dict[str, tuple[Loss, Tensor]] = {
         "ce": (lambda z, t: f.cross_entropy(z, t, reduction=reduction, label_smoothing=smoothing), label),
-        "ce weighted": (lambda z, t: f.cross_entropy(z, t, weight.to(z), reduction=reduction, label_smoothing=smoothing), label),
-        "ce ignoring": (lambda z, t: f.cross_entropy(z, t, weight.to(z), ignore_index=-100, reduction=reduction), ignored),
+        "ce weighted": (
+            lambda z, t: f.cross_entropy(z, t, weight.to(z), reduction=reduction, label_smoothing=smoothing),
+            label,
+        ),
+        "ce ignoring": (
+            lambda z, t: f.cross_entropy(z, t, weight.to(z), ignore_index=-100, reduction=reduction),
+            ignored,
+        ),
         "ce soft": (lambda z, t: f.cross_entropy(z, t, reduction=reduction), spread),
         "nll": (lambda z, t: f.nll_loss(z.log_softmax(1), t, weight.to(z), reduction=reduction), label),
         "multi margin": (lambda z, t: f.multi_margin_loss(z, t, p=2), label),
@@ -52,7 +58,10 @@ def draw_loss(draw: random.Random, output: Any, samples: int, names: list[str]) 
     others: dict[str, tuple[Loss, Tensor]] = {
         "mse": (lambda z, t: f.mse_loss(z, t, reduction=reduction), real),
         "l1": (lambda z, t: f.l1_loss(z, t, reduction=reduction), real),
-        "bce": (lambda z, t: f.binary_cross_entropy_with_logits(z, t, pos_weight=weight.to(z), reduction=reduction), spread),
+        "bce": (
+            lambda z, t: f.binary_cross_entropy_with_logits(z, t, pos_weight=weight.to(z), reduction=reduction),
+            spread,
+        ),
         "bce plain": (lambda z, t: f.binary_cross_entropy(z.sigmoid(), t, weight=weight.to(z)), spread),
         "huber": (lambda z, t: f.huber_loss(z, t, delta=0.7, reduction=reduction), real),
         "smooth l1": (lambda z, t: f.smooth_l1_loss(z, t, beta=0.5), real),
@@ -76,7 +85,10 @@ def draw_loss(draw: random.Random, output: Any, samples: int, names: list[str]) 
         "spread": (lambda z, t: (z - t).var() + (z - t).mean().square(), real),
         "in place": (lambda z, t: z.sub(t).pow_(2).mul_(t.abs()).sum(), real),
         "accumulated": (accumulated, real),
-        "by sample": (lambda z, t: torch.stack([(a - b).square().sum().sqrt() for a, b in zip(z, t, strict=True)]).mean(), real),
+        "by sample": (
+            lambda z, t: torch.stack([(a - b).square().sum().sqrt() for a, b in zip(z, t, strict=True)]).mean(),
+            real,
+        ),
         "masked": (lambda z, t: ((z - t).square() * (t > 0)).sum() / (t > 0).sum().clamp(min=1), real),
         "quantile": (lambda z, t: torch.maximum(0.3 * (t - z), -0.7 * (t - z)).mean() + z.square().mean(), real),
     }

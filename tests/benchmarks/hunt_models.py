@@ -86,8 +86,12 @@ class Builder:
         """A weight of that shape: a parameter, part of an older one, or some function of one."""
         old = [n for n in self.names if getattr(self.model, n).dim() == 2]
         kind = self.draw.random()
-        fitting = [n for n in old if getattr(self.model, n).shape[0] >= rows and getattr(self.model, n).shape[1] >= columns]
-        turned = [n for n in old if getattr(self.model, n).shape[1] >= rows and getattr(self.model, n).shape[0] >= columns]
+        fitting = [
+            n for n in old if getattr(self.model, n).shape[0] >= rows and getattr(self.model, n).shape[1] >= columns
+        ]
+        turned = [
+            n for n in old if getattr(self.model, n).shape[1] >= rows and getattr(self.model, n).shape[0] >= columns
+        ]
         if kind < 0.2 and fitting:
             name = self.draw.choice(fitting)
             return lambda m: getattr(m, name)[:rows, :columns]
@@ -125,6 +129,12 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    if not PLAIN[0]:
+        return f.rms_norm(x, x.shape[-1:], weight)
+    return x * (x.square().mean(-1, True) + torch.finfo(x.dtype).eps).rsqrt() * weight
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -202,45 +212,153 @@ def _selected(x: Tensor, y: Tensor, k: int) -> Tensor:
 
 
 UNARY: list[Callable[[Tensor], Tensor]] = [
-    torch.tanh, torch.sigmoid, f.gelu, f.silu, f.softplus, torch.sin, lambda x: (0.3 * x).exp(), torch.square, torch.relu,
-    torch.abs, lambda x: x.clamp(-0.7, 0.9), f.leaky_relu, f.elu, f.mish, lambda x: x.softmax(-1), lambda x: x.log_softmax(0),
-    lambda x: x.softmax(0), lambda x: x.cumsum(-1), lambda x: x / (x.norm() + 0.1), lambda x: x - x.logsumexp(-1, True),
-    lambda x: x.sort(-1)[0], lambda x: x.flip(0), lambda x: x.roll(1, -1) * x, lambda x: x.transpose(0, -1), lambda x: x.reshape(-1),
-    lambda x: x[..., ::2], lambda x: x.select(0, 0), lambda x: x.narrow(-1, 0, 1), lambda x: x.unsqueeze(1), lambda x: x.squeeze(),
-    lambda x: x[:, None].expand(-1, 2, *x.shape[1:]), lambda x: x.repeat(2, *[1] * (x.ndim - 1)), lambda x: f.pad(x, (1, 0), value=0.5),
-    lambda x: x.tril(), lambda x: x.detach() * x, lambda x: x + x, lambda x: x.sum(0), lambda x: x.mean(-1, keepdim=True),
-    lambda x: x.var(0), lambda x: x.amax(-1, keepdim=True) * x, lambda x: x.prod(-1), lambda x: x.std(-1), lambda x: x.sum(),
-    lambda x: x.max(0)[0], lambda x: x.cumprod(-1), lambda x: x.view(x.shape[0], -1, 2), lambda x: x.reciprocal().tanh(),
-    lambda x: (x.square() + 1).log(), lambda x: (x.abs() + 0.1).sqrt(), lambda x: x.pow(3), lambda x: torch.erf(x), lambda x: x.atan(),
-    lambda x: x.sigmoid().logit(), lambda x: x.diagonal(dim1=0, dim2=-1), lambda x: x.unfold(-1, 2, 1), lambda x: x.median(-1)[0],
-    lambda x: torch.stack(x.unbind(0)[::-1]), lambda x: torch.cat(x.chunk(2, -1)[::-1], -1), lambda x: x[..., :0].sum(-1, True) + x,
-    lambda x: torch.cat([x[:0], x]), lambda x: f.normalize(x, dim=-1), lambda x: x.T @ x, lambda x: x @ x.T, lambda x: f.glu(x, -1),
-    lambda x: torch.linalg.inv(x @ x.T + 2 * torch.eye(len(x)).to(x)), lambda x: torch.logdet(x.T @ x + torch.eye(x.shape[1]).to(x)),
-    lambda x: torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).to(x), x.T), lambda x: checkpoint(lambda a: a.tanh() * a, x, use_reentrant=False),
-    lambda x: torch.linalg.cholesky(x.T @ x + torch.eye(x.shape[1]).to(x)), lambda x: x.mul(x.numel()).cos(), lambda x: x ** x.detach().abs(),
-    lambda x: torch.einsum("i...,i...->...", x, x), lambda x: (x * 1j).abs() if False else x.hardtanh() if False else f.hardtanh(x),
-    lambda x: f.logsigmoid(x), lambda x: x.norm(dim=-1), lambda x: x.norm(1, 0), lambda x: x.norm(3), lambda x: x.nan_to_num() * x.sign(),
-    lambda x: torch.vmap(lambda a: a * a.sum())(x), lambda x: x.logcumsumexp(-1), lambda x: x.view(-1).as_strided((2, 2), (1, 1)),
-    lambda x: x.double().square().to(x.dtype), lambda x: torch.log1p(x.square()), lambda x: torch.expm1(x), lambda x: x.sinh().asinh(),
-    lambda x: f.softmin(x, -1), lambda x: torch.kron(x, x[:1]), lambda x: x.renorm(2, 0, 1.0), lambda x: f.celu(x), lambda x: f.selu(x),
-    lambda x: x.movedim(0, -1).contiguous(), lambda x: x.amin(0), lambda x: x.aminmax()[0] * x, lambda x: torch.special.i0(x) if False else x.tan().atan(),
-    lambda x: torch.polar(x.abs(), x).real if False else x.sin() * x.cos(), lambda x: x.float().double().to(x.dtype) * x if False else x * x.detach().mean(),
-    lambda x: torch.tensordot(x, x, dims=([0], [0])), lambda x: torch.trace(x.T @ x) * x, lambda x: f.threshold(x, 0.1, 0.2), lambda x: f.hardswish(x),
-    lambda x: f.pixel_shuffle(x.reshape(1, 4, 1, -1), 2), lambda x: torch.broadcast_to(x.mean(), (2, 3)), lambda x: x.new_zeros(2, 3) + x.sum(), lambda x: x.flatten()[None],
-]  # fmt: skip
+    torch.tanh,
+    torch.sigmoid,
+    f.gelu,
+    f.silu,
+    f.softplus,
+    torch.sin,
+    lambda x: (0.3 * x).exp(),
+    torch.square,
+    torch.relu,
+    torch.abs,
+    lambda x: x.clamp(-0.7, 0.9),
+    f.leaky_relu,
+    f.elu,
+    f.mish,
+    lambda x: x.softmax(-1),
+    lambda x: x.log_softmax(0),
+    lambda x: x.softmax(0),
+    lambda x: x.cumsum(-1),
+    lambda x: x / (x.norm() + 0.1),
+    lambda x: x - x.logsumexp(-1, True),
+    lambda x: x.sort(-1)[0],
+    lambda x: x.flip(0),
+    lambda x: x.roll(1, -1) * x,
+    lambda x: x.transpose(0, -1),
+    lambda x: x.reshape(-1),
+    lambda x: x[..., ::2],
+    lambda x: x.select(0, 0),
+    lambda x: x.narrow(-1, 0, 1),
+    lambda x: x.unsqueeze(1),
+    lambda x: x.squeeze(),
+    lambda x: x[:, None].expand(-1, 2, *x.shape[1:]),
+    lambda x: x.repeat(2, *[1] * (x.ndim - 1)),
+    lambda x: f.pad(x, (1, 0), value=0.5),
+    lambda x: x.tril(),
+    lambda x: x.detach() * x,
+    lambda x: x + x,
+    lambda x: x.sum(0),
+    lambda x: x.mean(-1, keepdim=True),
+    lambda x: x.var(0),
+    lambda x: x.amax(-1, keepdim=True) * x,
+    lambda x: x.prod(-1),
+    lambda x: x.std(-1),
+    lambda x: x.sum(),
+    lambda x: x.max(0)[0],
+    lambda x: x.cumprod(-1),
+    lambda x: x.view(x.shape[0], -1, 2),
+    lambda x: x.reciprocal().tanh(),
+    lambda x: (x.square() + 1).log(),
+    lambda x: (x.abs() + 0.1).sqrt(),
+    lambda x: x.pow(3),
+    lambda x: torch.erf(x),
+    lambda x: x.atan(),
+    lambda x: x.sigmoid().logit(),
+    lambda x: x.diagonal(dim1=0, dim2=-1),
+    lambda x: x.unfold(-1, 2, 1),
+    lambda x: x.median(-1)[0],
+    lambda x: torch.stack(x.unbind(0)[::-1]),
+    lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
+    lambda x: x[..., :0].sum(-1, True) + x,
+    lambda x: torch.cat([x[:0], x]),
+    lambda x: f.normalize(x, dim=-1),
+    lambda x: x.T @ x,
+    lambda x: x @ x.T,
+    lambda x: f.glu(x, -1),
+    lambda x: torch.linalg.inv(x @ x.T + 2 * torch.eye(len(x)).to(x)),
+    lambda x: torch.logdet(x.T @ x + torch.eye(x.shape[1]).to(x)),
+    lambda x: torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).to(x), x.T),
+    lambda x: checkpoint(lambda a: a.tanh() * a, x, use_reentrant=False),
+    lambda x: torch.linalg.cholesky(x.T @ x + torch.eye(x.shape[1]).to(x)),
+    lambda x: x.mul(x.numel()).cos(),
+    lambda x: x ** x.detach().abs(),
+    lambda x: torch.einsum("i...,i...->...", x, x),
+    f.hardtanh,
+    lambda x: f.logsigmoid(x),
+    lambda x: x.norm(dim=-1),
+    lambda x: x.norm(1, 0),
+    lambda x: x.norm(3),
+    lambda x: x.nan_to_num() * x.sign(),
+    lambda x: torch.vmap(lambda a: a * a.sum())(x),
+    lambda x: x.logcumsumexp(-1),
+    lambda x: x.view(-1).as_strided((2, 2), (1, 1)),
+    lambda x: x.double().square().to(x.dtype),
+    lambda x: torch.log1p(x.square()),
+    lambda x: torch.expm1(x),
+    lambda x: x.sinh().asinh(),
+    lambda x: f.softmin(x, -1),
+    lambda x: torch.kron(x, x[:1]),
+    lambda x: x.renorm(2, 0, 1.0),
+    lambda x: f.celu(x),
+    lambda x: f.selu(x),
+    lambda x: x.movedim(0, -1).contiguous(),
+    lambda x: x.amin(0),
+    lambda x: x.aminmax()[0] * x,
+    lambda x: x.tan().atan(),
+    lambda x: x.sin() * x.cos(),
+    lambda x: x * x.detach().mean(),
+    lambda x: torch.tensordot(x, x, dims=([0], [0])),
+    lambda x: torch.trace(x.T @ x) * x,
+    lambda x: f.threshold(x, 0.1, 0.2),
+    lambda x: f.hardswish(x),
+    lambda x: f.pixel_shuffle(x.reshape(1, 4, 1, -1), 2),
+    lambda x: torch.broadcast_to(x.mean(), (2, 3)),
+    lambda x: x.new_zeros(2, 3) + x.sum(),
+    lambda x: x.flatten()[None],
+]
 
 BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
-    torch.add, torch.sub, torch.mul, lambda x, y: x / (1 + y.square()), lambda x, y: x @ y, lambda x, y: x.T @ y, lambda x, y: x @ y.T,
-    torch.maximum, torch.minimum, lambda x, y: torch.cat([x, y], -1), lambda x, y: torch.cat([x, y]), lambda x, y: torch.stack([x, y], 1),
-    lambda x, y: x[..., None] * y[:, None], lambda x, y: torch.lerp(x, y, 0.3), lambda x, y: x.lerp(y, y.sigmoid()), torch.atan2,
-    torch.hypot, lambda x, y: x * y.sigmoid(), lambda x, y: x + y.mean(), lambda x, y: x * y.sum(), lambda x, y: torch.addcmul(x, y, y, value=0.5),
-    lambda x, y: torch.einsum("bi,bj->ij", x, y), lambda x, y: torch.einsum("bi,bi->b", x, y), lambda x, y: torch.outer(x.flatten(), y.flatten()),
-    lambda x, y: x.unsqueeze(-1) - y.unsqueeze(0), lambda x, y: torch.dot(x.flatten(), y.flatten()), lambda x, y: (x.abs() + 0.5) ** y,
-    lambda x, y: torch.logaddexp(x, y), lambda x, y: x.copysign(y), lambda x, y: torch.cross(x[..., :3], y[..., :3], dim=-1), torch.fmod,
-    lambda x, y: f.cosine_similarity(x, y, dim=-1), lambda x, y: torch.baddbmm(x[None], x[None], y[None]), lambda x, y: torch.where(y > 0, x, y),
-    lambda x, y: torch.addmm(x, y, y.T @ x, alpha=0.5, beta=2.0), lambda x, y: torch.matmul(x, y.transpose(-1, -2)), lambda x, y: x.view(-1)[:2] * y.view(-1)[0],
-    lambda x, y: torch.cdist(x, y + 3).square() if False else ((x[:, None] - y[None]).square().sum(-1) + 0.1).sqrt(), lambda x, y: f.bilinear(x, y, torch.ones(2, x.shape[-1], y.shape[-1]).to(x)),
-]  # fmt: skip
+    torch.add,
+    torch.sub,
+    torch.mul,
+    lambda x, y: x / (1 + y.square()),
+    lambda x, y: x @ y,
+    lambda x, y: x.T @ y,
+    lambda x, y: x @ y.T,
+    torch.maximum,
+    torch.minimum,
+    lambda x, y: torch.cat([x, y], -1),
+    lambda x, y: torch.cat([x, y]),
+    lambda x, y: torch.stack([x, y], 1),
+    lambda x, y: x[..., None] * y[:, None],
+    lambda x, y: torch.lerp(x, y, 0.3),
+    lambda x, y: x.lerp(y, y.sigmoid()),
+    torch.atan2,
+    torch.hypot,
+    lambda x, y: x * y.sigmoid(),
+    lambda x, y: x + y.mean(),
+    lambda x, y: x * y.sum(),
+    lambda x, y: torch.addcmul(x, y, y, value=0.5),
+    lambda x, y: torch.einsum("bi,bj->ij", x, y),
+    lambda x, y: torch.einsum("bi,bi->b", x, y),
+    lambda x, y: torch.outer(x.flatten(), y.flatten()),
+    lambda x, y: x.unsqueeze(-1) - y.unsqueeze(0),
+    lambda x, y: torch.dot(x.flatten(), y.flatten()),
+    lambda x, y: (x.abs() + 0.5) ** y,
+    lambda x, y: torch.logaddexp(x, y),
+    lambda x, y: x.copysign(y),
+    lambda x, y: torch.cross(x[..., :3], y[..., :3], dim=-1),
+    torch.fmod,
+    lambda x, y: f.cosine_similarity(x, y, dim=-1),
+    lambda x, y: torch.baddbmm(x[None], x[None], y[None]),
+    lambda x, y: torch.where(y > 0, x, y),
+    lambda x, y: torch.addmm(x, y, y.T @ x, alpha=0.5, beta=2.0),
+    lambda x, y: torch.matmul(x, y.transpose(-1, -2)),
+    lambda x, y: x.view(-1)[:2] * y.view(-1)[0],
+    lambda x, y: ((x[:, None] - y[None]).square().sum(-1) + 0.1).sqrt(),
+    lambda x, y: f.bilinear(x, y, torch.ones(2, x.shape[-1], y.shape[-1]).to(x)),
+]
 
 
 def _linear(b: Builder, pool: list[Tensor]) -> Step:
@@ -286,7 +404,7 @@ def _norm(b: Builder, pool: list[Tensor]) -> Step:
     return lambda m, p: [
         lambda x, a, d: layer_norm(x, a, d),
         lambda x, a, d: layer_norm(x, None, None),
-        lambda x, a, d: f.rms_norm(x, (width,), a) if not PLAIN[0] else x * (x.square().mean(-1, True) + torch.finfo(x.dtype).eps).rsqrt() * a,
+        lambda x, a, d: rms_norm(x, a),
         lambda x, a, d: f.batch_norm(x, getattr(m, mean), getattr(m, var), a, d),
         lambda x, a, d: f.batch_norm(x, None, None, a, d, training=True),
         lambda x, a, d: group_norm(x, 1, a, d),
@@ -347,7 +465,9 @@ def _recurrent(b: Builder, pool: list[Tensor]) -> Step:
     i, kind, times = b.draw.randrange(len(pool)), b.draw.randrange(6), b.draw.randint(2, 3)
     width = pool[i].shape[-1]
     w, u = b.matrix(width, width), b.matrix(width, width)
-    cell = b.module({0: nn.GRUCell, 1: nn.RNNCell, 2: nn.LSTMCell, 3: nn.GRU}.get(kind, nn.LSTM)(2, 2)) if kind < 5 else ""
+    cell = (
+        b.module({0: nn.GRUCell, 1: nn.RNNCell, 2: nn.LSTMCell, 3: nn.GRU}.get(kind, nn.LSTM)(2, 2)) if kind < 5 else ""
+    )
 
     def cells(m: Program, x: Tensor) -> Tensor:
         rows, h = x.reshape(-1, 2), x.new_zeros(x.numel() // 2, 2)
@@ -420,7 +540,7 @@ def _module(b: Builder, pool: list[Tensor]) -> Step:
             lambda: nn.Linear(width, 2),
             lambda: nn.Sequential(nn.Linear(width, 2), nn.Tanh(), nn.Linear(2, width)),
             lambda: nn.Bilinear(width, width, 2),
-            lambda: nn.LayerNorm(width) if False else nn.BatchNorm1d(width).eval(),
+            lambda: nn.BatchNorm1d(width).eval(),
             lambda: nn.PReLU(),
             lambda: nn.utils.parametrizations.weight_norm(nn.Linear(width, 2)),
             lambda: nn.utils.parametrizations.orthogonal(nn.Linear(width, width)),
@@ -434,14 +554,22 @@ def _module(b: Builder, pool: list[Tensor]) -> Step:
             weights = module.parametrizations.weight
             if hasattr(weights, "original1"):  # torch's double backward of the fused one is wrong
                 w = weights.original1
-                return (p[i] if residual else 0.0) + f.linear(p[i], weights.original0 * w / w.norm(dim=1, keepdim=True), module.bias)
+                return (p[i] if residual else 0.0) + f.linear(
+                    p[i], weights.original0 * w / w.norm(dim=1, keepdim=True), module.bias
+                )
         y = module(p[i], p[i].sin()) if isinstance(module, nn.Bilinear) else module(p[i])
         return p[i] + y if residual else y
 
     return step
 
 
-FAMILIES = [_linear] * 5 + [_scaled] * 3 + [_norm] * 2 + [_images, _attention, _recurrent, _embedding, _derivative, _module] + [_simple] * 9
+FAMILIES = (
+    [_linear] * 5
+    + [_scaled] * 3
+    + [_norm] * 2
+    + [_images, _attention, _recurrent, _embedding, _derivative, _module]
+    + [_simple] * 9
+)
 
 
 def grow(draw: random.Random, x: Tensor, tokens: Tensor) -> Program:
@@ -460,7 +588,12 @@ def grow(draw: random.Random, x: Tensor, tokens: Tensor) -> Program:
             b.model.tokens = tokens
             y = step(b.model, list(pool))
             size = sum(p.numel() for p in b.model.parameters())
-            good = y.numel() <= LARGEST and size <= PARAMETERS and bool(y.isfinite().all()) and float(y.detach().abs().max()) < 20
+            good = (
+                y.numel() <= LARGEST
+                and size <= PARAMETERS
+                and bool(y.isfinite().all())
+                and float(y.detach().abs().max()) < 20
+            )
         except Exception:  # what does not fit is not taken
             good = False
         if good:

@@ -88,7 +88,9 @@ class BandedFactorization:
         self._weight = (
             2.0 ** float(np.clip(np.round(np.log2(largest)), -reach, reach)) if 0.0 < largest < np.inf else 1.0
         )
-        self.spread = max((float(blocks.W.abs().max()) for blocks in analysis.condensed if blocks.W.numel()), default=0.0)
+        self.spread = max(
+            (float(blocks.W.abs().max()) for blocks in analysis.condensed if blocks.W.numel()), default=0.0
+        )
         for group, blocks, T in zip(analysis.groups, analysis.condensed, Ts, strict=True):
             W, r = blocks.W.numpy() * self._weight, group.r
             s = layout.start[group.segments]
