@@ -308,7 +308,8 @@ class GaussNewton(RiskCurvature):
     def _record(self, inputs: Any, targets: Any) -> Product:
         parameters = self.parameters
         outputs, states, direct, computation = self._cut(inputs, targets)
-        cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        # Not zeros: backward passes are linear in them, but torch computes some (logcumsumexp) in ways that have no derivative there.
+        cotangents = [_spread(output).requires_grad_() for output in outputs]
         pullback = joined(differentiate(outputs, parameters, cotangents, create_graph=True), parameters)
         with of_the_output_alone():
             loss, points, corrections = self._smoothed(computation)
@@ -317,9 +318,9 @@ class GaussNewton(RiskCurvature):
         def product(v: Tensor, batched: bool) -> Gradients:
             pushed = differentiate([pullback], cotangents, [v], retain_graph=True, batched=batched)
             lead = v.shape[:1] if batched else ()
-            along = [v.new_zeros(*lead, *s.shape) if p is None else p for p, s in zip(pushed, states, strict=True)]
+            along = [v.new_zeros((*lead, *s.shape)) if p is None else p for p, s in zip(pushed, states, strict=True)]
             parts = v.split([d.numel() for d in direct], -1) if direct else ()
-            along += [part.reshape(*lead, *d.shape) for part, d in zip(parts, direct, strict=True)]
+            along += [part.reshape((*lead, *d.shape)) for part, d in zip(parts, direct, strict=True)]
             curved = differentiate(slopes, [*states, *direct], along, retain_graph=True, batched=batched)
             seen = [(o, c) for o, c in zip(outputs, curved, strict=False) if c is not None]
             back = _pulled_back(seen, parameters, batched)
@@ -337,3 +338,8 @@ def _pulled_back(pairs: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Te
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+def _spread(like: Tensor) -> Tensor:
+    """Numbers from 1 to 2 in the shape of a tensor."""
+    return torch.linspace(1.0, 2.0, like.numel(), dtype=like.dtype, device=like.device).view(like.shape)

@@ -116,7 +116,7 @@ def build_chain(
     if layers is None:
         _has_surrogates(second, run)
     graph, samples = _recorded(seen, loss_fn, targets, dict(zip(names, parameters, strict=True)), second)
-    _compare_gradients(seen, graph.gradient, names)
+    _compare_gradients(seen, graph.gradient, names, graph.terms)
     shape = tuple(names), shapes, graph.generic, graph.cuts, seen.looks_inside, graph.differenced
     return Chain(graph.problem, seen.loss, graph.gradient, *shape, samples)
 
@@ -179,22 +179,25 @@ def _with_penalty(graph: Graph, penalty: Penalty) -> Graph:
     return replace(graph, problem=problem, gradient=graph.gradient + gradient)
 
 
-def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str]) -> None:
-    """Raise unless the gradient through the stages is autograd's of the same run."""
+def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str], terms: float) -> None:
+    """Raise unless the gradient through the stages is autograd's of the same run; `terms`: size of what gradients are sums of."""
     theirs = torch.cat([g.reshape(-1) for g in seen.gradient])
     gap = (ours - theirs).abs()
     eps = max(torch.finfo(dtype).eps for dtype in {ours.dtype, *seen.trace.dtypes()})
-    bound = GRADIENTS_AGREE * eps**0.5 * float(theirs.abs().max())
+    bound = max(GRADIENTS_AGREE * eps**0.5 * float(theirs.abs().max()), TERMS_AGREE * eps * terms)
     if bool((gap <= bound).all()):
         return
     parts = zip(names, gap.split([g.numel() for g in seen.gradient]), strict=True)
     wrong = [name for name, part in parts if not bool((part <= bound).all())]
     raise UnsupportedModelError(
         f"expected a gradient that follows from the model's operations, got another one of {', '.join(wrong[:5])}: remove hooks and "
-        "custom backward functions that change gradients"
+        "custom backward functions that change gradients, and write no place twice in one scatter, of which torch's gradient is wrong"
     )
 
 
 # In √eps of the coarsest precision on the way, relative to the largest entry: by so much a gradient may differ from autograd's, where
 # large terms cancel in it.
 GRADIENTS_AGREE = 1.0
+
+# The same in eps of the size of the terms, for gradients that are rounding altogether, as that of a shift of all logits.
+TERMS_AGREE = 100.0

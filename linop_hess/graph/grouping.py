@@ -113,6 +113,8 @@ def grouped(nodes: Sequence[Node], parameters: int, target: np.ndarray, second: 
         Elements that the objective reads besides.
     second : SecondDerivatives
         Where they come from.
+    target : ndarray of int, optional
+        Elements that are read after all nodes, which is a use of those that are parameters.
 
     Raises
     ------

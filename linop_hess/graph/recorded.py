@@ -39,6 +39,8 @@ class Graph:
         What lives in its states.
     differenced : tuple of str
         Operations whose second derivatives are differences of first ones.
+    terms : float
+        Size of what gradients are sums of: rounding in them is relative to it, where all cancels.
     """
 
     problem: Problem
@@ -46,6 +48,7 @@ class Graph:
     generic: tuple[str, ...]
     cuts: LiveCuts
     differenced: tuple[str, ...]
+    terms: float
 
 
 def build_graph(
@@ -107,6 +110,7 @@ def build_graph(
     seed[-1] = 1.0
     adjoint = problem.transition.substitute_adjoint(seed)
     gradient = problem.apply_Gt(adjoint)[:, 0]
+    terms = _size_of_terms(problem, adjoint)
     new = torch.from_numpy(np.flatnonzero(plan.live.is_new))
     bars = torch.zeros(trace.ids + 2, dtype=like.dtype, device=like.device)
     bars[torch.from_numpy(plan.live.ids[plan.live.is_new])] = adjoint[new, 0]
@@ -120,7 +124,16 @@ def build_graph(
     _require_finite(problem)
     generic = tuple(dict.fromkeys(group.op.title for group in groups if group.rule.is_generic))
     differenced = tuple(dict.fromkeys(group.op.title for group in groups if group.op.by_differences))
-    return Graph(problem, gradient, generic, plan.cuts, differenced)
+    return Graph(problem, gradient, generic, plan.cuts, differenced, terms)
+
+
+def _size_of_terms(problem: Problem, adjoint: Tensor) -> float:
+    """Of the terms that gradients are sums of, the size in the largest sum: with random signs they do not cancel; or that of adjoints."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    draws = torch.randint(2, (len(adjoint), 4), generator=generator, dtype=torch.int64, device="cpu")
+    sums = problem.apply_Gt(adjoint * (2 * draws - 1).to(adjoint))
+    sizes = [float(sums.square().mean(1).max().sqrt()) if sums.numel() else 0.0, float(adjoint.abs().max())]
+    return max(sizes)
 
 
 def _stage(stack: Stack, makers: dict[int, Stage], objective: ObjectiveStage | None, like: Tensor) -> Stage:

@@ -179,7 +179,7 @@ class Recorder(TorchDispatchMode):
     def ids_of(self, tensor: Tensor) -> np.ndarray:
         """Element ids of a tensor, flat, in row-major order; zeros where it depends on no parameter."""
         ids = self._ids_of(tensor) if tensor.requires_grad else None
-        if ids is None:
+        if ids is None or ids is _NONE:
             return np.zeros(tensor.numel(), dtype=np.int64)
         return ids.ids() if isinstance(ids, Strided) else ids
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as f
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linop_hess.autograd.calling import as_data, as_module, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
@@ -106,6 +107,32 @@ class PrimitiveNorms(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+class Rounded(TorchDispatchMode):
+    """Results of all operations, those of backward passes too, moved by a few ulp, as rounding in another order would move them.
+
+    Parameters
+    ----------
+    seed : int
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator(device="cpu").manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(r.alias_info is not None for r in func._schema.returns):  # views, and what is written in place
+            return out
+        for y in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(y, Tensor) and y.dtype in _ROUNDED:
+                noise = torch.randn(y.shape, generator=self._generator, dtype=y.dtype, device="cpu")
+                y.mul_(1 + 2 * torch.finfo(y.dtype).eps * noise.to(y.device))
+        return out
+
+
+_ROUNDED = (torch.float32, torch.float64)
 
 
 def _layer_norm(

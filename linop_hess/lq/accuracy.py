@@ -45,6 +45,9 @@ ROUNDED = 1.0
 # float32 to 119.
 VERIFIED = 16.0
 
+# Where they do not, so many runs with all intermediate results moved by an ulp, too, tell what rounding explains.
+ROUNDINGS = 3
+
 # Where differences of gradients are compared with, by so much relatively a backward pass may miss the derivative of its operation: some
 # of torch's have constants in float32 whatever they compute in (hardsigmoid's 1/6 is off by 3e-8), and so no symmetric Hessian.
 BACKWARD_CONSTANTS = 2.0**-24
@@ -78,6 +81,10 @@ GROWTH_PARALLEL = 5e3
 
 # What the elimination of hidden controls may add before a band LU is asked for a determinant: eigenvalues move by 1e-12.
 GROWTH_DETERMINANT = 1e4
+
+# Largest entry of the constraints, in which 1 is their unit, with which the pivots of a band LU are worth a determinant. Where a state
+# hardly moves what comes after it (a norm of equal entries) units reach 1e17, solves stay right and determinants were 4 % off.
+SPREAD_DETERMINANT = 1e8
 
 # Below this |ε| rounding makes the signs of pivots uncertain that are ε by themselves.
 SMALLEST_DAMPING = 1e-12

@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from linop_hess.lq.accuracy import CERTAIN, GROWTH_DETERMINANT, GROWTH_LITTLE
+from linop_hess.lq.accuracy import CERTAIN, GROWTH_DETERMINANT, GROWTH_LITTLE, SPREAD_DETERMINANT
 from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.inverse.inertia import DENSE_UP_TO
 from linop_hess.lq.methods.banded import BandedFactorization
@@ -41,7 +41,8 @@ def logabsdet(factors: Factors, plan: Plan) -> float:
     if not (small or factors.has_determinant) and tame and affordable:
         # Long chains: a band LU needs no block LDLᵀ beside it.
         factors.refuse_tiny_damping()
-        return cast(BandedFactorization, factors.made("banded")).logabsdet()
+        if (banded := _banded(factors)) is not None:
+            return banded
     found = factors.answering("inertia")
     if found.method != "riccati":
         return found.logabsdet()
@@ -50,7 +51,13 @@ def logabsdet(factors: Factors, plan: Plan) -> float:
         H = assembled(analysis).clone()
         H.diagonal().add_(damping)
         return float(torch.linalg.slogdet(H)[1])
-    if tame and affordable:
-        return cast(BandedFactorization, factors.made("banded")).logabsdet()
+    if tame and affordable and (banded := _banded(factors)) is not None:
+        return banded
     # Logarithms of pivots as small as ε see every rounding: with hidden controls delayed, with as little growth as can be.
     return found.logabsdet() if tame else factors.riccati(GROWTH_LITTLE).logabsdet()
+
+
+def _banded(factors: Factors) -> float | None:
+    """That of the band LU; None where its entries are too unequal for its pivots to be worth it."""
+    band = cast(BandedFactorization, factors.made("banded"))
+    return band.logabsdet() if band.spread <= SPREAD_DETERMINANT else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq.accuracy import CERTAIN, NUDGE, ROUNDED_EIGENVALUE, UNSURE_PIVOT, ZERO_PIVOT
@@ -75,7 +76,23 @@ def inertia_at(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVO
     if found is not None and not found.zero:
         return found
     analysis = analysis.in_float64
-    return inertia_of_factors(Factors(analysis, damping, make_plan(analysis, damping)), zero_below)
+    factors = Factors(analysis, damping, make_plan(analysis, damping))
+    try:
+        return inertia_of_factors(factors, zero_below)
+    except (SingularPivotError, FactorizationError):
+        # Without damping a chain has no block LDLᵀ where controls are hidden in a stage, though H may have an inverse.
+        if (pivots := dense_spectrum(analysis, damping)) is None:
+            raise
+        return inertia_of([pivots], zero_below * scale)
+
+
+def dense_spectrum(analysis: Analysis, damping: float) -> Tensor | None:
+    """Eigenvalues of H + εI where few parameters allow it and none of them is rounding; None otherwise."""
+    if analysis.problem.size > DENSE_UP_TO:
+        return None
+    values = torch.linalg.eigvalsh(assembled(analysis)) + damping
+    sizes = values.abs()
+    return values if sizes.numel() and float(sizes.min()) > UNSURE_PIVOT * float(sizes.max()) else None
 
 
 def inertia(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVOT) -> Inertia:

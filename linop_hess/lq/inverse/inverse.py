@@ -16,7 +16,7 @@ from linop_hess.lq.inverse import determinant, sampling
 from linop_hess.lq.inverse.determined import determined, looks_singular
 from linop_hess.lq.inverse.entries import DiagonalEntries
 from linop_hess.lq.inverse.factors import Factors, SegmentReport
-from linop_hess.lq.inverse.inertia import between, inertia, inertia_of_factors
+from linop_hess.lq.inverse.inertia import between, dense_spectrum, inertia, inertia_of_factors
 from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.methods.riccati import RiccatiFactorization
@@ -105,7 +105,10 @@ class Inverse:
 
     def _of_matrix(self) -> Inertia:
         if "inertia" in self.solver.factorization.answers:
-            return self._asked(inertia_of_factors)
+            try:
+                return self._asked(inertia_of_factors)
+            except FactorizationError:
+                pass  # other factors may tell
         return inertia(self.analysis, self.damping)
 
     @cached_property
@@ -137,7 +140,12 @@ class Inverse:
         sign = -1.0 if self.inertia.negative % 2 else 1.0
         if self._determined is not None:
             return sign, self._determined.logabsdet()
-        return sign, self._asked(lambda factors: determinant.logabsdet(factors, self.solver.plan))
+        try:
+            return sign, self._asked(lambda factors: determinant.logabsdet(factors, self.solver.plan))
+        except FactorizationError:
+            if (values := dense_spectrum(self.analysis.in_float64, self.damping)) is None:
+                raise
+            return sign, float(values.abs().log().sum())
 
     def report(self) -> list[SegmentReport]:
         """Pivots of each segment of the block LDLᵀ, in the order of the chain."""

@@ -47,6 +47,11 @@ class BandLayout:
 class BandedFactorization:
     """LU of the condensed KKT band matrix at a damping.
 
+    Attributes
+    ----------
+    spread : float
+        The largest entry of the constraints, before they are weighed; their unit is 1.
+
     Raises
     ------
     SingularPivotError
@@ -83,6 +88,9 @@ class BandedFactorization:
         largest = max((max(float(T.max()), -float(T.min())) for T in Ts if T.size), default=0.0)
         self.weight = (
             2.0 ** float(np.clip(np.round(np.log2(largest)), -reach, reach)) if 0.0 < largest < np.inf else 1.0
+        )
+        self.spread = max(
+            (float(blocks.W.abs().max()) for blocks in analysis.condensed if blocks.W.numel()), default=0.0
         )
         for group, blocks, T in zip(analysis.groups, analysis.condensed, Ts, strict=True):
             W, r = blocks.W.numpy() * self.weight, group.r
