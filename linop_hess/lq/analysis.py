@@ -204,6 +204,14 @@ class Analysis:
         return v, problem.hessian_product(v)
 
     @cached_property
+    def rounding(self) -> float:
+        """By how much H(v + w) differs from Hv + Hw for unit vectors: rounding in what cancels in products, however small they are."""
+        v, product = self.probe
+        w = v.flip(0)
+        both = self.problem.hessian_product(v + w)
+        return float((both - product - self.problem.hessian_product(w)).double().norm())
+
+    @cached_property
     def norm(self) -> float:
         """‖H‖₂ to within some per cent, from below."""
         return self.damped_norm(0.0)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from linop_hess.errors import SingularPivotError
-from linop_hess.lq.accuracy import BLOCKS_MOVED, DETERMINANTS_DIFFER, DETERMINED_CONDITION, PIVOTS_MOVED
+from linop_hess.lq.accuracy import ASSEMBLED, BLOCKS_MOVED, DETERMINANTS_DIFFER, DETERMINED_CONDITION, PIVOTS_MOVED
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.banded import BandedFactorization
 from linop_hess.lq.methods.base import Factorization
@@ -26,7 +28,9 @@ def looks_singular(factors: Factorization) -> bool:
     v, _ = analysis.probe
     x = factors.solve(v)
     condition = max(analysis.norm, abs(factors.damping)) * float(x.double().norm())
-    return not condition <= DETERMINED_CONDITION
+    scale = max(analysis.norm, abs(factors.damping))
+    is_rounding = analysis.rounding > ASSEMBLED * torch.finfo(analysis.problem.dtype).eps * scale
+    return is_rounding or not condition <= DETERMINED_CONDITION
 
 
 def determined(analysis: Analysis, damping: float, plan: Plan) -> RiccatiFactorization | None:

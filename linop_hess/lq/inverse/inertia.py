@@ -87,8 +87,11 @@ def inertia_at(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVO
 
 
 def dense_spectrum(analysis: Analysis, damping: float) -> Tensor | None:
-    """Eigenvalues of H + εI where few parameters allow it and none of them is rounding; None otherwise."""
-    if analysis.problem.size > DENSE_UP_TO:
+    """Eigenvalues of H where ε = 0, few parameters allow it and none of them is rounding; None otherwise.
+
+    With a damping a chain whose block LDLᵀ fails is nearly singular, and the matrix tells less of it than the stages.
+    """
+    if damping != 0.0 or analysis.problem.size > DENSE_UP_TO:
         return None
     values = torch.linalg.eigvalsh(assembled(analysis)) + damping
     sizes = values.abs()
@@ -128,7 +131,7 @@ def between(analysis: Analysis, damping: float, found: Inertia) -> Inertia:
     found : Inertia
         What the factors at this damping say.
     """
-    move = ROUNDED_EIGENVALUE * max(analysis.norm, abs(damping))
+    move = max(ROUNDED_EIGENVALUE * max(analysis.norm, abs(damping)), 4.0 * analysis.rounding)
     if analysis.hidden and abs(damping) <= 2.0 * move:
         return found  # the eigenvalue ε of the hidden controls is no rounding
     below, above = inertia(analysis, damping - move), inertia(analysis, damping + move)

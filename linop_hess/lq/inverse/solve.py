@@ -265,7 +265,7 @@ class Solver:
         polish = few and error > 0.0 and tolerance <= default_tolerance(g.dtype)
         while (polish or not error <= tolerance) and steps < self.max_refinements and math.isfinite(error):
             polish = False
-            candidate = x + self._by_factors(r)
+            candidate = x + self._by_factors(r).to(g.dtype)
             new_error, new_residuals, new_r = self._backward_error(g, candidate, tolerance)
             steps += 1
             if not new_error < error:
