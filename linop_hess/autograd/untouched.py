@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -125,9 +126,13 @@ class _Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self._contents: list[tuple[Any, Any]] = []
+        self._empty: list[Any] = []  # most of a module's, its hooks
         self._keep(vars(module))
 
     def _keep(self, value: Any) -> None:
+        if not value:
+            self._empty.append(value)
+            return
         copy = dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else set(value)
         self._contents.append((value, copy))
         for inner in copy.values() if isinstance(copy, dict) else copy:
@@ -135,9 +140,12 @@ class _Attributes:
                 self._keep(inner)
 
     def restore(self) -> None:
+        for value in filter(None, self._empty):
+            value.clear()
         for value, before in self._contents:
             if isinstance(value, dict):
-                if list(value) != list(before) or any(value[key] is not kept for key, kept in before.items()):
+                same = len(value) == len(before) and all(map(is_, value.values(), before.values()))
+                if not same or list(value) != list(before):
                     value.clear()
                     value.update(before)
             elif isinstance(value, list):
