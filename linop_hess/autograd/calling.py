@@ -79,6 +79,8 @@ def as_module(function: Any, params: Any) -> nn.Module:
     ------
     TypeError
         If it is no function, or `params` is no dict of floating tensors.
+    ValueError
+        If a name is empty, that of an attribute of modules, or at once that of a parameter and of what holds others.
     """
     if not callable(function):
         raise TypeError(
@@ -94,7 +96,12 @@ def as_module(function: Any, params: Any) -> nn.Module:
     wrong = [name for name, tensor in params.items() if not tensor.is_floating_point()]
     if wrong:
         raise TypeError(f"expected floating tensors in params, got others under {', '.join(wrong)}: leave them out")
-    return _Function(function, params)
+    try:
+        return _Function(function, params)
+    except KeyError as error:
+        raise ValueError(
+            f"expected params with names that a module can have, got one that cannot be ({error.args[0]}): rename it"
+        ) from error
 
 
 def call_loss(loss_fn: Callable[..., Any], output: Any, target: Any, params: Mapping[str, Tensor]) -> Any:

@@ -306,7 +306,9 @@ def _pieces(node: Node, first: np.ndarray, never: float) -> list[tuple[float, No
 
 def _by_first_axis(node: Node) -> bool:
     """Whether a node's rows, along the first axis, are computed alike from rows of its arguments or from all of them."""
-    if node.func in (aten.mm.default, aten.addmm.default):
+    if node.func is aten.addmm.default:
+        return node.flat[0].ndim == 1  # an addend of the same row for all
+    if node.func is aten.mm.default:
         return True
     return is_elementwise(node.func)
 

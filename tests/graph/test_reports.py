@@ -642,3 +642,32 @@ def test_operations_without_a_second_derivative_name_module_and_remedy(batch):
         assert "replace it" in str(error)
     else:  # by differences of its own derivative
         assert lin.H is not None
+
+
+class LateRows(nn.Module):
+    """A product with a matrix as its addend, whose rows are read at different times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(3, 12, dtype=torch.float64))
+        self.c = nn.Parameter(torch.randn(12, 2, dtype=torch.float64))
+        self.x = torch.randn(8, 3, dtype=torch.float64)
+
+    def forward(self, addend: torch.Tensor) -> torch.Tensor:
+        h = torch.addmm(addend, self.x, self.w)
+        return torch.tanh(torch.tanh(h[:4]) + h[4:]) @ self.c
+
+
+def test_a_product_with_a_matrix_as_addend_stays_whole():
+    model, addend, y = LateRows(), torch.randn(8, 12, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    theirs = lh.to_dense(lh.Hessian(model, nn.functional.cross_entropy, (addend, y)))
+    ours = lh.to_dense(lh.linearize(model, nn.functional.cross_entropy, addend, y).H)
+    assert abs(theirs).max() > 1e-2 and abs(ours - theirs).max() <= 1e-14 * abs(theirs).max()
+
+
+@pytest.mark.parametrize("names", [("a", "a.b"), ("forward",), ("",), ("training",), ("a..b",)])
+def test_names_that_no_module_can_have(names):
+    params = {name: torch.ones(2, dtype=torch.float64) for name in names}
+    with pytest.raises(ValueError, match="names that a module can have"):
+        lh.linearize(lambda p, x: x, lambda y, _: y.sum(), torch.ones(1), None, params=params)
