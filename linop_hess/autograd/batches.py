@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
-from linop_hess.autograd.calling import takes_parameters
+from linop_hess.autograd.calling import refuse_empty, takes_parameters
 
 Progress = bool | Callable[[int], object] | None
 """True for a progress bar, or what to call with the number of batches done in this pass."""
@@ -210,6 +212,65 @@ class Batches:
             "what the mean of a batch divides by (of masked targets how many are not, the sum of the weights of a weighted mean), "
             'or use a loss that sums with reduction="sum" and scale the operator'
         )
+
+
+class SameBatches:
+    """Batches that must be the same, in the same order, on every pass, and have samples.
+
+    Each is told by a checksum of its tensors. Sums over batches that are computed at different times, as a matrix and its products,
+    belong together only then.
+
+    Parameters
+    ----------
+    data : iterable
+        Of pairs, as of `Batches`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `Batches`, for data that cannot be gone through again and again.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._data = _as_iterable(data)
+        self._marks: list[int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches.
+
+        Raises
+        ------
+        ValueError
+            If one is not what it was in the first pass, or has no samples.
+        """
+        marks: list[int] = []
+        for batch in self._data:
+            marks.append(_checksum(batch))
+            if self._marks is None:
+                for what, value in zip(("inputs", "targets"), _as_pair(batch), strict=True):
+                    refuse_empty(value, f"{what} of batch {len(marks)}")
+            elif self._marks[len(marks) - 1 : len(marks)] != marks[-1:]:
+                raise ValueError(
+                    f"expected the same batches in the same order on every pass, got another batch {len(marks)} than in the first: pass "
+                    "a loader that does not shuffle, sample or augment at random, and do not change the data"
+                )
+            yield batch
+        if self._marks is None:
+            self._marks = marks
+        elif len(marks) < len(self._marks):
+            raise ValueError(
+                f"expected the same {len(self._marks)} batches on every pass, got {len(marks)}: pass data that do not change"
+            )
+
+
+def _checksum(batch: Any) -> int:
+    """Of the bytes and shapes of all tensors of a nest."""
+    found = 1
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            flat = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found = zlib.adler32(cast(Any, flat.numpy()), zlib.adler32(str(tuple(leaf.shape)).encode(), found))
+    return found
 
 
 def _as_iterable(data: Any) -> Iterable[Any]:

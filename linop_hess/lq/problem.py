@@ -10,7 +10,7 @@ structure is that of the chain without it (`Analysis.at` says how it is factored
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -135,6 +135,21 @@ class Problem:
         """Build a problem from single stages, each a stack of one."""
         blocks = list(stages)
         return cls(blocks, np.array([(b, 0) for b in range(len(blocks))]), names, places, diagonal=diagonal)
+
+    why_no_chain: str = ""
+    """Of a problem that has no stages of its own, as a sum over batches: why, as messages say it."""
+
+    def parts(self) -> Iterator[tuple[Problem, float]]:
+        """Yield the chains whose Hessians, weighted, H is the sum of: itself, here; see `lq.SummedProblem`."""
+        yield self, 1.0
+
+    def typical_part(self) -> tuple[Problem, int]:
+        """Return a chain and how many about its size there are, for estimates."""
+        return self, 1
+
+    def reduced(self, local: Tensor) -> Tensor:
+        """Return what this process has of a sum over parts, summed over all processes: itself, here."""
+        return local
 
     def name(self, l: int) -> str:
         """What to call stage l (0-based) in a message."""

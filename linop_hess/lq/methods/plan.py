@@ -69,7 +69,11 @@ class Plan(Shown):
 
 def estimates(analysis: Analysis) -> dict[str, Cost]:
     """The cost of each method."""
-    return {name: method.estimate(analysis) for name, method in METHODS.items()}
+    why_not = analysis.problem.why_no_chain
+    return {
+        name: Cost.impossible(why_not) if why_not and not method.of_matrix else method.estimate(analysis)
+        for name, method in METHODS.items()
+    }
 
 
 def make_plan(analysis: Analysis, damping: float) -> Plan:
