@@ -236,13 +236,27 @@ class Linearization(Named, Storable, SampleGradients):
         """The stages, a row each: name in the model, operation, sizes, samples, live entries after it, and where derivatives come from."""
         return StageTable(self.problem)
 
-    def plan(self, damping: float = 1.0) -> NetworkPlan:
+    def plan(
+        self, damping: float = 1.0, *, right_hand_sides: int = 1, tolerance: float | None = None
+    ) -> NetworkPlan:
         """Cost of each method, the widest cuts and what lives there; see `ChainCurvature.plan`."""
-        return self.H.plan(damping)
+        return self.H.plan(damping, right_hand_sides=right_hand_sides, tolerance=tolerance)
 
-    def inverse(self, damping: float, method: MethodName = "auto", *, tolerance: float | None = None) -> HessianInverse:
+    def inverse(
+        self,
+        damping: float,
+        method: MethodName = "auto",
+        *,
+        tolerance: float | None = None,
+        rank: int | None = None,
+        tol: float | None = None,
+        core: int | None = None,
+        right_hand_sides: int = 1,
+    ) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
-        return self.H.inverse(damping, method, tolerance=tolerance)
+        return self.H.inverse(
+            damping, method, tolerance=tolerance, rank=rank, tol=tol, core=core, right_hand_sides=right_hand_sides
+        )
 
     def inertia(self, damping: float) -> Inertia:
         """Signs of the eigenvalues of H + damping·I; see `ChainCurvature.inertia`."""

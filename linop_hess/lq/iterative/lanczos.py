@@ -102,8 +102,8 @@ class Spectrum:
     weights: Tensor
     size: int
 
-    def count_beyond(self, damping: float, radius: float) -> float:
-        """Count the eigenvalues of H + εI outside |λ − ε| ≤ radius: N times the weights of the nodes there."""
+    def count_beyond(self, radius: float) -> float:
+        """About how many eigenvalues of H are larger than `radius`: N times the weights of the nodes there."""
         return self.size * float(self.weights[self.nodes.abs() > radius].sum())
 
 

@@ -57,6 +57,26 @@ class SketchOptions:
         return replace(self, rank=rank, core=core, dtype=dtype)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is made for.
+
+    Attributes
+    ----------
+    damping : float
+    right_hand_sides : int
+        How many solves.
+    tolerance : float
+        Residual to reach, relative to the right-hand side.
+    sketch : SketchOptions
+    """
+
+    damping: float
+    right_hand_sides: int = 1
+    tolerance: float = 1.0
+    sketch: SketchOptions = SketchOptions()
+
+
 def sketch_options(
     analysis: Analysis, rank: int | None = None, tol: float | None = None, core: int | None = None
 ) -> SketchOptions:

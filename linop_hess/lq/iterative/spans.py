@@ -9,7 +9,7 @@ import numpy as np
 from linop_hess.lq.problem import Problem
 
 # Sweeps forth and back that every direction takes: H times it, its rows of the lower part, the feedback, and what is felt of it.
-_SWEEPS_A_DIRECTION = 4.0
+SWEEPS_A_DIRECTION = 4.0
 # Pivots may take so many times the flops of all sweeps: longer spans leave less to be approximated, and fewer iterations.
 _PIVOTS_WORTH = 1.0
 
@@ -62,7 +62,7 @@ def cut(problem: Problem, samples: int, share: float, rank: int) -> Cut:
     layout = problem.layout
     starts = np.flatnonzero(layout.p)
     sizes = layout.p[starts].astype(float)
-    sweeps = _SWEEPS_A_DIRECTION * rank * share * product_flops(problem)
+    sweeps = SWEEPS_A_DIRECTION * rank * share * product_flops(problem)
     count = min(2, starts.size)
     while True:
         first = _balanced(sizes, count)

@@ -15,20 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linop_hess._display import Shown
+from linop_hess._memory import format_bytes
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.iterative.options import SketchOptions
+from linop_hess.lq.iterative.convergence import LEAST, PROBES, expected_iterations, product_seconds
+from linop_hess.lq.iterative.gmres import vectors_nbytes
+from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.iterative.sketch import Sketch, Sketches, why_no_sketch
-from linop_hess.lq.iterative.spans import cut
-from linop_hess.lq.methods.base import Congruence, Cost, Method, Tally
+from linop_hess.lq.iterative.spans import SWEEPS_A_DIRECTION, Cut, cut, product_flops
+from linop_hess.lq.methods.base import Congruence, Cost, Factorization, Method, Tally
 from linop_hess.lq.methods.riccati import recursion
 from linop_hess.lq.methods.stage_factor import SegmentLoad, StageFactor, unwhiten, whiten
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.value.sample_low_rank import Coupling, MappedElimination, SampleLowRankValue, Span, White
 
 
-@dataclass(frozen=True)
-class SketchReport:
+# Products with H that one with M⁻¹ takes as long as, of the samples that it is made of: three sweeps forward and three back, in float32.
+_APPLIED = 1.5
+
+
+@dataclass(frozen=True, repr=False)
+class SketchReport(Shown):
     """What a sketch keeps and drops.
 
     Attributes
@@ -59,6 +67,14 @@ class SketchReport:
     pivots: tuple[int, ...]
     dtype: str
     nbytes: int
+
+    def __str__(self) -> str:
+        """Return it in a line."""
+        kept = f"{min(self.ranks, default=0)} to {max(self.ranks, default=0)} of {self.directions} directions"
+        return (
+            f"sketch of {self.samples} samples in {self.dtype}: {len(self.spans)} spans with pivots of up to {max(self.pivots)} parameters, "
+            f"feedback of {kept}, {format_bytes(self.nbytes)}; H on the last direction is {self.remaining:.1e} of the largest"
+        )
 
 
 class SketchedFactorization(Congruence):
@@ -128,6 +144,21 @@ class SketchedFactorization(Congruence):
         )
 
 
+def sketch_report(factors: Factorization) -> SketchReport:
+    """What a sketch keeps and drops.
+
+    Raises
+    ------
+    ValueError
+        If the factors are of another method.
+    """
+    if not isinstance(factors, SketchedFactorization):
+        raise ValueError(
+            f'expected factors of method "sketched", got those of "{factors.method}": ask for method="sketched"'
+        )
+    return factors.report()
+
+
 def _divided(span: Span, S: Tensor, E: Coupling) -> MappedElimination:
     """All of a pivot block eliminated; what small pivots do to M costs iterations, no more."""
     if not bool(torch.isfinite(S).all()):
@@ -144,9 +175,55 @@ def factor(analysis: Analysis, damping: float, options: SketchOptions | None = N
     return SketchedFactorization(analysis, damping, options or SketchOptions())
 
 
-def estimate(analysis: Analysis, options: SketchOptions | None = None) -> Cost:
-    """The set-up: directions, pivots, feedback; what iterations come to is known only with a damping."""
-    raise NotImplementedError
+def forecast(analysis: Analysis, asked: Asked, worth: float) -> Cost:
+    """The set-up, which is counted, and iterations, which are expected (`lq.iterative.convergence`).
+
+    The spectrum is looked at only where set-up and a few iterations take less than `worth` seconds.
+    """
+    options = asked.sketch.for_problem(analysis)
+    if why_not := why_no_sketch(analysis, options.core):
+        return Cost.impossible(why_not)
+    assert options.rank is not None and options.core is not None and options.dtype is not None
+    problem, rank = analysis.problem, options.rank
+    share = options.core / analysis.samples
+    plan = analysis.once(Cuts).of(share, rank)
+    tally, item = Tally(options.dtype), options.dtype.itemsize
+    p = float(plan.controls.max())
+    tally.kernel("gemm", plan.assembly + 4.0 * problem.size * rank**2, p)
+    tally.kernel("ldl", plan.elimination, p)
+    tally.kernel("substitution", 4.0 * rank * float((plan.controls.astype(float) ** 2).sum()), min(p, rank))
+    setting_up = tally.seconds + SWEEPS_A_DIRECTION * product_seconds(analysis, share, rank)
+    state = share * float(problem.layout.n_out.max())
+    states = [problem.layout.n_out[start - 1] for start, _ in plan.bounds[1:]]
+    width = problem.layout.n_out.max() / analysis.samples
+    nbytes = item * (
+        float((plan.controls.astype(float) ** 2).sum()) + 3.0 * p**2 + 3.0 * problem.size * rank
+        + share * float(sum(states)) * (width + rank) + 4.0 * state * rank
+    )  # fmt: skip
+    nbytes += vectors_nbytes(problem, asked.right_hand_sides) + float(problem.nbytes)
+    each = product_seconds(analysis) * (1.0 + _APPLIED * share)
+    count = asked.right_hand_sides
+    flops = plan.assembly + plan.elimination + plan.sweeps
+    if setting_up + (PROBES + count * LEAST) * each >= worth:
+        return Cost(flops, nbytes, setting_up + count * LEAST * each, at_least=True)
+    iterations = expected_iterations(analysis, asked.damping, asked.tolerance, rank)
+    total = count * iterations
+    flops += total * (1.0 + _APPLIED * share) * product_flops(problem)
+    return Cost(flops, nbytes, setting_up + total * each, iterations=round(iterations))
 
 
-METHOD = Method("sketched", factor, estimate, SketchedFactorization.answers)
+class Cuts:
+    """The spans of an analysis by what they are cut for, each counted once."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self._analysis = analysis
+        self._known: dict[tuple[float, int], Cut] = {}
+
+    def of(self, share: float, rank: int) -> Cut:
+        """The spans for a share of the samples and a number of directions."""
+        if (share, rank) not in self._known:
+            self._known[share, rank] = cut(self._analysis.problem, self._analysis.samples, share, rank)
+        return self._known[share, rank]
+
+
+METHOD = Method("sketched", factor, None, SketchedFactorization.answers, forecast=forecast)
