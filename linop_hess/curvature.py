@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from linop_hess._validate import finite_real
+from linop_hess._validate import finite_real, whole
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.counting import count_up_to, smallest_convex_damping
 from linop_hess.lq.inverse.inertia import inertia
@@ -54,22 +54,52 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
         """
         return damped(self, finite_real(damping, "damping"))
 
-    def plan(self, damping: float = 1.0) -> NetworkPlan:
+    def plan(self, damping: float = 1.0, *, right_hand_sides: int = 1, tolerance: float | None = None) -> NetworkPlan:
         """Flops, bytes and modelled time of each method, the choice of ``method="auto"``, and the widest cuts; print it.
 
-        The damping is only told: no cost depends on it.
+        Only iterations depend on the damping, and are estimated: see docs/batches.md.
+
+        Parameters
+        ----------
+        damping : float
+        right_hand_sides : int
+            How many solves are to be made.
+        tolerance : float, optional
+            Backward error that they must reach; default 1e-14 in float64 and 1e-6 in float32.
 
         Raises
         ------
         ValueError, TypeError
-            If damping is not a finite real number.
+            If damping is not a finite real number, or `right_hand_sides` no positive integer.
         """
-        return NetworkPlan.of(make_plan(self.analysis, finite_real(damping, "damping")), self._cuts)
+        damping, count = finite_real(damping, "damping"), whole(right_hand_sides, "right_hand_sides", least=1)
+        with torch.no_grad():
+            return NetworkPlan.of(make_plan(self.analysis, damping, count, tolerance), self._cuts)
 
-    def inverse(self, damping: float, method: MethodName = "auto", *, tolerance: float | None = None) -> HessianInverse:
+    def inverse(
+        self,
+        damping: float,
+        method: MethodName = "auto",
+        *,
+        tolerance: float | None = None,
+        rank: int | None = None,
+        tol: float | None = None,
+        core: int | None = None,
+        right_hand_sides: int = 1,
+    ) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
         with self._cuts.told():
-            return HessianInverse(self.analysis, damping, method, tolerance=tolerance, table=self.parameter_table)
+            return HessianInverse(
+                self.analysis,
+                damping,
+                method,
+                tolerance=tolerance,
+                table=self.parameter_table,
+                rank=rank,
+                tol=tol,
+                core=core,
+                right_hand_sides=right_hand_sides,
+            )
 
     def inertia(self, damping: float) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse.
@@ -184,13 +214,25 @@ class HasHessian:
         """H + damping·I; see `ChainCurvature.damped`."""
         return self.H.damped(damping)
 
-    def plan(self, damping: float = 1.0) -> NetworkPlan:
+    def plan(self, damping: float = 1.0, *, right_hand_sides: int = 1, tolerance: float | None = None) -> NetworkPlan:
         """Cost of each method, the widest cuts and what lives there; see `ChainCurvature.plan`."""
-        return self.H.plan(damping)
+        return self.H.plan(damping, right_hand_sides=right_hand_sides, tolerance=tolerance)
 
-    def inverse(self, damping: float, method: MethodName = "auto", *, tolerance: float | None = None) -> HessianInverse:
+    def inverse(
+        self,
+        damping: float,
+        method: MethodName = "auto",
+        *,
+        tolerance: float | None = None,
+        rank: int | None = None,
+        tol: float | None = None,
+        core: int | None = None,
+        right_hand_sides: int = 1,
+    ) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
-        return self.H.inverse(damping, method, tolerance=tolerance)
+        return self.H.inverse(
+            damping, method, tolerance=tolerance, rank=rank, tol=tol, core=core, right_hand_sides=right_hand_sides
+        )
 
     def inertia(self, damping: float) -> Inertia:
         """Signs of the eigenvalues of H + damping·I; see `ChainCurvature.inertia`."""

@@ -63,6 +63,16 @@ PIVOT_DELAY = 0.1
 PIVOT_SUSPECT = 0.01
 PIVOT_SMALL = 1e-4
 
+# --- Sketches ----------------------------------------------------------------------------------------------------------------
+
+# Eigenvalues of YᵀKY from this share of the largest on are kept: below, they are rounding in products of that precision.
+SKETCH_KEPT = {torch.float64: 1e-13, torch.float32: 1e-6}
+# Norm that is left of a block of vectors, orthogonalized against others, in terms of what it was: less is rounding, and no direction.
+SKETCH_SPANNED = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+# A solve by iterating looks at the solution again when the residual has fallen by this, since what is reached by recurrence drifts.
+RESTARTED = 1e-6
+
 # --- What inertia, determinants and entries may lose -----------------------------------------------------------------------------
 
 # What the division by a small pivot may add to the cost-to-go: rounding in it then moves eigenvalues by about 1e-13.

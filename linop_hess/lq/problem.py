@@ -21,6 +21,7 @@ from torch import Tensor
 from linop_hess.lq.layout import Layout, Slots
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
+from linop_hess.lq.sweeps import Sweep
 from linop_hess.lq.transition import Transition
 
 
@@ -276,6 +277,8 @@ class Problem:
     def hessian_product(self, x: Tensor, damping: float = 0.0) -> Tensor:
         """(H + εI) x, shape (N, k): one forward and one backward substitution."""
         q = self.layout
+        if not self.transition.is_banded:
+            return self._swept_product(x, damping)
         d = q.shift(self.transition.substitute(self.apply_G(x)))
         costate = self.transition.substitute_adjoint(q.shift_adjoint(self.apply_Bt(x) + self.apply_C(d)))
         out = self.apply_Gt(costate)
@@ -284,6 +287,23 @@ class Problem:
                 controls.add(out, stage.A(controls.gather(x)))
             if controls.size and states.size and "B" in stage.nonzero:
                 controls.add(out, stage.B(states.gather(d)))
+        if self.diagonal is not None:
+            out.addcmul_(self.diagonal[:, None], x)
+        return out.add_(x, alpha=damping) if damping else out
+
+    @cached_property
+    def sweep(self) -> Sweep:
+        """The stages from the first with controls on, for products stage by stage."""
+        return Sweep(self.stages[self.layout.first :])
+
+    def _swept_product(self, x: Tensor, damping: float) -> Tensor:
+        """The same stage by stage, which keeps wide states in cache where products of whole stacks do not."""
+        chain = self.layout.in_chain_order(x)
+        out = torch.zeros_like(chain)
+        states = self.sweep.forward(chain, None)
+        self.sweep.back(None, states=states, x=chain, rows=out, down=False)
+        self.sweep.add_A(chain, out)
+        out = self.layout.in_flat_order(out)
         if self.diagonal is not None:
             out.addcmul_(self.diagonal[:, None], x)
         return out.add_(x, alpha=damping) if damping else out

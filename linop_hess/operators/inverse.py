@@ -16,6 +16,8 @@ from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.factors import SegmentReport
 from linop_hess.lq.inverse.inverse import Inverse
 from linop_hess.lq.inverse.solution import Solution
+from linop_hess.lq.iterative.options import SketchOptions, sketch_options
+from linop_hess.lq.methods.sketched import SketchReport
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.block import NamedOperator
@@ -23,7 +25,7 @@ from linop_hess.operators.convert import Arrays, as_tensor, handed, require_arra
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import ParameterTable
 
-MethodName = Literal["auto", "banded", "riccati", "dense", "woodbury", "ldu"]
+MethodName = Literal["auto", "banded", "riccati", "dense", "woodbury", "sketched", "iterative", "ldu"]
 """How to factor H + εI; "auto" chooses by the cost model."""
 
 
@@ -38,10 +40,16 @@ class HessianInverse(NamedOperator):
         The chain, as `Linearization.inverse` passes it.
     damping : float
         ε; may be zero or negative.
-    method : {"auto", "banded", "riccati", "dense", "woodbury", "ldu"}
-        How to factor; "auto" follows the cost model of `Linearization.plan`.
+    method : {"auto", "banded", "riccati", "dense", "woodbury", "sketched", "iterative", "ldu"}
+        How to factor; "auto" follows the cost model of `Linearization.plan`. With "sketched", asked for by name, products apply the
+        sketch alone, M⁻¹: a fixed symmetric approximation of the inverse, for `M=`; `solve` is certified all the same.
     tolerance : float, optional
         Backward error every solve must reach; default 1e-14 in float64 and 1e-6 in float32.
+    rank, tol, core : int, float and int, optional
+        Of method "sketched": the number of directions, or the part of ‖H‖ below which directions are left out; and of how many samples,
+        weighted, the sketch is made, by default all.
+    right_hand_sides : int
+        For how many solves "auto" chooses: what a factorization costs once, a method that iterates costs with every one.
     table : ParameterTable, optional
         Names of the parameters; without, those of the stages' controls (`ParameterTable.of_stages`).
 
@@ -76,13 +84,22 @@ class HessianInverse(NamedOperator):
         *,
         tolerance: float | None = None,
         table: ParameterTable | None = None,
+        rank: int | None = None,
+        tol: float | None = None,
+        core: int | None = None,
+        right_hand_sides: int = 1,
     ) -> None:
         analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
+        sketch = sketch_options(analysis, rank, tol, core)
+        if method not in ("sketched", "auto") and not sketch.is_default:
+            raise ValueError(f'expected no rank, tol or core for method {method!r}: they are of method "sketched"')
         N = analysis.problem.size
         super().__init__((N, N), analysis.problem.dtype, analysis.problem.device)
         self.parameter_table = table or ParameterTable.of_stages(analysis.problem)
         with torch.no_grad():
-            self._inverse = Inverse(analysis, damping, method, tolerance=tolerance)
+            self._inverse = Inverse(
+                analysis, damping, method, tolerance=tolerance, sketch=sketch, right_hand_sides=right_hand_sides
+            )
 
     @property
     def damping(self) -> float:
@@ -110,7 +127,7 @@ class HessianInverse(NamedOperator):
         return self._inverse.solver.tolerance
 
     def _apply(self, X: Tensor) -> Tensor:
-        return self._inverse.solve(X).x
+        return self._inverse.product(X)
 
     @overload
     def solve(self, g: Tensor) -> Solution[Tensor]: ...
@@ -192,6 +209,16 @@ class HessianInverse(NamedOperator):
         """
         with torch.no_grad():
             return self._inverse.report()
+
+    def report(self) -> SketchReport:
+        """Ranks, samples, spans and memory of the sketch, and what it dropped, of method "sketched".
+
+        Raises
+        ------
+        ValueError
+            If solves are by another method.
+        """
+        return self._inverse.sketch_report()
 
     def positive(self) -> PositiveOperator:
         """Return L⁻ᵀ|D|⁻¹L⁻¹ where H + εI = L D Lᵀ: positive definite, a legal `M` for cg and minres.
@@ -363,7 +390,18 @@ class HessianInverse(NamedOperator):
         """
         solver = self._inverse.solver
         method = cast(MethodName, solver.requested)
-        return HessianInverse(solver.analysis, damping, method, tolerance=solver.tolerance, table=self.parameter_table)
+        asked = solver.sketch or SketchOptions()
+        return HessianInverse(
+            solver.analysis,
+            damping,
+            method,
+            tolerance=solver.tolerance,
+            table=self.parameter_table,
+            rank=asked.rank,
+            tol=asked.tol,
+            core=asked.core,
+            right_hand_sides=solver.right_hand_sides,
+        )
 
 
 class PositiveOperator(Operator):

@@ -114,6 +114,7 @@ class Factors:
         self.analysis, self.damping, self._plan = self.change.analysis, self.change.damping, plan
         # Factors that only solve, such as those promoted from another precision, stand for no method here.
         known = solving is not None and solving.analysis is self.analysis and solving.answers > {"solve"}
+        known = known and solving is not None and METHODS[solving.method].exact
         self._asked_for = None if solving is None else solving.method
         self._made: dict[str, Factorization] = {solving.method: solving} if known and solving is not None else {}
         self._riccati: dict[BoundedGrowth, RiccatiFactorization] = {}
@@ -144,7 +145,7 @@ class Factors:
             if question in made.answers:
                 return self._certain(made)
         # In another precision the method of the solves comes first, then the fastest.
-        able = [name for name in self._plan.by_time() if question in METHODS[name].answers]
+        able = [name for name in self._plan.by_time() if METHODS[name].exact and question in METHODS[name].answers]
         for name in sorted(able, key=lambda name: name != self._asked_for):
             if question in (made := self.made(name)).answers:
                 return self._certain(made)

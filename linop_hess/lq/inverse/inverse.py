@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,10 @@ from linop_hess.lq.inverse.factors import Factors, SegmentReport
 from linop_hess.lq.inverse.inertia import between, dense_spectrum, inertia, inertia_of_factors
 from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.inverse.solve import Solver
+from linop_hess.lq.iterative.options import SketchOptions
+from linop_hess.lq.methods.plan import METHODS
 from linop_hess.lq.methods.riccati import RiccatiFactorization
+from linop_hess.lq.methods.sketched import SketchReport, sketch_report
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 
@@ -36,9 +39,13 @@ class Inverse:
     problem : Problem or Analysis
     damping : float
         ε; may be zero or negative.
-    method : {"auto", "banded", "riccati", "dense", "woodbury", "ldu"}
+    method : {"auto", "banded", "riccati", "dense", "woodbury", "sketched", "iterative", "ldu"}
     tolerance : float, optional
         Backward error that every solve must reach; default 1e-14 in float64, 1e-6 in float32.
+    sketch : SketchOptions, optional
+        What is asked of method "sketched".
+    right_hand_sides : int
+        For how many solves "auto" chooses.
 
     Raises
     ------
@@ -51,9 +58,18 @@ class Inverse:
     """
 
     def __init__(
-        self, problem: Problem | Analysis, damping: float, method: str = "auto", *, tolerance: float | None = None
+        self,
+        problem: Problem | Analysis,
+        damping: float,
+        method: str = "auto",
+        *,
+        tolerance: float | None = None,
+        sketch: SketchOptions | None = None,
+        right_hand_sides: int = 1,
     ) -> None:
-        self.solver = Solver(problem, damping, method, tolerance=tolerance)
+        self.solver = Solver(
+            problem, damping, method, tolerance=tolerance, sketch=sketch, right_hand_sides=right_hand_sides
+        )
 
     def __getstate__(self) -> dict[str, Solver]:
         """Pickle the solver alone."""
@@ -72,6 +88,17 @@ class Inverse:
     def solve(self, g: Tensor, tolerance: float | None = None) -> Solution[Tensor]:
         """Solve (H + εI) x = g for g of shape (N, k); see `Solver.solve`."""
         return self.solver.solve(g, tolerance)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the factors of solves are those of H + εI; if not, solves are left to GMRES with them."""
+        return METHODS[self.solver.method].exact
+
+    def product(self, g: Tensor) -> Tensor:
+        """(H + εI)⁻¹ g for g of shape (N, k), certified; by "sketched", asked for by name, M⁻¹ g."""
+        if self.solver.requested == "sketched":
+            return self.solver.approximate(g)
+        return self.solve(g).x
 
     @cached_property
     def factors(self) -> Factors:
@@ -151,8 +178,21 @@ class Inverse:
         """Pivots of each segment of the block LDLᵀ, in the order of the chain."""
         return self._asked(Factors.report)
 
+    def sketch_report(self) -> SketchReport:
+        """What the sketch of method "sketched" keeps and drops.
+
+        Raises
+        ------
+        ValueError
+            If solves are by another method.
+        """
+        return sketch_report(self.solver.factorization)
+
     def positive(self) -> Callable[[Tensor], Tensor]:
         """The product with L⁻ᵀ|D|⁻¹L⁻¹, where H + εI = L D Lᵀ; with the certified inverse itself where that is positive definite."""
+        made = self.solver.factorization
+        if not self.is_exact and "positive" in made.answers:
+            return _Positive(cast(sampling.Answering, made), self.solver.change)
         try:
             definite = self.is_positive_definite
         except FactorizationError:  # a damping too small to tell

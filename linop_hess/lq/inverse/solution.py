@@ -18,14 +18,17 @@ class _Shown(Shown, Unpacked):
     backward_error: float
     refinement_steps: int
     method: str
+    iterations: int
 
     _order = ("x", "backward_error", "residual_norm", "refinement_steps", "method")
 
     def __str__(self) -> str:
-        steps = self.refinement_steps
+        steps, what = self.refinement_steps, "refinement step"
+        if self.iterations:
+            steps, what = self.iterations, "iteration"
         return (
             f"Solution(x of shape {tuple(self.x.shape)}, backward error {self.backward_error:.1e}, "
-            f"{steps} refinement step{'s' * (steps != 1)}, by {self.method})"
+            f"{steps} {what}{'s' * (steps != 1)}, by {self.method})"
         )
 
 
@@ -51,6 +54,8 @@ class Solution(_Shown, Generic[Array]):
     structured_error : float
         Where H + εI as a matrix is singular to working precision although its stages determine x, as in chains whose states grow:
         max over columns of the part of ‖x‖ by which rounding in the blocks of the stages moves x. NaN where it was not needed.
+    iterations : int
+        Of GMRES, where the method iterates, the most that any column took; 0 where its factors are those of H + εI.
     """
 
     x: Array
@@ -59,3 +64,4 @@ class Solution(_Shown, Generic[Array]):
     refinement_steps: int
     method: str
     structured_error: float = math.nan
+    iterations: int = 0

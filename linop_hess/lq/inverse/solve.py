@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from linop_hess._memory import require
-from linop_hess._validate import finite_real
+from linop_hess._validate import finite_real, whole
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq.accuracy import (
     DENSE_CONDITION,
@@ -32,6 +32,8 @@ from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.right_hand_side import checked, times_power_of_two, to_size_one
 from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.inverse.structured import StructuredSolver
+from linop_hess.lq.iterative.gmres import MOST_ITERATIONS, gmres
+from linop_hess.lq.iterative.options import SketchOptions
 from linop_hess.lq.methods.base import Factor, Factorization
 from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan
 from linop_hess.lq.problem import Problem
@@ -56,6 +58,7 @@ class _Found:
     steps: int
     method: str
     structured_error: float = math.nan
+    iterations: int = 0
 
 
 class Solver:
@@ -67,9 +70,13 @@ class Solver:
         An analysis is shared by all factorizations made from it.
     damping : float
         ε; may be zero or negative.
-    method : {"auto", "banded", "riccati", "dense", "woodbury", "ldu"}
+    method : {"auto", "banded", "riccati", "dense", "woodbury", "sketched", "iterative", "ldu"}
     tolerance : float, optional
         Backward error to reach; default 1e-14 in float64, 1e-6 in float32.
+    sketch : SketchOptions, optional
+        What is asked of method "sketched".
+    right_hand_sides : int
+        For how many solves "auto" chooses.
     max_refinements : int
         Refinement steps before a method is given up.
 
@@ -93,6 +100,8 @@ class Solver:
         *,
         tolerance: float | None = None,
         max_refinements: int = 6,
+        sketch: SketchOptions | None = None,
+        right_hand_sides: int = 1,
     ) -> None:
         if method != "auto" and method not in METHODS:
             raise ValueError(f"method must be one of {['auto', *METHODS]}, got {method!r}")
@@ -109,19 +118,23 @@ class Solver:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
         self.max_refinements = max_refinements
         self.change = self.analysis.at(self.damping)
-        self.plan: Plan = make_plan(self.analysis, self.damping)
+        self.sketch, self.right_hand_sides = sketch, whole(right_hand_sides, "right_hand_sides", least=1)
+        self.plan: Plan = make_plan(self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch)
         v, product = self.analysis.probe
         self._norm_bound = float((product + self.damping * v).double().norm())
         self._norm_is_final = False
         self._factorization: Factorization | None = None
         self._judge: StructuredSolver | None = None
         chosen = self.plan.choice if method == "auto" else method
-        self._ladder: list[tuple[str, Factor]] = ladder(self.plan, chosen, self.problem.dtype)
+        self._ladder: list[tuple[str, Factor]] = ladder(self.plan, chosen, self.problem.dtype, sketch)
+        if method != "auto" and not METHODS[method].exact:
+            del self._ladder[1:]  # asked for by name, so that none that takes more memory may stand in
         self._climb()
 
     def __reduce__(self) -> tuple[Callable[..., Solver], tuple[Any, ...]]:
         """Pickle problem, damping and method, no factors: they are made again when it is loaded."""
-        return _again, (self.analysis, self.damping, self.requested, self.tolerance, self.max_refinements)
+        options = self.max_refinements, self.sketch, self.right_hand_sides
+        return _again, (self.analysis, self.damping, self.requested, self.tolerance, *options)
 
     def _climb(self) -> None:
         """Factor by the next method of the ladder that does not meet a singular pivot."""
@@ -197,14 +210,22 @@ class Solver:
             raise OverflowError(f"the solution exceeds the range of {x.dtype}: scale the right-hand side down")
         residual = float(times_power_of_two(found.residuals, exponents).max())
         error, steps = found.backward_error, found.steps
-        return Solution(x.reshape(operand.shape), error, residual, steps, found.method, found.structured_error)
+        x = x.reshape(operand.shape)
+        return Solution(x, error, residual, steps, found.method, found.structured_error, found.iterations)
 
     def _solved(self, g: Tensor, tolerance: float) -> _Found:
         """A solution of this backward error for columns of size one, by the first method that reaches it."""
         while True:
-            x, error, residuals, steps = self._refined(g, tolerance)
+            iterations = 0
+            if METHODS[self.method].exact:
+                x, error, residuals, steps = self._refined(g, tolerance)
+            else:
+                x, error, residuals, iterations = self._iterated(g, tolerance)
+                steps = 0
             if error <= tolerance:
-                return _Found(x, error, residuals, steps, self.method)
+                return _Found(x, error, residuals, steps, self.method, iterations=iterations)
+            if not self._ladder and iterations:
+                self._fail_to_converge(tolerance, error, float((residuals / _norms(g)).max()), iterations)
             if not self._ladder:
                 self._fail(
                     f"could not be solved to a backward error of {tolerance:.0e}; the best was "
@@ -275,6 +296,37 @@ class Solver:
             if stalled:
                 break
         return x, error, residuals, steps
+
+    def _iterated(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
+        """x, its backward error, residual norms and iterations, by GMRES with the factors as preconditioner."""
+        self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping))
+        self._norm_is_final = True
+        sizes = _norms(g)
+        found = gmres(
+            self._product,
+            self._by_factors,
+            g,
+            lambda x: tolerance * (self._norm_bound * x + sizes),
+            MOST_ITERATIONS,
+        )
+        error, residuals, _ = self._backward_error(g, found.x, tolerance)
+        return found.x, error, residuals, found.iterations
+
+    def approximate(self, g: Tensor) -> Tensor:
+        """The factors alone, a fixed and symmetric operator: of "sketched" M⁻¹ g, for g of shape (N, k)."""
+        columns, exponents = to_size_one(g)
+        return times_power_of_two(self._by_factors(columns), exponents)
+
+    def _fail_to_converge(self, tolerance: float, error: float, residual: float, iterations: int) -> None:
+        remedy = 'a larger damping, or method "dense" or "sketched"'
+        if self.method == "sketched":
+            remedy = 'a larger rank, a larger core, a larger damping, or method "dense"'
+        raise FactorizationError(
+            f"H + damping·I with damping={self.damping:g} could not be solved to a backward error of {tolerance:.0e} by method "
+            f"{self.method!r}: after {iterations} iterations of GMRES the relative residual is {residual:.1e}, the backward error "
+            f"{error:.1e}; try {remedy}",
+            damping=self.damping,
+        )
 
     def _by_factors(self, g: Tensor) -> Tensor:
         return self.change.solve(self.factorization, g).to(g.dtype)
@@ -357,10 +409,26 @@ def damping_that_works(analysis: Analysis, damping: float, factor: Factor, toler
     return None
 
 
-def _again(analysis: Analysis, damping: float, method: str, tolerance: float, max_refinements: int) -> Solver:
+def _again(
+    analysis: Analysis,
+    damping: float,
+    method: str,
+    tolerance: float,
+    max_refinements: int,
+    sketch: SketchOptions | None,
+    right_hand_sides: int,
+) -> Solver:
     """Factor anew, when unpickled."""
     with torch.no_grad():
-        return Solver(analysis, damping, method, tolerance=tolerance, max_refinements=max_refinements)
+        return Solver(
+            analysis,
+            damping,
+            method,
+            tolerance=tolerance,
+            max_refinements=max_refinements,
+            sketch=sketch,
+            right_hand_sides=right_hand_sides,
+        )
 
 
 def _norms(columns: Tensor) -> Tensor:

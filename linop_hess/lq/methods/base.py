@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,12 +38,18 @@ class Cost:
         Modelled time on this machine; used to compare methods, not to promise.
     why_not : str
         Why the method cannot be used here; empty if it can.
+    iterations : int or None
+        Of a method that iterates, how many are expected for a right-hand side.
+    at_least : bool
+        Whether it takes more than this: it was not looked at further, since others take less.
     """
 
     flops: float
     nbytes: float
     seconds: float
     why_not: str = ""
+    iterations: int | None = None
+    at_least: bool = False
 
     @classmethod
     def impossible(cls, why_not: str) -> Cost:
@@ -197,7 +203,7 @@ class Congruence(ABC):
         """Bytes held."""
 
 
-Factor = Callable[[Analysis, float], Factorization]
+Factor = Callable[..., Factorization]
 """What makes a factorization: an analysis and a damping."""
 
 
@@ -210,19 +216,28 @@ class Method:
     name : str
     factor : callable
         ``factor(analysis, damping)`` gives the factorization.
-    estimate : callable
-        ``estimate(analysis)`` gives its `Cost`.
+    estimate : callable or None
+        ``estimate(analysis)`` gives its `Cost`, at any damping; None of a method that iterates.
     answers : frozenset of str
         What its factors may answer, of `EVERYTHING`; what they do answer they say themselves.
     is_automatic : bool
         Whether ``method="auto"`` may choose it.
     of_matrix : bool
         Whether it needs H alone, and no stages.
+    forecast : callable or None
+        Of a method that iterates: ``forecast(analysis, asked, worth)`` gives its `Cost` for what is asked; it need not look further where
+        the cost exceeds `worth` seconds.
     """
 
     name: str
     factor: Factor
-    estimate: Callable[[Analysis], Cost]
+    estimate: Callable[[Analysis], Cost] | None
     answers: frozenset[str]
     is_automatic: bool = True
     of_matrix: bool = False
+    forecast: Callable[[Analysis, Any, float], Cost] | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether its factors are those of H + εI; if not, solves are left to GMRES with them."""
+        return self.estimate is not None

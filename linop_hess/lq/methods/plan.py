@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from linop_hess._display import Shown
 from linop_hess._memory import available_bytes, format_bytes
+from linop_hess.lq.accuracy import default_tolerance
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.methods import banded, block_ldu, dense, riccati, woodbury
+from linop_hess.lq.iterative.options import Asked, SketchOptions
+from linop_hess.lq.methods import banded, block_ldu, dense, iterative, riccati, sketched, woodbury
 from linop_hess.lq.methods.base import Cost, Factor, Method
 from linop_hess.lq.methods.promoted import promoted
 
 METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD for module in (banded, riccati, dense, woodbury, block_ldu)
+    module.METHOD.name: module.METHOD for module in (banded, riccati, dense, woodbury, block_ldu, sketched, iterative)
 }
 """The methods by name."""
 
@@ -57,10 +61,20 @@ class Plan(Shown):
         rows = [["method", "flops", "memory", "seconds", f"(damping {self.damping:g})"]]
         for method, cost in self.costs.items():
             if not cost.why_not:
-                note = "<- chosen" if method == self.choice else ""
+                notes = [] if cost.iterations is None else [f"about {cost.iterations} iterations"]
+                notes += ["<- chosen"] if method == self.choice else []
                 if not self.fits(method):
-                    note = f"does not fit in {format_bytes(self.available)}"
-                rows.append([method, f"{cost.flops:.2g}", format_bytes(cost.nbytes), f"{cost.seconds:.2g}", note])
+                    notes = [f"does not fit in {format_bytes(self.available)}"]
+                more = "> " * cost.at_least
+                rows.append(
+                    [
+                        method,
+                        f"{more}{cost.flops:.2g}",
+                        format_bytes(cost.nbytes),
+                        f"{more}{cost.seconds:.2g}",
+                        " ".join(notes),
+                    ]
+                )
         return rows
 
     def _notes(self) -> list[str]:
@@ -68,38 +82,72 @@ class Plan(Shown):
 
 
 def estimates(analysis: Analysis) -> dict[str, Cost]:
-    """The cost of each method."""
+    """The cost of each method that does not iterate, which is the same at any damping."""
     why_not = analysis.problem.why_no_chain
     return {
         name: Cost.impossible(why_not) if why_not and not method.of_matrix else method.estimate(analysis)
         for name, method in METHODS.items()
+        if method.estimate is not None
     }
 
 
-def make_plan(analysis: Analysis, damping: float) -> Plan:
+def make_plan(
+    analysis: Analysis,
+    damping: float,
+    right_hand_sides: int = 1,
+    tolerance: float | None = None,
+    sketch: SketchOptions | None = None,
+) -> Plan:
     """Estimate every method for a problem and choose.
 
     Parameters
     ----------
     analysis : Analysis
     damping : float
+    right_hand_sides : int
+        How many solves are to be made: what a factorization costs once, a method that iterates costs with every one.
+    tolerance : float, optional
+        Backward error that they must reach.
+    sketch : SketchOptions, optional
+        What is asked of method "sketched".
 
     Returns
     -------
     Plan
     """
     available = available_bytes()
-    costs = analysis.at(damping).analysis.once(estimates)
-    able = [name for name, method in METHODS.items() if method.is_automatic and not costs[name].why_not]
-    fitting = [name for name in able if costs[name].nbytes <= available]
-    choice = min(fitting or able, key=lambda m: costs[m].seconds if fitting else costs[m].nbytes)
+    change = analysis.at(damping)
+    costs = dict(change.analysis.once(estimates))
+
+    def able() -> list[str]:
+        return [name for name in costs if METHODS[name].is_automatic and not costs[name].why_not]
+
+    def fitting() -> list[str]:
+        return [name for name in able() if costs[name].nbytes <= available and not costs[name].at_least]
+
+    goal = default_tolerance(analysis.problem.dtype) if tolerance is None else tolerance
+    asked = Asked(change.damping, right_hand_sides, goal, sketch or SketchOptions())
+    for name, method in reversed(METHODS.items()):  # a method that needs no set-up first
+        if method.forecast is not None:
+            if change.analysis.problem.why_no_chain and not method.of_matrix:
+                costs[name] = Cost.impossible(change.analysis.problem.why_no_chain)
+                continue
+            worth = min((costs[m].seconds for m in fitting()), default=math.inf)
+            costs[name] = method.forecast(change.analysis, asked, worth)
+    costs = {name: costs[name] for name in METHODS}
+    choice = min(fitting() or able(), key=lambda m: costs[m].seconds if fitting() else costs[m].nbytes)
     return Plan(damping, costs, choice, available)
 
 
-def ladder(plan: Plan, method: str, dtype: torch.dtype) -> list[tuple[str, Factor]]:
+def ladder(
+    plan: Plan, method: str, dtype: torch.dtype, sketch: SketchOptions | None = None
+) -> list[tuple[str, Factor]]:
     """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64."""
     asked: tuple[str, Factor] = (method, METHODS[method].factor)
-    if dtype != torch.float64 and 0.0 < abs(plan.damping) < 1.0 / torch.finfo(dtype).max:
+    iterates = not METHODS[method].exact
+    if method == sketched.METHOD.name:
+        asked = (method, partial(sketched.factor, options=sketch))
+    if not iterates and dtype != torch.float64 and 0.0 < abs(plan.damping) < 1.0 / torch.finfo(dtype).max:
         asked = (method, promoted(asked[1]))  # 1/ε is no number of this dtype
     if not METHODS[method].is_automatic:
         return [asked]  # kept to be compared with, so that no other method may stand in
@@ -111,4 +159,5 @@ def ladder(plan: Plan, method: str, dtype: torch.dtype) -> list[tuple[str, Facto
     rungs = [asked] + [(name, factor) for name, factor in robust if plan.fits(name) and factor is not asked[1]]
     if dtype == torch.float64:
         return rungs
+    rungs = rungs[1:] if iterates else rungs
     return [asked] + [(name, promoted(factor)) for name, factor in rungs if plan.fits(name, 2)]

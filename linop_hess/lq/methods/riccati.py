@@ -11,10 +11,10 @@ pivots of all segments have the inertia of H + εI.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import cast
+from functools import cached_property, partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,20 +41,33 @@ class CostToGo:
     units: Tensor
 
 
-def recursion(
-    segments: Sequence[Segment], V: DenseValue, rule: PivotRule | None, careful: bool = False
-) -> list[StageFactor]:
-    """Eliminate the segments of a chain from the last to the first; without a rule whatever their pivots are."""
+def recursion(segments: Sequence[Any], V: Any, divide: Callable[[Any, Tensor, Any], Any]) -> list[StageFactor]:
+    """Eliminate the segments of a chain from the last to the first.
+
+    Parameters
+    ----------
+    segments : sequence of Segment or Span
+        What the value takes as controls.
+    V : ValueFunction
+        The cost-to-go after the last.
+    divide : callable
+        ``divide(segment, S, E)`` gives the elimination; see `divided`.
+    """
     factors: list[StageFactor] = []
     arrived = 0
     for segment in reversed(segments):
         for stage in reversed(segment.free):
             V = V.pull_back(stage)
         S, E, V = V.pivot(segment.control)
-        V = V.downdate(elimination := _divided(segment, S, E, rule, careful), segment.hidden).compress()
+        V = V.downdate(elimination := divide(segment, S, E), segment.hidden).compress()
         factors.append(StageFactor(segment, elimination, arrived))
         arrived = factors[-1].delayed
     return factors[::-1]
+
+
+def divided(rule: PivotRule | None, careful: bool = False) -> Callable[[Segment, Tensor, Tensor], Elimination]:
+    """How `recursion` divides by dense pivots: as the rule says, without one whatever they are."""
+    return partial(_divided, rule=rule, careful=careful)
 
 
 def _divided(segment: Segment, S: Tensor, E: Tensor, rule: PivotRule | None, careful: bool) -> Elimination:
@@ -101,10 +114,10 @@ class RiccatiFactorization(Congruence):
         # Looking at each pivot costs more than dividing by it where blocks are narrow: divide by all, then look at all of them at once.
         self._is_packed = analysis.is_narrow and not careful and not any(segment.hidden.delayed for segment in segments)
         if self._is_packed:
-            self.factors = recursion(segments, _end(analysis), None)
+            self.factors = recursion(segments, _end(analysis), divided(None))
             self._is_packed = all(map(_is_regular, self.factors[:1])) and _obey(rule, self.factors[1:])
         if not self._is_packed:
-            self.factors = recursion(segments, _end(analysis), rule, careful)
+            self.factors = recursion(segments, _end(analysis), divided(rule, careful))
 
     def obeys(self, rule: PivotRule) -> bool:
         """Whether by `rule` nothing need be delayed, or nothing more than is."""

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.base import SampleRows, Stage
+from linop_hess.lq.stages.base import SampleRows, Stage, entries_of
 from linop_hess.lq.stages.penalized import EntrywiseRowSpace
 from linop_hess.lq.stages.row_space import (
     Controlled,
@@ -102,15 +102,13 @@ class AffineStage(Stage):
     def G(self, x: Tensor) -> Tensor:
         # The o·k columns of all right-hand sides make one product with Z; a single one needs no copy to be transposed.
         (K, o, i), k = self.W.shape, x.shape[-1]
-        y = x.new_zeros(K, self.rows, o, k)
-        if self.weight:
-            X = self._weight_part(x)
-            if k == 1:
-                y = (self.Z @ X[..., 0].mT)[..., None]
-            else:
-                y = (self.Z @ X.transpose(1, 2).reshape(K, i, o * k)).view(K, self.rows, o, k)
-        if self.bias:
-            y = y + self._in_unit_of_bias(x[:, x.shape[1] - o :])[:, None]
+        bias = self._in_unit_of_bias(x[:, x.shape[1] - o :])[:, None] if self.bias else None  # (K, 1, o, k)
+        if not self.weight:
+            y = x.new_zeros(K, self.rows, o, k)
+            return (y if bias is None else y.add_(bias)).reshape(K, self.rows * o, k)
+        X = self._weight_part(x)
+        X = X[..., 0].mT if k == 1 else X.transpose(1, 2).reshape(K, i, o * k)
+        y = self.Z @ X if bias is None else torch.baddbmm(bias.reshape(K, 1, o * k), self.Z, X)
         return y.reshape(K, self.rows * o, k)
 
     def Gt(self, y: Tensor) -> Tensor:
@@ -196,6 +194,11 @@ class AffineStage(Stage):
         each = self.rows // samples
         part = slice(start * each, stop * each)
         return replace(self, Z=self.Z[:, part], beta=None if self.beta is None else self.beta[:, part])
+
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Self:
+        rows, of_row = entries_of(which, weights, self.rows // samples, self.Z)
+        beta = None if self.beta is None else self.beta[:, rows] * of_row[:, None]
+        return replace(self, Z=self.Z[:, rows], beta=beta)
 
     def sample_rows(self, samples: int) -> SampleRows | None:
         if self.rows != samples or not self.p:

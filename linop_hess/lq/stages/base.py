@@ -209,6 +209,14 @@ class Stage(Stacked, ABC):
         Controls stay as they are. A is left out, since it is of no part by itself.
         """
 
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Stage | None:
+        """Return the stages on the parts `which` of the state out of `samples`, a divisor of `self.samples`, each counted so many times.
+
+        B and C of a part, which are linear in its adjoint, are multiplied by its weight; controls and A stay as they are. None where a
+        kind does not know how.
+        """
+        return None
+
     def sample_rows(self, samples: int) -> SampleRows | None:
         """The Kronecker factors of G and B of one stage where its controls act on one row a sample, else None."""
         return None
@@ -230,6 +238,12 @@ class Stage(Stacked, ABC):
         """FᵀVF + C for symmetric V of one stage, (n_out, n_out) to (n_in, n_in), in memory of its own."""
         out = self.Ft(self.Ft(V[None]).mT)[0]
         return out.add_(self.dense_C()[0]) if "C" in self.nonzero else out
+
+
+def entries_of(which: Tensor, weights: Tensor, each: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the entries of some parts of a vector, each `each` long, and the weight of each entry in the dtype of `like`."""
+    positions = which[:, None] * each + torch.arange(each, device=which.device)
+    return positions.flatten().to(like.device), weights.repeat_interleave(each).to(like)
 
 
 def common_samples(stages: Iterable[Stage]) -> int:

@@ -112,6 +112,10 @@ class ConvolutionStage(AffineStage):
         arrangement = replace(self.arrangement, samples=size)
         return replace(super().of_samples(start, stop, samples), arrangement=arrangement)
 
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Self:
+        arrangement = replace(self.arrangement, samples=self.arrangement.samples * which.numel() // samples)
+        return replace(super().of_chosen(which, weights, samples), arrangement=arrangement)
+
     def sample_rows(self, samples: int) -> SampleRows | None:
         return None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.accuracy import SYMMETRIC
-from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.base import Stage, entries_of
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,17 @@ class DenseStage(Stage):
 
     def dense_C(self) -> Tensor:
         return super().dense_C() if self.c is None or self.samples > 1 else self.c[:, 0]
+
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Self:
+        at, weight = entries_of(which, weights, self.samples // samples, self.f)
+        return replace(
+            self,
+            f=self.f if self.f.shape[1] < self.samples else self.f[:, at],
+            g=None if self.g is None else self.g[:, at],
+            b=None if self.b is None else self.b[:, :, at] * weight[:, None],
+            c=None if self.c is None else self.c[:, at] * weight[:, None, None],
+            samples=at.numel(),
+        )
 
     def of_samples(self, start: int, stop: int, samples: int) -> Self:
         each = self.samples // samples

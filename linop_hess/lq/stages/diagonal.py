@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.base import Stage, entries_of
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class DiagonalStage(Stage):
             c=None if self.c is None else self.c[:, part],
             second=None if self.second is None else self.second[:, part],
         )
+
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Self:
+        at, weight = entries_of(which, weights, self.f.shape[1] // samples, self.f)
+        return replace(self, f=self.f[:, at], c=None if self.c is None else self.c[:, at] * weight, second=None)
 
     def entries(self, block: str) -> int:
         return self.f.shape[1] if block in "FC" else 0

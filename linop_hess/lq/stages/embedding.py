@@ -90,6 +90,10 @@ class EmbeddingStage(Stage):
         part = slice(start * each, stop * each)
         return replace(self, index=self.index[:, part], mask=self.mask[:, part], place=self.place[:, part])
 
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Self:
+        at, _ = entries_of(which, weights, self.index.shape[1] // samples, self.mask)
+        return replace(self, index=self.index[:, at], mask=self.mask[:, at], place=self.place[:, at])
+
     def Gt_each(self, y: Tensor, samples: int) -> Tensor:
         k, outputs = y.shape[-1], self.index.shape[1]
         out = y.new_zeros(samples * self.vocabulary, self.width, k)

@@ -131,6 +131,9 @@ class IdleStage(_Parametric):
     def in_units(self, t: Tensor) -> Self:
         return self
 
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Self:
+        return self
+
     def of_samples(self, start: int, stop: int, samples: int) -> Self:
         return self
 
@@ -193,6 +196,10 @@ class InitialStage(Stage):
 
     def of_samples(self, start: int, stop: int, samples: int) -> Self:
         return replace(self, inner=self.inner.of_samples(start, stop, samples))
+
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> InitialStage | None:
+        inner = self.inner.of_chosen(which, weights, samples)
+        return None if inner is None else replace(self, inner=inner)
 
     def sample_rows(self, samples: int) -> SampleRows | None:
         rows = self.inner.sample_rows(samples)

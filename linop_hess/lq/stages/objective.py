@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.accuracy import ROUNDED
-from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.base import Stage, entries_of
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class ObjectiveStage(Stage):
         states, each = self.n_in // samples, self.c.shape[1] // samples
         row = self.row[:, start * states : stop * states]
         return replace(self, row=row, c=self.c[:, start * each : stop * each])
+
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Self:
+        at, weight = entries_of(which, weights, self.n_in // samples, self.row)
+        blocks, of_block = entries_of(which, weights, self.c.shape[1] // samples, self.c)
+        return replace(self, row=self.row[:, at] * weight, c=self.c[:, blocks] * of_block[:, None, None])
 
     def entries(self, block: str) -> int:
         return self.n_in * {"F": 1, "G": 0, "B": 0, "C": self.c.shape[-1]}[block]

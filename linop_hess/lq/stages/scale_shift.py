@@ -128,6 +128,17 @@ class ScaleShiftStage(Stage):
             features=replace(self.features, index=self.features.index[part]),
         )
 
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Self:
+        at, weight = entries_of(which, weights, self.scale.shape[1] // samples, self.scale)
+        return replace(
+            self,
+            normalized=self.normalized[:, at],
+            slope=self.slope[:, at],
+            scale=self.scale[:, at],
+            beta=None if self.beta is None else self.beta[:, at] * weight,
+            features=replace(self.features, index=self.features.index[at]),
+        )
+
     def Gt_each(self, y: Tensor, samples: int) -> Tensor:
         features, k = self.features.count, y.shape[-1]
         sample = torch.arange(samples, device=y.device).repeat_interleave(self.n_out // samples)

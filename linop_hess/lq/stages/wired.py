@@ -172,6 +172,10 @@ class WiredStage(Stage):
         inner = self.inner.of_samples(start, stop, samples)
         return replace(self, inner=inner, wiring=self.wiring.part(stop - start, samples))
 
+    def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Self | None:
+        inner = self.inner.of_chosen(which, weights, samples)
+        return None if inner is None else replace(self, inner=inner, wiring=self.wiring.part(which.numel(), samples))
+
     def sample_rows(self, samples: int) -> SampleRows | None:
         # In pairs of stages outputs, and inputs where B is not zero, are whole states.
         rows = self.inner.sample_rows(samples) if self.wiring.seen.is_whole else None

@@ -1,0 +1,90 @@
+"""How many iterations to expect, before any is made.
+
+A polynomial of degree k that is 1 at 0 and small on the eigenvalues of H + εI bounds the residual of GMRES after k iterations, since the
+matrix is symmetric. One with a root at each eigenvalue outside |λ − ε| ≤ cε and (1 − z/ε)^m for those inside gives
+
+    k(c) = N(|λ(H)| > cε) + ln(1/τ) / ln(1/c),        0 < c < 1,
+
+where roots far out do little harm to the rest; and where H + εI is positive definite the bound of conjugate gradients, ½ √κ ln(2/τ), stands
+beside it. The number of eigenvalues beyond is that of Gauss quadrature from a short Lanczos run on a random vector, made once for all
+dampings. Directions that a sketch has are taken off it. All this is an estimate, and most often too many: right-hand sides like gradients
+lie in few eigenvectors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.iterative.lanczos import Spectrum, spectrum
+from linop_hess.lq.iterative.spans import product_flops
+from linop_hess.lq.methods.base import Tally
+from linop_hess.lq.stages.base import common_samples
+
+# Products of the Lanczos run.
+PROBES = 20
+# Iterations without which no solve ends.
+LEAST = 3
+
+_RADII = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
+# Calls of torch in a product, a stage; times that each number of a state is moved.
+_CALLS = 14
+_MOVES = 8
+
+
+def spectrum_of(analysis: Analysis) -> Spectrum:
+    """Return the quadrature of H, from `PROBES` products."""
+    problem = analysis.problem
+    return spectrum(problem.hessian_product, analysis.probe[0][:, 0], PROBES)
+
+
+def expected_iterations(analysis: Analysis, damping: float, tolerance: float, directions: int = 0) -> float:
+    """Return about how many iterations GMRES takes at most, to a residual of that part of the right-hand side.
+
+    Parameters
+    ----------
+    analysis : Analysis
+    damping : float
+    tolerance : float
+    directions : int
+        Eigenvalues, the largest, that a preconditioner takes care of.
+    """
+    N = analysis.problem.size
+    found, size = analysis.once(spectrum_of), abs(damping)
+    if not size or not found.nodes.numel():
+        return float(N)
+    digits = math.log(1.0 / tolerance)
+    least = min(max(0.0, found.count_beyond(c * size) - directions) + digits / math.log(1.0 / c) for c in _RADII)
+    lowest, highest = float(found.nodes.min()) + damping, float(found.nodes.max()) + damping
+    if lowest > 0.0 and not directions:
+        least = min(least, 0.5 * math.sqrt(highest / lowest) * (digits + math.log(2.0)))
+    return min(float(N), max(float(LEAST), least))
+
+
+class Product(NamedTuple):
+    """What one product with H costs: flops, numbers moved, calls, and the width of its matrix products."""
+
+    flops: float
+    moved: float
+    calls: float
+    width: float
+
+
+def product_of(analysis: Analysis) -> Product:
+    """Count a product with H; of a sum over batches that of a typical one, so many times."""
+    part, times = analysis.problem.typical_part()
+    layout = part.layout
+    moving = float(layout.n_out[layout.first :].sum())
+    width = max(1.0, moving / max(1, part.length) / common_samples(part.blocks))
+    calls = times * _CALLS * (part.length - layout.first)
+    return Product(times * product_flops(part), times * _MOVES * moving, calls, width)
+
+
+def product_seconds(analysis: Analysis, share: float = 1.0, columns: int = 1) -> float:
+    """Modelled time of a product with H on a share of the samples."""
+    one, tally = analysis.once(product_of), Tally(analysis.problem.dtype)
+    tally.calls(one.calls)
+    tally.kernel("gemm", share * columns * one.flops, one.width)
+    tally.moved(share * columns * one.moved * analysis.problem.dtype.itemsize)
+    return tally.seconds

@@ -1,0 +1,108 @@
+"""What a sketch may be asked for: how many directions, of how many samples, in what precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from linop_hess._validate import finite_real, whole
+from linop_hess.lq.analysis import Analysis
+
+# Directions that a sketch has where nothing is said, and at most where a tolerance is.
+DEFAULT_RANK = 256
+MOST_DIRECTIONS = 2048
+
+# Samples of a core where the plan chooses one, and the batch from which on it does.
+DEFAULT_CORE = 600
+_CORE_FROM = 1200
+
+
+@dataclass(frozen=True)
+class SketchOptions:
+    """What is asked of method "sketched"; None where it is left to the method.
+
+    Attributes
+    ----------
+    rank : int or None
+        Number of directions s, 1..N.
+    tol : float or None
+        In place of a rank: directions are added until H on the newest is below this part of ‖H‖.
+    core : int or None
+        Number of samples, weighted, that the sketch is made of; None: all, or where rank is left open too what pays.
+    dtype : torch.dtype or None
+        Precision of the factors; None: float32, in which a sketch loses nothing that it has, unless its rank is N.
+    """
+
+    rank: int | None = None
+    tol: float | None = None
+    core: int | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing is asked for."""
+        return self == SketchOptions()
+
+    def for_problem(self, analysis: Analysis) -> SketchOptions:
+        """Return the same with nothing left open but a rank where there is a tolerance."""
+        size, samples = analysis.problem.size, analysis.samples
+        rank = self.rank
+        if rank is None:
+            rank = min(size, MOST_DIRECTIONS if self.tol is not None else DEFAULT_RANK)
+        core = self.core
+        if core is None:
+            core = DEFAULT_CORE if self.rank is None and self.tol is None and samples >= _CORE_FROM else samples
+        dtype = self.dtype or (torch.float32 if rank < size else analysis.problem.dtype)
+        return replace(self, rank=rank, core=core, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is made for.
+
+    Attributes
+    ----------
+    damping : float
+    right_hand_sides : int
+        How many solves.
+    tolerance : float
+        Residual to reach, relative to the right-hand side.
+    sketch : SketchOptions
+    """
+
+    damping: float
+    right_hand_sides: int = 1
+    tolerance: float = 1.0
+    sketch: SketchOptions = SketchOptions()
+
+
+def sketch_options(
+    analysis: Analysis, rank: int | None = None, tol: float | None = None, core: int | None = None
+) -> SketchOptions:
+    """Check what is asked of a sketch.
+
+    Raises
+    ------
+    ValueError
+        If rank is none of 1..N, core none of 1..samples, tol not between 0 and 1, or rank and tol are both given.
+    TypeError
+        If they are no numbers.
+    """
+    size, samples = analysis.problem.size, analysis.samples
+    if rank is not None and tol is not None:
+        raise ValueError(f"expected a rank or a tol, got rank={rank!r} and tol={tol!r}: leave one of them out")
+    if rank is not None:
+        rank = _among(rank, "rank", size, "parameters")
+    if core is not None:
+        core = _among(core, "core", samples, "samples")
+    if tol is not None and not 0.0 < finite_real(tol, "tol") < 1.0:
+        raise ValueError(f"expected tol between 0 and 1, a part of the norm of H, got {tol!r}: pass one such as 1e-2")
+    return SketchOptions(rank, None if tol is None else float(tol), core)
+
+
+def _among(value: int, name: str, most: int, what: str) -> int:
+    count = whole(value, name, least=1)
+    if count > most:
+        raise ValueError(f"expected {name} of 1 to {most}, the number of {what}, got {count}: pass one in that range")
+    return count
