@@ -19,6 +19,10 @@ METHODS: dict[str, Method] = {
 """The methods by name."""
 
 
+# The most robust first.
+_COMPLEX_RUNGS = ["banded", "dense", "riccati"]
+
+
 @dataclass(frozen=True, repr=False)
 class Plan(Shown):
     """The cost of each method for one problem, and the choice.
@@ -33,7 +37,7 @@ class Plan(Shown):
         Bytes available when the plan was made.
     """
 
-    damping: float
+    damping: complex
     costs: dict[str, Cost]
     choice: str
     available: int
@@ -72,7 +76,7 @@ def estimates(analysis: Analysis) -> dict[str, Cost]:
     return {name: method.estimate(analysis) for name, method in METHODS.items()}
 
 
-def make_plan(analysis: Analysis, damping: float) -> Plan:
+def make_plan(analysis: Analysis, damping: complex) -> Plan:
     """Estimate every method for a problem and choose.
 
     Parameters
@@ -86,6 +90,9 @@ def make_plan(analysis: Analysis, damping: float) -> Plan:
     """
     available = available_bytes()
     costs = analysis.at(damping).analysis.once(estimates)
+    if isinstance(damping, complex):
+        real = Cost.impossible("it takes real dampings alone")
+        costs = {name: cost.in_complex if METHODS[name].is_complex else real for name, cost in costs.items()}
     able = [name for name, method in METHODS.items() if method.is_automatic and not costs[name].why_not]
     fitting = [name for name in able if costs[name].nbytes <= available]
     choice = min(fitting or able, key=lambda m: costs[m].seconds if fitting else costs[m].nbytes)
@@ -95,8 +102,15 @@ def make_plan(analysis: Analysis, damping: float) -> Plan:
 def ladder(plan: Plan, method: str, dtype: torch.dtype) -> list[tuple[str, Factor]]:
     """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64."""
     asked: tuple[str, Factor] = (method, METHODS[method].factor)
-    if dtype != torch.float64 and 0.0 < abs(plan.damping) < 1.0 / torch.finfo(dtype).max:
+    if (
+        not isinstance(plan.damping, complex)
+        and dtype != torch.float64
+        and 0.0 < abs(plan.damping) < 1.0 / torch.finfo(dtype).max
+    ):
         asked = (method, promoted(asked[1]))  # 1/ε is no number of this dtype
+    if isinstance(plan.damping, complex):
+        others = [name for name in plan.by_time() if name != method]
+        return [asked, *((name, METHODS[name].factor) for name in sorted(others, key=_COMPLEX_RUNGS.index))]
     if not METHODS[method].is_automatic:
         return [asked]  # kept to be compared with, so that no other method may stand in
     robust: list[tuple[str, Factor]] = [
