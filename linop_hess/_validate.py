@@ -59,6 +59,41 @@ def finite_real(value: Any, name: str, dtype: torch.dtype = torch.float64) -> fl
     return number
 
 
+def finite_damping(value: Any) -> complex:
+    """Return a damping as a float, or where it is complex and not real as a complex number.
+
+    Raises
+    ------
+    TypeError
+        If it is no number.
+    ValueError
+        If it is NaN or infinite.
+    """
+    plain = value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and is_scalar(value) else value
+    if not isinstance(plain, numbers.Complex) or isinstance(plain, numbers.Real) or not plain.imag:
+        return finite_real(plain.real if isinstance(plain, complex) else value, "damping")
+    number = complex(plain)
+    if not (math.isfinite(number.real) and math.isfinite(number.imag)):
+        raise ValueError(f"expected damping to be finite, got {value!r}: pass a finite number")
+    return number
+
+
+def require_real_damping(damping: complex, what: str) -> float:
+    """Return a real damping, or say that `what` is no question at a complex one.
+
+    Raises
+    ------
+    TypeError
+        If it is complex: H + damping·I is then not Hermitian.
+    """
+    if isinstance(damping, complex):
+        raise TypeError(
+            f"expected a real damping for {what}, got {damping:g}: at a complex one H + damping·I is complex symmetric, its eigenvalues "
+            "have no sign, and it can only be solved with"
+        )
+    return damping
+
+
 def whole(value: Any, name: str, least: int | None = None) -> int:
     """Return an integer as an int.
 

@@ -17,11 +17,11 @@ class FactorizationError(np.linalg.LinAlgError):
 
     Attributes
     ----------
-    damping : float
+    damping : complex
         The damping that failed.
     stage : str or None
         The stage (layer) at which the factorization failed, when one can be named.
-    suggested_damping : float or None
+    suggested_damping : complex or None
         A damping that was tried and works.
     """
 
@@ -29,9 +29,9 @@ class FactorizationError(np.linalg.LinAlgError):
         self,
         message: str,
         *,
-        damping: float = float("nan"),
+        damping: complex = float("nan"),
         stage: str | None = None,
-        suggested_damping: float | None = None,
+        suggested_damping: complex | None = None,
     ) -> None:
         super().__init__(message)
         self.damping = damping

@@ -58,17 +58,17 @@ class Change:
     ----------
     analysis : Analysis
         Of H̃, a chain without a diagonal.
-    damping : float
+    damping : complex
         η.
-    asked : float
+    asked : complex
         ε.
     units : Tensor or None, shape (N, 1)
         T in float64; None: 1.
     """
 
     analysis: Analysis
-    damping: float
-    asked: float
+    damping: complex
+    asked: complex
     units: Tensor | None = None
 
     def vectors(self, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Change:
 
     def to_asked(self, damping: float) -> float:
         """Return about the ε that another η belongs to."""
-        return self.asked + (damping - self.damping)
+        return self.asked.real + (damping - self.damping.real)
 
 
 class Analysis:
@@ -118,6 +118,20 @@ class Analysis:
         self._change: Change | None = None
         self._made: dict[Callable[..., Any], Any] = {}
         self._condensed: dict[int, Condensed] = {}
+
+    @property
+    def real(self) -> Analysis:
+        """Itself; that in real arithmetic, of one in complex arithmetic."""
+        return self
+
+    def over(self, damping: complex) -> Analysis:
+        """Return the analysis in the arithmetic of a damping: at a complex one in complex double precision."""
+        return self.in_complex if isinstance(damping, complex) else self
+
+    @cached_property
+    def in_complex(self) -> Analysis:
+        """The analysis in float64, cast to complex128."""
+        return ComplexAnalysis(self.in_float64)
 
     def __reduce__(self) -> tuple[type, tuple[Problem]]:
         """Pickle the problem alone."""
@@ -216,16 +230,17 @@ class Analysis:
         """‖H‖₂ to within some per cent, from below."""
         return self.damped_norm(0.0)
 
-    def damped_norm(self, damping: float) -> float:
+    def damped_norm(self, damping: complex) -> float:
         """‖H + εI‖₂ to within some per cent, from below, by power iteration on a fixed start."""
         v, product = self.probe
         v = product + damping * v
-        norm = float(v.double().norm())
+        norm = _length(v)
         for _ in range(_POWER_STEPS):
             if norm == 0.0:
                 break
-            v = self.problem.hessian_product((v.double() / v.double().norm()).to(v.dtype), damping)
-            norm = max(norm, float(v.double().norm()))
+            wide = v.to(torch.promote_types(v.dtype, torch.float64))
+            v = self.problem.hessian_product((wide / wide.norm()).to(v.dtype), damping)
+            norm = max(norm, _length(v))
         return norm
 
     @cached_property
@@ -239,26 +254,76 @@ class Analysis:
         """Analysis of the Gauss-Newton problem: only the curvature of the objective remains."""
         return Analysis(self.problem.gauss_newton())
 
-    def at(self, damping: float) -> Change:
-        """Return what is factored at a damping; itself where the problem has no diagonal. The last one is kept."""
+    def at(self, damping: complex) -> Change:
+        """Return what is factored at a damping; itself where the problem has no diagonal. The last one is kept.
+
+        At a complex damping d has no sign: of a diagonal of several values the most common one is added to the damping, and what others
+        differ from it is a curvature of their own.
+        """
         if self.problem.diagonal is None:
             return Change(self, damping, damping)
         if self._change is None or self._change.asked != damping:
             self._change = self._changed(damping)
         return self._change
 
-    def _changed(self, damping: float) -> Change:
+    def _changed(self, damping: complex) -> Change:
         diagonal = self.problem.diagonal
         assert diagonal is not None
         if bool((diagonal == diagonal[:1]).all()):
             c = float(diagonal[0]) if diagonal.numel() else 0.0
             return Change(self.once(_without_diagonal), damping + c, damping)
+        if isinstance(damping, complex):
+            return Change(*_with_common_value(self.in_float64, damping), damping)
         if self.problem.dtype != torch.float64:
             # Units are not rounded to single precision, where they would no longer be those of D.
             twin = self.in_float64.at(damping)
             mine = Analysis(twin.analysis.problem.to(self.problem.dtype), twin.analysis)
             return Change(mine, twin.damping, damping, twin.units)
         return _in_units(self.problem, diagonal + damping, damping)
+
+
+class ComplexAnalysis(Analysis):
+    """An analysis for complex arithmetic: row spaces, units and dense blocks are those of the real one, cast.
+
+    Parameters
+    ----------
+    real : Analysis
+        In float64.
+    """
+
+    def __init__(self, real: Analysis) -> None:
+        super().__init__(real.problem.to(torch.complex128))
+        self._real = real
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Pickle the real one."""
+        return type(self), (self._real,)
+
+    @property
+    def real(self) -> Analysis:
+        return self._real
+
+    @cached_property
+    def row_spaces(self) -> list[RowSpace | None]:
+        return [None if space is None else space.to(self.problem.dtype) for space in self._real.row_spaces]
+
+    @cached_property
+    def groups(self) -> list[SegmentGroup]:
+        return [group.to(self.problem.dtype) for group in self._real.groups]
+
+    def condensed_group(self, g: int) -> Condensed:
+        if g not in self._condensed:
+            self._condensed[g] = self._real.condensed_group(g).to(self.problem.dtype)
+        return self._condensed[g]
+
+    @cached_property
+    def norm(self) -> float:
+        return self._real.norm
+
+
+def _length(v: Tensor) -> float:
+    """Norm in float64, so that squares neither under- nor overflow."""
+    return float(v.to(torch.promote_types(v.dtype, torch.float64)).norm())
 
 
 def _without_diagonal(analysis: Analysis) -> Analysis:
@@ -284,3 +349,17 @@ def _in_units(problem: Problem, d: Tensor, damping: float) -> Change:
             changed = CurvedStage(changed, curvature) if bool(curvature.any()) else changed
         blocks.append(changed)
     return Change(Analysis(problem.with_curvature(blocks)), eta, damping, units)
+
+
+def _with_common_value(analysis: Analysis, damping: complex) -> tuple[Analysis, complex]:
+    """H_c + diag(D − c) as a chain, and ε + c, c being the value that most of D has."""
+    problem = analysis.problem
+    assert problem.diagonal is not None
+    values, counts = problem.diagonal.unique(return_counts=True)
+    c = float(values[counts.argmax()])
+    rest = (problem.diagonal - c)[:, None]
+    blocks: list[Stage] = []
+    for block, slots in zip(problem.blocks, problem.layout.x_slots, strict=True):
+        curvature = slots.gather(rest)[..., 0].contiguous() if block.p else rest[:0]
+        blocks.append(CurvedStage(block, curvature) if bool(curvature.any()) else block)
+    return Analysis(problem.with_curvature(blocks)), damping + c

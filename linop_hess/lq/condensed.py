@@ -40,7 +40,7 @@ class Condensed:
     gram: Tensor | None
     W: Tensor
 
-    def T(self, damping: float, gram: Tensor | None = None) -> Tensor:
+    def T(self, damping: complex, gram: Tensor | None = None) -> Tensor:
         """T at a damping, (K, r + n_in, r + n_in); `gram` takes the place of that of all hidden controls."""
         T = self.curvature.clone()
         T.diagonal(dim1=1, dim2=2)[:, : self.r].add_(damping)
@@ -48,6 +48,11 @@ class Condensed:
         if gram is not None:
             T[:, self.r :, self.r :].sub_(gram, alpha=1.0 / damping)
         return T
+
+    def to(self, dtype: torch.dtype) -> Condensed:
+        """Return the blocks in another dtype."""
+        gram = None if self.gram is None else self.gram.to(dtype)
+        return Condensed(self.r, self.curvature.to(dtype), gram, self.W.to(dtype))
 
     def out_of_units(self, unit_in: Tensor, unit_out: Tensor) -> Condensed:
         """Return the blocks for states that are not in units."""
@@ -148,7 +153,9 @@ def _size(block: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(block, keepdim=True)
 
 
-def moved(blocks: Condensed, sizes: BlockSizes, damping: float, share: float, generator: torch.Generator) -> Condensed:
+def moved(
+    blocks: Condensed, sizes: BlockSizes, damping: complex, share: float, generator: torch.Generator
+) -> Condensed:
     """Return blocks moved by random errors of so large a share of what they are made of at a damping."""
 
     def errors(of: Tensor) -> Tensor:

@@ -274,8 +274,13 @@ class Problem:
         q = self.layout
         return self._blockwise(d, q.in_slots, q.in_slots, q.size_in, lambda s, v: s.C(v), "C")
 
-    def hessian_product(self, x: Tensor, damping: float = 0.0) -> Tensor:
-        """(H + εI) x, shape (N, k): one forward and one backward substitution."""
+    def hessian_product(self, x: Tensor, damping: complex = 0.0) -> Tensor:
+        """(H + εI) x, shape (N, k): one forward and one backward substitution. x and ε may be complex."""
+        if isinstance(damping, complex) or (x.is_complex() and not self.dtype.is_complex):
+            parts = [x.real, x.imag] if x.is_complex() else [x]
+            products = self.hessian_product(torch.cat(parts, 1)).split(x.shape[1], 1)
+            out = torch.complex(products[0], products[1] if x.is_complex() else torch.zeros_like(products[0]))
+            return out.add_(x, alpha=damping) if damping else out
         q = self.layout
         if not self.transition.is_banded:
             return self._swept_product(x, damping)

@@ -102,6 +102,17 @@ class SegmentGroup:
         widest = max(stage.n_out for stage in (self.control, *self.free))
         return self.r + self.n_in + widest <= CONDENSED_UP_TO
 
+    def to(self, dtype: torch.dtype) -> SegmentGroup:
+        """Return the segments with their arrays in another dtype."""
+        return replace(
+            self,
+            control=self.control.to(dtype),
+            space=self.space.to(dtype),
+            free=tuple(stage.to(dtype) for stage in self.free),
+            unit_in=self.unit_in.to(dtype),
+            unit_out=self.unit_out.to(dtype),
+        )
+
     @cached_property
     def state_unit(self) -> Tensor | None:
         """The unit in which recursions keep the state before a segment; None: 1."""
@@ -193,21 +204,21 @@ def split_load(group: SegmentGroup, g: Tensor) -> tuple[Tensor, Tensor | None]:
     return visible, mine - group.space.Q(visible) if group.hidden else None
 
 
-def state_load(group: SegmentGroup, hidden: Tensor | None, damping: float) -> Tensor | None:
+def state_load(group: SegmentGroup, hidden: Tensor | None, damping: complex) -> Tensor | None:
     """(1/ε) Bᵀg⊥, what the elimination of the hidden controls leaves on the state."""
     if hidden is None or not group.is_coupled:
         return None
     push = group.control.Bt(hidden)
-    return (push if group.state_unit is None else push * group.state_unit).div_(damping)
+    return (push if group.state_unit is None else push * group.state_unit) / damping
 
 
-def loads(group: SegmentGroup, g: Tensor, damping: float) -> Loads:
+def loads(group: SegmentGroup, g: Tensor, damping: complex) -> Loads:
     """Split g of shape (N, k) into the loads on the visible controls and states of a group."""
     visible, hidden = split_load(group, g)
     return Loads(visible, hidden, state_load(group, hidden, damping))
 
 
-def put_controls(x: Tensor, group: SegmentGroup, hidden: Tensor | None, s: Tensor, d: Tensor, damping: float) -> None:
+def put_controls(x: Tensor, group: SegmentGroup, hidden: Tensor | None, s: Tensor, d: Tensor, damping: complex) -> None:
     """Write x = Q s + h − (I − QQᵀ)B δ/ε of a group into x of shape (N, k).
 
     h = g⊥/ε is `hidden`, (K, p, k); s is (K, r, k); d is (K, n_in, k), in units of `SegmentGroup.state_unit`.

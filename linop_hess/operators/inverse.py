@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from linop_hess._memory import require
+from linop_hess._validate import finite_real
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.factors import SegmentReport
 from linop_hess.lq.inverse.inverse import Inverse
@@ -98,13 +99,13 @@ class HessianInverse(NamedOperator):
         self.parameter_table = table or ParameterTable.of_stages(analysis.problem)
         with torch.no_grad():
             self._inverse = Inverse(
-                analysis, damping, method, tolerance=tolerance, sketch=sketch, right_hand_sides=right_hand_sides
+                analysis, _real(damping), method, tolerance=tolerance, sketch=sketch, right_hand_sides=right_hand_sides
             )
 
     @property
     def damping(self) -> float:
         """ε."""
-        return self._inverse.damping
+        return self._inverse.damping.real
 
     @property
     def formula(self) -> str:
@@ -402,6 +403,15 @@ class HessianInverse(NamedOperator):
             core=asked.core,
             right_hand_sides=solver.right_hand_sides,
         )
+
+
+def _real(damping: Any) -> float:
+    if isinstance(damping, complex):
+        raise TypeError(
+            f"expected damping to be a real number, got {damping:g}: operators are real; for solves at a complex damping use "
+            "lq.Solver(lin.analysis, damping)"
+        )
+    return finite_real(damping, "damping")
 
 
 class PositiveOperator(Operator):

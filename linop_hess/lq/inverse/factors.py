@@ -36,7 +36,10 @@ class Answering(Protocol):
 
     method: str
     analysis: Analysis
-    damping: float
+
+    @property
+    def damping(self) -> complex:
+        """ε."""
 
     @property
     def growth(self) -> float:
@@ -111,7 +114,7 @@ class Factors:
 
     def __init__(self, analysis: Analysis, damping: float, plan: Plan, solving: Factorization | None = None) -> None:
         self.change = analysis.in_float64.at(damping)
-        self.analysis, self.damping, self._plan = self.change.analysis, self.change.damping, plan
+        self.analysis, self.damping, self._plan = self.change.analysis, self.change.damping.real, plan
         # Factors that only solve, such as those promoted from another precision, stand for no method here.
         known = solving is not None and solving.analysis is self.analysis and solving.answers > {"solve"}
         known = known and solving is not None and METHODS[solving.method].exact
@@ -203,7 +206,7 @@ class Factors:
         """
         smallest = SMALLEST_DAMPING * self.analysis.norm
         if self.analysis.hidden and abs(self.damping) < 0.99 * smallest:
-            enough, asked = self.change.to_asked(smallest), self.change.asked
+            enough, asked = self.change.to_asked(smallest), self.change.asked.real
             raise FactorizationError(
                 f"at damping={asked:g} signs of pivots are lost in rounding; it must be at least {enough:.1e} in size",
                 damping=asked,

@@ -72,7 +72,7 @@ def inertia_at(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVO
     change = analysis.in_float64.at(damping)
     scale = max(change.analysis.norm, abs(change.damping))
     legs = change.analysis.once(legs_of)
-    found = None if legs is None else legs.inertia(change.damping, UNSURE_PIVOT * scale)
+    found = None if legs is None else legs.inertia(change.damping.real, UNSURE_PIVOT * scale)
     if found is not None and not found.zero:
         return found
     analysis = analysis.in_float64

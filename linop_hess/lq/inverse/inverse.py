@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess._validate import require_real_damping
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq.analysis import Analysis, Change
 from linop_hess.lq.inverse import determinant, sampling
@@ -37,8 +38,8 @@ class Inverse:
     Parameters
     ----------
     problem : Problem or Analysis
-    damping : float
-        ε; may be zero or negative.
+    damping : complex
+        ε; may be zero or negative. At a complex one solves are all that can be asked; all else is a TypeError.
     method : {"auto", "banded", "riccati", "dense", "woodbury", "sketched", "iterative", "ldu"}
     tolerance : float, optional
         Backward error that every solve must reach; default 1e-14 in float64, 1e-6 in float32.
@@ -60,7 +61,7 @@ class Inverse:
     def __init__(
         self,
         problem: Problem | Analysis,
-        damping: float,
+        damping: complex,
         method: str = "auto",
         *,
         tolerance: float | None = None,
@@ -81,7 +82,7 @@ class Inverse:
         return self.solver.analysis
 
     @property
-    def damping(self) -> float:
+    def damping(self) -> complex:
         """ε."""
         return self.solver.damping
 
@@ -102,8 +103,15 @@ class Inverse:
 
     @cached_property
     def factors(self) -> Factors:
-        """The factors that questions are put to."""
-        return Factors(self.analysis, self.damping, self.solver.plan, self.solver.factorization)
+        """The factors that questions are put to.
+
+        Raises
+        ------
+        TypeError
+            If the damping is complex.
+        """
+        damping = require_real_damping(self.damping, "inertia, determinants, entries and samples")
+        return Factors(self.analysis, damping, self.solver.plan, self.solver.factorization)
 
     def _asked(self, question: Callable[[Factors], _Answer]) -> _Answer:
         try:
@@ -119,12 +127,13 @@ class Inverse:
     @cached_property
     def inertia(self) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + εI."""
+        require_real_damping(self.damping, "inertia")
         if self._determined is not None:
             return self._determined.inertia(0.0)
         found = self._of_matrix()
         if not self._looks_singular or self.analysis.problem.size == 0:
             return found
-        return between(self.analysis, self.damping, found)
+        return between(self.analysis, self.damping.real, found)
 
     @cached_property
     def _looks_singular(self) -> bool:
@@ -136,7 +145,7 @@ class Inverse:
                 return self._asked(inertia_of_factors)
             except FactorizationError:
                 pass  # other factors may tell
-        return inertia(self.analysis, self.damping)
+        return inertia(self.analysis, self.damping.real)
 
     @cached_property
     def _determined(self) -> RiccatiFactorization | None:
@@ -144,7 +153,7 @@ class Inverse:
         if not self._looks_singular:
             return None
         change = self.factors.change
-        return determined(change.analysis, change.damping, self.solver.plan)
+        return determined(change.analysis, change.damping.real, self.solver.plan)
 
     @property
     def is_positive_definite(self) -> bool:
@@ -170,7 +179,7 @@ class Inverse:
         try:
             return sign, self._asked(lambda factors: determinant.logabsdet(factors, self.solver.plan))
         except FactorizationError:
-            if (values := dense_spectrum(self.analysis.in_float64, self.damping)) is None:
+            if (values := dense_spectrum(self.analysis.in_float64, self.damping.real)) is None:
                 raise
             return sign, float(values.abs().log().sum())
 
@@ -225,12 +234,12 @@ class Inverse:
         NotPositiveDefiniteError
             If H + εI is not positive definite; it names the inertia and a damping that works.
         """
-        sampling.require_definite(self.inertia, self.analysis, self.damping)
+        sampling.require_definite(self.inertia, self.analysis, self.damping.real)
         if self._determined is not None:
-            drawn = sampling.sample(self._determined, k, generator, self.damping)
+            drawn = sampling.sample(self._determined, k, generator, self.damping.real)
         else:
             drawn = self._asked(
-                lambda factors: sampling.sample(factors.answering("sample"), k, generator, self.damping)
+                lambda factors: sampling.sample(factors.answering("sample"), k, generator, self.damping.real)
             )
         return self.factors.change.vectors(drawn)
 

@@ -14,7 +14,7 @@ from linop_hess.lq.problem import Problem
 _SHAPE = "pass a flat vector, or a matrix with one right-hand side a column"
 
 
-def checked(g: Any, problem: Problem) -> Tensor:
+def checked(g: Any, problem: Problem, is_complex: bool = False) -> Tensor:
     """Return a right-hand side as a tensor of the problem's dtype on its device; the memory may be shared.
 
     Parameters
@@ -22,6 +22,8 @@ def checked(g: Any, problem: Problem) -> Tensor:
     g : Tensor or array_like, shape (N,) or (N, k)
         Arrays of any real dtype are cast; a floating tensor must have the problem's.
     problem : Problem
+    is_complex : bool
+        Whether it may be complex; what is returned is complex128 then.
 
     Returns
     -------
@@ -35,6 +37,8 @@ def checked(g: Any, problem: Problem) -> Tensor:
     TypeError
         If it holds no real numbers, or a tensor has another floating dtype.
     """
+    if is_complex and (imaginary := _imaginary(g)) is not None:
+        return torch.complex(checked(g.real, problem).double(), checked(imaginary, problem).double())
     tensor = _from_tensor(g, problem) if isinstance(g, Tensor) else _from_array(g, problem)
     if tensor.ndim not in (1, 2) or tensor.shape[0] != problem.size:
         N = problem.size
@@ -47,7 +51,14 @@ def checked(g: Any, problem: Problem) -> Tensor:
             f"expected a right-hand side of finite numbers in {problem.dtype}, got {count} NaN or Inf in {tensor.numel()} "
             "entries: find where they arise before solving"
         )
-    return tensor
+    return tensor.to(torch.complex128) if is_complex else tensor
+
+
+def _imaginary(g: Any) -> Any:
+    """The imaginary part of a complex tensor or array; None of others."""
+    if isinstance(g, Tensor):
+        return g.imag if g.is_complex() and g.layout == torch.strided else None
+    return g.imag if isinstance(g, np.ndarray) and g.dtype.kind == "c" else None
 
 
 def _from_tensor(g: Tensor, problem: Problem) -> Tensor:
@@ -87,6 +98,6 @@ def times_power_of_two(x: Tensor, exponents: np.ndarray) -> Tensor:
     # Not torch.ldexp, which in some versions goes through float32.
     half = exponents // 2
     for part in (half, exponents - half):
-        factors = np.ldexp(np.ones(1, dtype=NUMPY_DTYPES[x.dtype]), part)
+        factors = np.ldexp(np.ones(1, dtype=NUMPY_DTYPES[x.real.dtype]), part)
         x = x * torch.from_numpy(factors).to(x.device)
     return x

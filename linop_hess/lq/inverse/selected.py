@@ -69,7 +69,7 @@ def diagonal(factors: RiccatiFactorization) -> Tensor:
     """Diagonal of (H + εI)⁻¹, shape (N,), from factors; no p × p block is formed."""
 
     def of(group: SegmentGroup, k: int, joint: Joint) -> Tensor:
-        return group.space.at(k).covariance_diagonal(group.control.at(k), joint, factors.damping)
+        return group.space.at(k).covariance_diagonal(group.control.at(k), joint, factors.damping.real)
 
     like = torch.zeros(0, dtype=factors.analysis.problem.dtype, device=factors.analysis.problem.device)
     return factors.analysis.problem.layout.in_flat_order(torch.cat([like, *_per_stage(factors, of)]))
@@ -79,6 +79,6 @@ def blocks(factors: RiccatiFactorization) -> list[Tensor]:
     """Diagonal blocks of (H + εI)⁻¹, one of shape (p, p) per stage with controls; as `diagonal`."""
 
     def of(group: SegmentGroup, k: int, joint: Joint) -> Tensor:
-        return group.space.at(k).covariance(group.control.at(k), joint, factors.damping)
+        return group.space.at(k).covariance(group.control.at(k), joint, factors.damping.real)
 
     return list(_per_stage(factors, of))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from linop_hess._memory import require
-from linop_hess._validate import finite_real, whole
+from linop_hess._validate import finite_damping, whole
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq.accuracy import (
     DENSE_CONDITION,
@@ -64,12 +64,15 @@ class _Found:
 class Solver:
     """(H + εI)⁻¹ of an LQ problem by a chosen method, with certificate and escalation.
 
+    At a complex ε, as H + iδI of rational approximations, it is complex symmetric, and solutions are complex128 whatever the precision of
+    the problem.
+
     Parameters
     ----------
     problem : Problem or Analysis
         An analysis is shared by all factorizations made from it.
-    damping : float
-        ε; may be zero or negative.
+    damping : complex
+        ε; may be zero, negative, or complex, then for "banded", "riccati" and "dense".
     method : {"auto", "banded", "riccati", "dense", "woodbury", "sketched", "iterative", "ldu"}
     tolerance : float, optional
         Backward error to reach; default 1e-14 in float64, 1e-6 in float32.
@@ -85,7 +88,7 @@ class Solver:
     ValueError
         If the method is unknown or damping or tolerance is not a usable number.
     TypeError
-        If damping is no real number.
+        If damping is no number.
     MemoryError
         If the method's estimate exceeds the memory available, before anything is allocated.
     FactorizationError
@@ -95,7 +98,7 @@ class Solver:
     def __init__(
         self,
         problem: Problem | Analysis,
-        damping: float,
+        damping: complex,
         method: str = "auto",
         *,
         tolerance: float | None = None,
@@ -106,8 +109,9 @@ class Solver:
         if method != "auto" and method not in METHODS:
             raise ValueError(f"method must be one of {['auto', *METHODS]}, got {method!r}")
         self.analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
-        self.problem = self.analysis.problem
-        self.damping = finite_real(damping, "damping")
+        self.damping = finite_damping(damping)
+        self.is_complex = isinstance(self.damping, complex)
+        self.problem = self.analysis.in_float64.problem if self.is_complex else self.analysis.problem
         if abs(self.damping) > torch.finfo(self.problem.dtype).max:
             raise ValueError(
                 f"expected a damping within the range of {self.problem.dtype}, got {self.damping:g}: compute in float64"
@@ -121,7 +125,7 @@ class Solver:
         self.sketch, self.right_hand_sides = sketch, whole(right_hand_sides, "right_hand_sides", least=1)
         self.plan: Plan = make_plan(self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch)
         v, product = self.analysis.probe
-        self._norm_bound = float((product + self.damping * v).double().norm())
+        self._norm_bound = float(_norms(product + self.damping * v).max())
         self._norm_is_final = False
         self._factorization: Factorization | None = None
         self._judge: StructuredSolver | None = None
@@ -199,14 +203,14 @@ class Solver:
         OverflowError
             If the solution exceeds the range of the dtype.
         """
-        operand = checked(g, self.problem)
+        operand = checked(g, self.analysis.problem, self.is_complex)
         if not operand.numel():
             return Solution(torch.zeros_like(operand), 0.0, 0.0, 0, self.method)
         columns, exponents = to_size_one(operand[:, None] if operand.ndim == 1 else operand)
         tolerance = self.tolerance if tolerance is None else tolerance
         found = self._determined(columns, self._solved(columns, tolerance), tolerance)
         x = times_power_of_two(found.x, exponents)
-        if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
+        if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
             raise OverflowError(f"the solution exceeds the range of {x.dtype}: scale the right-hand side down")
         residual = float(times_power_of_two(found.residuals, exponents).max())
         error, steps = found.backward_error, found.steps
@@ -248,7 +252,7 @@ class Solver:
         if condition <= (DENSE_CONDITION if formed else NEARLY_SINGULAR):
             return found
         looks_singular = condition > SINGULAR_CONDITION
-        structured = self._structured(_WORTH if looks_singular else _WORTH_A_LOOK)
+        structured = None if self.is_complex else self._structured(_WORTH if looks_singular else _WORTH_A_LOOK)
         if structured is not None:
             x, errors = structured.solve(self.change.vectors(g.double()))
             error, x = float(errors.max()), self.change.vectors(x).to(g.dtype)
@@ -260,7 +264,7 @@ class Solver:
                 if METHODS[self.plan.choice if self.requested == "auto" else self.requested].is_automatic:
                     return _Found(x, backward_error, residuals, found.steps, "banded", error)
             looks_singular |= error > UNDETERMINED
-        if looks_singular and self._ladder and self.factorization.analysis.problem.dtype != torch.float64:
+        if looks_singular and self._ladder and self.factorization.analysis.problem.dtype == torch.float32:
             self._climb()  # singular to single precision it may be; what comes is in float64
             return self._determined(g, self._solved(g, tolerance), tolerance)
         if looks_singular:
@@ -274,7 +278,7 @@ class Solver:
             affordable = costs["banded"].seconds <= worth * costs[self.plan.choice].seconds
             with contextlib.suppress(SingularPivotError):
                 if self.plan.fits("banded", 3) and affordable:
-                    self._judge = StructuredSolver(self.change.analysis, self.change.damping)
+                    self._judge = StructuredSolver(self.change.analysis, self.change.damping.real)
         return self._judge
 
     def _refined(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
@@ -283,7 +287,7 @@ class Solver:
         error, residuals, r = self._backward_error(g, x, tolerance)
         steps = 0
         few = g.shape[1] == 1 or g.shape[1] <= self._columns_refined
-        polish = few and error > 0.0 and tolerance <= default_tolerance(g.dtype)
+        polish = few and error > 0.0 and tolerance <= default_tolerance(g.real.dtype)
         while (polish or not error <= tolerance) and steps < self.max_refinements and math.isfinite(error):
             polish = False
             candidate = x + self._by_factors(r).to(g.dtype)
@@ -342,6 +346,8 @@ class Solver:
 
     def _product(self, x: Tensor) -> Tensor:
         """(H + εI) x without the factors, in the precision of the factors."""
+        if self.is_complex:
+            return self.problem.hessian_product(x, self.damping)
         is_own = self.factorization.analysis.problem.dtype == self.problem.dtype
         problem = self.problem if is_own else self.analysis.in_float64.problem
         return problem.hessian_product(x.to(problem.dtype), self.damping)
@@ -385,16 +391,19 @@ class Solver:
         )
 
 
-def damping_that_works(analysis: Analysis, damping: float, factor: Factor, tolerance: float) -> float | None:
+def damping_that_works(analysis: Analysis, damping: complex, factor: Factor, tolerance: float) -> complex | None:
     """Try dampings growing by decades from one that failed, each with a random right-hand side; None if none works."""
+    if isinstance(damping, complex):
+        analysis = analysis.in_float64
     problem, norm = analysis.problem, analysis.norm
     unit = np.finfo(problem.numpy_dtype).eps * (norm if norm > 0 else 1.0)
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(problem.size, 1, generator=generator, dtype=torch.float64, device="cpu")
-    g = g.to(problem.dtype).to(problem.device)
+    g = g.to(torch.complex128 if isinstance(damping, complex) else problem.dtype).to(problem.device)
     # What is advised must have worked: two steps of refinement and the backward error, as in a solve, but for its own norm.
     for power in range(2, 17, 2):
-        trial = float(f"{max(abs(damping), unit) * 10.0**power:.0e}")
+        size = float(f"{max(abs(damping), unit) * 10.0**power:.0e}")
+        trial = damping / abs(damping) * size if isinstance(damping, complex) else size
         change = analysis.at(trial)
         try:
             factors = factor(change.analysis, change.damping)
@@ -411,7 +420,7 @@ def damping_that_works(analysis: Analysis, damping: float, factor: Factor, toler
 
 def _again(
     analysis: Analysis,
-    damping: float,
+    damping: complex,
     method: str,
     tolerance: float,
     max_refinements: int,
@@ -433,4 +442,4 @@ def _again(
 
 def _norms(columns: Tensor) -> Tensor:
     """Norms of columns, in float64, so that those of small or large float32 numbers neither under- nor overflow."""
-    return torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64)
+    return torch.linalg.vector_norm(columns.abs() if columns.is_complex() else columns, dim=0, dtype=torch.float64)

@@ -19,11 +19,21 @@ from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.band_storage import BandMatrix
 from linop_hess.lq.layout import Slots
-from linop_hess.lq.methods.base import Cost, Method, Tally
+from linop_hess.lq.methods.base import SOLVES, Cost, Method, Tally
 from linop_hess.lq.segments import SegmentGroup, loads, put_controls
+
+_ANSWERS = frozenset({"solve", "determinant"})
 
 # Exponents of two within which the constraints are weighed, by dtype: entries must neither under- nor overflow.
 _REACH = {torch.float64: 500, torch.float32: 60}
+
+
+# Factorization and solves, by dtype.
+_LAPACK = {
+    torch.float64: (lapack.dgbtrf, lapack.dgbtrs),
+    torch.float32: (lapack.sgbtrf, lapack.sgbtrs),
+    torch.complex128: (lapack.zgbtrf, lapack.zgbtrs),
+}
 
 
 class BandLayout:
@@ -59,15 +69,14 @@ class BandedFactorization:
     """
 
     method = "banded"
-    answers = frozenset({"solve", "determinant"})
 
-    def __init__(self, analysis: Analysis, damping: float) -> None:
-        self.analysis, self.damping = analysis, damping
+    def __init__(self, analysis: Analysis, damping: complex) -> None:
+        self.analysis, self.damping = analysis, damping = analysis.over(damping), damping
         if damping == 0.0 and analysis.hidden:
             raise SingularPivotError(int(next(group.stages[0] for group in analysis.groups if group.hidden)))
         self.layout = layout = analysis.once(BandLayout)
         band = self.assemble()
-        gbtrf = lapack.dgbtrf if analysis.problem.dtype == torch.float64 else lapack.sgbtrf
+        gbtrf, self._gbtrs = _LAPACK[analysis.problem.dtype]
         kl = layout.bandwidth
         self._lu, self._pivots, info = band.storage.T, np.zeros(0, dtype=np.int32), 0
         if layout.order:
@@ -77,6 +86,11 @@ class BandedFactorization:
             g, k = analysis.order[segment]
             raise SingularPivotError(int(analysis.groups[g].stages[k]))
 
+    @property
+    def answers(self) -> frozenset[str]:
+        """Solves, and at a real damping determinants."""
+        return SOLVES if isinstance(self.damping, complex) else _ANSWERS
+
     def assemble(self) -> BandMatrix:
         """Return the band matrix, in the layout of LAPACK's gbtrf."""
         analysis, layout = self.analysis, self.layout
@@ -84,8 +98,8 @@ class BandedFactorization:
         band = BandMatrix(layout.order, 3 * kl + 1, 2 * kl, analysis.problem.numpy_dtype)
         Ts = [blocks.T(self.damping).numpy() for blocks in analysis.condensed]
         # Multiply the constraints by a power of two that makes them as large as the curvatures.
-        reach = _REACH[analysis.problem.dtype]
-        largest = max((max(float(T.max()), -float(T.min())) for T in Ts if T.size), default=0.0)
+        reach = _REACH[analysis.real.problem.dtype]
+        largest = max((float(abs(T).max()) for T in Ts if T.size), default=0.0)
         self.weight = (
             2.0 ** float(np.clip(np.round(np.log2(largest)), -reach, reach)) if 0.0 < largest < np.inf else 1.0
         )
@@ -131,7 +145,7 @@ class BandedFactorization:
             Slots(layout.start[group.segments], group.r).put(rhs, part.visible)
             if part.state is not None:
                 Slots(layout.state_before[group.segments], group.n_in).add(rhs, -self._in_units(group, part.state))
-            hidden.append(None if part.hidden is None else part.hidden.div_(self.damping))
+            hidden.append(None if part.hidden is None else part.hidden / self.damping)
         return rhs, hidden
 
     def controls(self, y: Tensor, hidden: list[Tensor | None]) -> Tensor:
@@ -160,8 +174,7 @@ class BandedFactorization:
         kl = self.layout.bandwidth
         if not rhs.numel():
             return rhs
-        gbtrs = lapack.dgbtrs if rhs.dtype == torch.float64 else lapack.sgbtrs
-        solution, info = gbtrs(self._lu, kl, kl, rhs.numpy(), self._pivots)
+        solution, info = self._gbtrs(self._lu, kl, kl, rhs.numpy(), self._pivots)
         if info != 0:
             raise ValueError(f"LAPACK gbtrs refused its argument {-info}")
         return torch.from_numpy(np.ascontiguousarray(solution))
@@ -180,7 +193,7 @@ class BandedFactorization:
         return int(self._lu.nbytes + self._pivots.nbytes)
 
 
-def factor(analysis: Analysis, damping: float) -> BandedFactorization:
+def factor(analysis: Analysis, damping: complex) -> BandedFactorization:
     """Factor H + εI of a chain by LAPACK band LU."""
     return BandedFactorization(analysis, damping)
 
@@ -220,4 +233,4 @@ def _count_condensing(tally: Tally, group: SegmentGroup, item: int) -> None:
         tally.moved(K * item * 24 * columns * max(stage.n_in, stage.n_out))
 
 
-METHOD = Method("banded", factor, estimate, BandedFactorization.answers)
+METHOD = Method("banded", factor, estimate, _ANSWERS, is_complex=True)

@@ -56,6 +56,11 @@ class Cost:
         """Of a method that cannot be used."""
         return cls(math.inf, math.inf, math.inf, why_not)
 
+    @property
+    def in_complex(self) -> Cost:
+        """The same in complex arithmetic: four real products for one, of numbers twice as large."""
+        return Cost(4.0 * self.flops, 2.0 * self.nbytes, 4.0 * self.seconds, self.why_not)
+
 
 class Tally:
     """What an algorithm does, added up: flops of kernels at their sizes, calls, bytes moved; and the time that takes on this machine.
@@ -91,6 +96,10 @@ class Tally:
         self.seconds += nbytes * self._machine.byte
 
 
+SOLVES = frozenset({"solve"})
+"""What factors at a complex damping answer: there is neither order nor sign."""
+
+
 class Factorization(Protocol):
     """Factors of H + εI.
 
@@ -103,12 +112,15 @@ class Factorization(Protocol):
     damping : float
         ε.
     answers : frozenset of str
-        What these factors answer, of what `Method.answers` lists.
+        What these factors answer, solves alone where ε is complex, of what `Method.answers` lists.
     """
 
     method: str
     analysis: Analysis
-    damping: float
+
+    @property
+    def damping(self) -> complex:
+        """ε."""
 
     @property
     def answers(self) -> frozenset[str]:
@@ -137,9 +149,13 @@ class Congruence(ABC):
 
     method: str
     analysis: Analysis
-    damping: float
+    damping: complex
     hidden: int = 0
-    answers: frozenset[str] = EVERYTHING
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """What these factors answer: everything at a real damping, solves at a complex one."""
+        return SOLVES if isinstance(self.damping, complex) else EVERYTHING
 
     @property
     @abstractmethod
@@ -190,7 +206,7 @@ class Congruence(ABC):
 
     def inertia(self, zero_below: float) -> Inertia:
         """Count the signs of D, those of size up to `zero_below` as zero."""
-        return inertia_of([self.theta], zero_below) + hidden_inertia(self.hidden, self.damping)
+        return inertia_of([self.theta], zero_below) + hidden_inertia(self.hidden, self.damping.real)
 
     def logabsdet(self) -> float:
         """Logarithm of |det(H + εI)|."""
@@ -204,7 +220,7 @@ class Congruence(ABC):
 
 
 Factor = Callable[..., Factorization]
-"""What makes a factorization: an analysis and a damping."""
+"""What makes a factorization: an analysis and a damping, complex where `Method.is_complex`."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +238,8 @@ class Method:
         What its factors may answer, of `EVERYTHING`; what they do answer they say themselves.
     is_automatic : bool
         Whether ``method="auto"`` may choose it.
+    is_complex : bool
+        Whether it factors at complex dampings too; its factors then answer solves alone.
     of_matrix : bool
         Whether it needs H alone, and no stages.
     forecast : callable or None
@@ -234,6 +252,7 @@ class Method:
     estimate: Callable[[Analysis], Cost] | None
     answers: frozenset[str]
     is_automatic: bool = True
+    is_complex: bool = False
     of_matrix: bool = False
     forecast: Callable[[Analysis, Any, float], Cost] | None = None
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess._validate import require_real_damping
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.base import Cost, Method, Tally
@@ -148,9 +149,9 @@ def _from_previous(layer: _Layer, y: Tensor) -> Tensor:
     return out
 
 
-def factor(analysis: Analysis, damping: float) -> BlockLdu:
+def factor(analysis: Analysis, damping: complex) -> BlockLdu:
     """Factor 𝒦' by block LDU."""
-    return BlockLdu(analysis, damping)
+    return BlockLdu(analysis, require_real_damping(damping, 'method "ldu"'))
 
 
 # Calls of a layer: its dense blocks, and its elimination.

@@ -28,7 +28,7 @@ class ClosedLoop:
         One for each segment, in the order of the chain.
     """
 
-    def __init__(self, analysis: Analysis, damping: float, eliminations: Sequence[PackedElimination]) -> None:
+    def __init__(self, analysis: Analysis, damping: complex, eliminations: Sequence[PackedElimination]) -> None:
         self._analysis, self._damping = analysis, damping
         self._factors: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # packed, interchanges, gain, R of each group
         loops: list[list[Tensor]] = []
@@ -67,7 +67,7 @@ class ClosedLoop:
             torch.addmm(pushed[group_][k], self._loops[i], d[group_][k], out=d[next_][j])
         x = torch.empty_like(g)
         for part, u, state, group, (_, _, gain, _) in zip(load, half, states, groups, self._factors, strict=True):
-            hidden = None if part.hidden is None else part.hidden.div_(self._damping)
+            hidden = None if part.hidden is None else part.hidden / self._damping
             put_controls(x, group, hidden, u - gain @ state, state, self._damping)
         return x
 

@@ -108,9 +108,9 @@ class DenseFactorization(Congruence):
     method = "dense"
     growth = 0.0
 
-    def __init__(self, analysis: Analysis, damping: float) -> None:
-        self.analysis, self.damping = analysis, damping
-        H = assembled(analysis).clone()
+    def __init__(self, analysis: Analysis, damping: complex) -> None:
+        self.analysis, self.damping = analysis.over(damping), damping
+        H = assembled(self.analysis.real).to(self.analysis.problem.dtype, copy=True)
         H.diagonal().add_(damping)
         self._factor = SymmetricFactor.of(H)
         if H.numel() and self._factor.smallest_pivot_ratio <= 4 * torch.finfo(H.dtype).eps:
@@ -153,7 +153,7 @@ def _unit_columns(like: Tensor, which: np.ndarray) -> Tensor:
     return unit
 
 
-def factor(analysis: Analysis, damping: float) -> DenseFactorization:
+def factor(analysis: Analysis, damping: complex) -> DenseFactorization:
     """Form and factor H + εI.
 
     Raises
@@ -162,6 +162,8 @@ def factor(analysis: Analysis, damping: float) -> DenseFactorization:
         If what is left of H after cancelling is rounding that the damping does not exceed.
     """
     scale = max(analysis.norm, abs(damping))
+    if isinstance(damping, complex):
+        analysis = analysis.in_float64
     if analysis.rounding > ASSEMBLED * torch.finfo(analysis.problem.dtype).eps * scale:
         raise SingularPivotError(None)
     return DenseFactorization(analysis, damping)
@@ -181,4 +183,4 @@ def estimate(analysis: Analysis) -> Cost:
     return Cost(tally.flops, max(assembly.nbytes, factoring), tally.seconds)
 
 
-METHOD = Method("dense", factor, estimate, EVERYTHING, of_matrix=True)
+METHOD = Method("dense", factor, estimate, EVERYTHING, is_complex=True, of_matrix=True)

@@ -23,6 +23,10 @@ METHODS: dict[str, Method] = {
 """The methods by name."""
 
 
+# The most robust first.
+_COMPLEX_RUNGS = ["banded", "dense", "riccati"]
+
+
 @dataclass(frozen=True, repr=False)
 class Plan(Shown):
     """The cost of each method for one problem, and the choice.
@@ -37,7 +41,7 @@ class Plan(Shown):
         Bytes available when the plan was made.
     """
 
-    damping: float
+    damping: complex
     costs: dict[str, Cost]
     choice: str
     available: int
@@ -93,7 +97,7 @@ def estimates(analysis: Analysis) -> dict[str, Cost]:
 
 def make_plan(
     analysis: Analysis,
-    damping: float,
+    damping: complex,
     right_hand_sides: int = 1,
     tolerance: float | None = None,
     sketch: SketchOptions | None = None,
@@ -118,6 +122,9 @@ def make_plan(
     available = available_bytes()
     change = analysis.at(damping)
     costs = dict(change.analysis.once(estimates))
+    if isinstance(damping, complex):
+        real = Cost.impossible("it takes real dampings alone")
+        costs = {name: costs[name].in_complex if method.is_complex else real for name, method in METHODS.items()}
 
     def able() -> list[str]:
         return [name for name in costs if METHODS[name].is_automatic and not costs[name].why_not]
@@ -128,7 +135,7 @@ def make_plan(
     goal = default_tolerance(analysis.problem.dtype) if tolerance is None else tolerance
     asked = Asked(change.damping, right_hand_sides, goal, sketch or SketchOptions())
     for name, method in reversed(METHODS.items()):  # a method that needs no set-up first
-        if method.forecast is not None:
+        if method.forecast is not None and not isinstance(change.damping, complex):
             if change.analysis.problem.why_no_chain and not method.of_matrix:
                 costs[name] = Cost.impossible(change.analysis.problem.why_no_chain)
                 continue
@@ -144,11 +151,15 @@ def ladder(
 ) -> list[tuple[str, Factor]]:
     """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64."""
     asked: tuple[str, Factor] = (method, METHODS[method].factor)
-    iterates = not METHODS[method].exact
+    iterates, is_complex = not METHODS[method].exact, isinstance(plan.damping, complex)
     if method == sketched.METHOD.name:
         asked = (method, partial(sketched.factor, options=sketch))
-    if not iterates and dtype != torch.float64 and 0.0 < abs(plan.damping) < 1.0 / torch.finfo(dtype).max:
+    tiny = dtype != torch.float64 and 0.0 < abs(plan.damping) < 1.0 / torch.finfo(dtype).max
+    if tiny and not iterates and not is_complex:
         asked = (method, promoted(asked[1]))  # 1/ε is no number of this dtype
+    if isinstance(plan.damping, complex):
+        others = [name for name in plan.by_time() if name != method]
+        return [asked, *((name, METHODS[name].factor) for name in sorted(others, key=_COMPLEX_RUNGS.index))]
     if not METHODS[method].is_automatic:
         return [asked]  # kept to be compared with, so that no other method may stand in
     robust: list[tuple[str, Factor]] = [

@@ -35,7 +35,7 @@ class PromotedFactorization:
 
     answers = frozenset({"solve"})
 
-    def __init__(self, factor: Factor, analysis: Analysis, damping: float) -> None:
+    def __init__(self, factor: Factor, analysis: Analysis, damping: complex) -> None:
         self.analysis, self.damping = analysis.in_float64, damping
         self.inner = factor(self.analysis, damping)
         self.method = self.inner.method

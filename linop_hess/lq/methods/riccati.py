@@ -85,7 +85,7 @@ class RiccatiFactorization(Congruence):
     Parameters
     ----------
     analysis : Analysis
-    damping : float
+    damping : complex
     rule : PivotRule, optional
         Which pivots are delayed; by default those that are too small for a solve.
     careful : bool
@@ -105,9 +105,10 @@ class RiccatiFactorization(Congruence):
     method = "riccati"
 
     def __init__(
-        self, analysis: Analysis, damping: float, rule: PivotRule | None = None, *, careful: bool = False
+        self, analysis: Analysis, damping: complex, rule: PivotRule | None = None, *, careful: bool = False
     ) -> None:
-        self.analysis, self.damping = analysis, damping
+        # At a complex damping pivots are bounded below by its imaginary part, whose inverses are blocks of the inverse: none is delayed.
+        self.analysis, self.damping = analysis, damping = analysis.over(damping), damping
         rule = SmallPivots(damping) if rule is None else rule
         segments = segments_at(analysis, damping, rule.coupling_up_to(damping))
         self.hidden = analysis.hidden - sum(segment.hidden.delayed for segment in segments)
@@ -115,7 +116,8 @@ class RiccatiFactorization(Congruence):
         self._is_packed = analysis.is_narrow and not careful and not any(segment.hidden.delayed for segment in segments)
         if self._is_packed:
             self.factors = recursion(segments, _end(analysis), divided(None))
-            self._is_packed = all(map(_is_regular, self.factors[:1])) and _obey(rule, self.factors[1:])
+            if not isinstance(damping, complex):
+                self._is_packed = all(map(_is_regular, self.factors[:1])) and _obey(rule, self.factors[1:])
         if not self._is_packed:
             self.factors = recursion(segments, _end(analysis), divided(rule, careful))
 
@@ -257,12 +259,12 @@ def _is_regular(factor: StageFactor) -> bool:
     return not theta.numel() or float(theta.min()) > 0.0
 
 
-def factor(analysis: Analysis, damping: float) -> RiccatiFactorization:
+def factor(analysis: Analysis, damping: complex) -> RiccatiFactorization:
     """Factor H + εI along the chain."""
     return RiccatiFactorization(analysis, damping)
 
 
-def factor_careful(analysis: Analysis, damping: float) -> RiccatiFactorization:
+def factor_careful(analysis: Analysis, damping: complex) -> RiccatiFactorization:
     """Factor with eigenvectors at every stage: the most robust way, several times slower."""
     return RiccatiFactorization(analysis, damping, careful=True)
 
@@ -334,4 +336,4 @@ def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
     )  # a strip at a time, of which the upper triangle is left out
 
 
-METHOD = Method("riccati", factor, estimate, EVERYTHING)
+METHOD = Method("riccati", factor, estimate, EVERYTHING, is_complex=True)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from linop_hess._validate import require_real_damping
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.base import EVERYTHING, Cost, Method, Tally
@@ -112,9 +113,9 @@ class WoodburyFactorization:
         return int(self.factor.nbytes + self.space.gram.nbytes)
 
 
-def factor(analysis: Analysis, damping: float) -> WoodburyFactorization:
+def factor(analysis: Analysis, damping: complex) -> WoodburyFactorization:
     """Factor H + εI in function space."""
-    return WoodburyFactorization(analysis, damping)
+    return WoodburyFactorization(analysis, require_real_damping(damping, 'method "woodbury"'))
 
 
 # Calls of a factorization, and of a stage that the rows are walked back through.

@@ -1,6 +1,7 @@
 """Symmetric indefinite matrices as a congruence with a diagonal: S = T diag(θ) Tᵀ, T well conditioned in practice.
 
-Bunch-Kaufman (LAPACK sytrf, through torch), its 1×1 and 2×2 pivots rotated to diagonal form. With T as arrays every later
+Bunch-Kaufman (LAPACK sytrf, through torch), its 1×1 and 2×2 pivots rotated to diagonal form; of complex symmetric S too, whose 2×2
+pivots have a Takagi factorization U diag(σ) Uᵀ, U unitary, σ ≥ 0, where real ones have eigenvectors. With T as arrays every later
 step is a triangular solve or a matrix product, three times faster than LAPACK's own solves from the packed factor, and the signs of
 θ are the inertia of S.
 """
@@ -13,6 +14,13 @@ import numpy as np
 import torch
 from scipy.linalg import lapack
 from torch import Tensor
+
+_SYCONV = {
+    torch.float64: lapack.dsyconv,
+    torch.float32: lapack.ssyconv,
+    torch.complex128: lapack.zsyconv,
+    torch.complex64: lapack.csyconv,
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class SymmetricFactor:
     pairs : Tensor of int, shape (m,)
         First index of each 2×2 pivot.
     rotations : Tensor, shape (m, 2, 2)
-        Eigenvectors of the 2×2 pivots.
+        Eigenvectors of the 2×2 pivots, or their Takagi vectors.
     """
 
     L: Tensor
@@ -54,15 +62,14 @@ class SymmetricFactor:
         # syconv takes the off-diagonals of 2×2 pivots out of L and applies the interchanges to it, so that L is a plain triangle.
         ipiv = pivots.cpu().numpy()
         lower = np.asfortranarray(packed.cpu().numpy())
-        syconv = lapack.dsyconv if S.dtype == torch.float64 else lapack.ssyconv
-        lower, off, _ = syconv(lower, ipiv, lower=1, way=0, overwrite_a=1)
+        lower, off, _ = _SYCONV[S.dtype](lower, ipiv, lower=1, way=0, overwrite_a=1)
         order = _pivot_order(ipiv)
         diagonal = np.diagonal(lower).copy()
         first = np.flatnonzero(_starts_pair(ipiv))
         blocks = np.empty((first.size, 2, 2), dtype=lower.dtype)
         blocks[:, 0, 0], blocks[:, 1, 1] = diagonal[first], diagonal[first + 1]
         blocks[:, 0, 1] = blocks[:, 1, 0] = off[first]
-        values, vectors = np.linalg.eigh(blocks)
+        values, vectors = _takagi(blocks) if S.is_complex() else np.linalg.eigh(blocks)
         diagonal[first], diagonal[first + 1] = values[:, 0], values[:, 1]
         to = S.device
         return cls(
@@ -87,13 +94,13 @@ class SymmetricFactor:
             return X.clone()
         permuted = X.mT[:, self.permutation].mT  # column-major, as the solve wants it
         Y = torch.linalg.solve_triangular(self.L, permuted, upper=False, unitriangular=True)
-        return self._rotate(Y, self.rotations.mT)
+        return self._rotate(Y, self.rotations.conj().mT)  # unitary
 
     def unwhiten(self, Y: Tensor) -> Tensor:
         """T⁻ᵀ Y for Y of shape (n, k)."""
         if not Y.numel():
             return Y.clone()
-        Y = self._rotate(Y.clone(), self.rotations)
+        Y = self._rotate(Y.clone(), self.rotations.conj())
         X = torch.linalg.solve_triangular(self.L.mT, Y, upper=True, unitriangular=True)
         out = torch.empty_like(X)
         out[self.permutation] = X
@@ -116,6 +123,18 @@ class SymmetricFactor:
         size = self.theta.abs()
         largest = float(size.max())
         return float(size.min()) / largest if largest > 0 and np.isfinite(largest) else 0.0
+
+
+def _takagi(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """σ, (m, n), and unitary U, (m, n, n), of complex symmetric blocks U diag(σ) Uᵀ.
+
+    A conj(u) = σ u for u = x + iy is a real symmetric eigenproblem for (x, y), whose eigenvalues are ±σ and whose orthonormal eigenvectors
+    of the positive half make U unitary even where values coincide.
+    """
+    n = blocks.shape[-1]
+    B, C = blocks.real, blocks.imag
+    values, vectors = np.linalg.eigh(np.block([[B, C], [C, -B]]))
+    return values[:, n:], vectors[:, :n, n:] + 1j * vectors[:, n:, n:]
 
 
 def packed_pivots(packed: Tensor, pivots: Tensor) -> Tensor:

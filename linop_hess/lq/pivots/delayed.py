@@ -206,7 +206,7 @@ def eliminate(
     Parameters
     ----------
     S : Tensor, shape (r, r)
-        Symmetric; its lower triangle is read.
+        Symmetric; its lower triangle is read. Of a complex one nothing is delayed.
     E : Tensor, shape (r, n)
         Coupling to the state that remains.
     rule : PivotRule
@@ -226,14 +226,14 @@ def eliminate(
     """
     none = S.new_zeros(S.shape[0], 0), S.new_zeros(0), S.new_zeros(E.shape[1], 0)
     # Bunch-Kaufman first, whose pivots show whether all may be eliminated; eigenvectors, several times the work, only where they may not.
-    if S.shape[0] > _EIGENVECTORS_UP_TO and not (rule.is_orthogonal if last else careful):
+    if S.is_complex() or (S.shape[0] > _EIGENVECTORS_UP_TO and not (rule.is_orthogonal if last else careful)):
         if not bool(torch.isfinite(S).all()):
             raise ArithmeticError("NaN or Inf in a pivot")
         factor = SymmetricFactor.of(S)
         white = factor.whiten(E)
         if last and not extremes(factor.theta)[0] > 0.0:
             raise ZeroDivisionError("a pivot is zero")
-        if last or rule.accepts(factor.theta, white, units):
+        if last or S.is_complex() or rule.accepts(factor.theta, white, units):
             return WhitenedElimination(factor, white, *none)
     try:
         values, vectors = torch.linalg.eigh(S)

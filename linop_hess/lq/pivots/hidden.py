@@ -43,7 +43,7 @@ class Hidden:
     coupling: Tensor | None = None
     weak: Tensor | None = None
     weak_coupling: Tensor | None = None
-    damping: float = 0.0
+    damping: complex = 0.0
 
     @property
     def delayed(self) -> int:
@@ -82,7 +82,7 @@ def strongest_coupling(analysis: Analysis) -> float:
     return largest
 
 
-def hidden_controls(group: SegmentGroup, gram: Tensor | None, damping: float, largest: float) -> list[Hidden]:
+def hidden_controls(group: SegmentGroup, gram: Tensor | None, damping: complex, largest: float) -> list[Hidden]:
     """Decide for each segment of a group which hidden directions are delayed.
 
     Parameters
@@ -108,7 +108,7 @@ def hidden_controls(group: SegmentGroup, gram: Tensor | None, damping: float, la
     ]
 
 
-def _split(group: SegmentGroup, k: int, unit: Tensor, damping: float, largest: float) -> Hidden:
+def _split(group: SegmentGroup, k: int, unit: Tensor, damping: complex, largest: float) -> Hidden:
     """Delay the directions of segment k that are coupled too strongly; `unit` takes its kept unit to the unit of `unit_in`."""
     state_unit = 1.0 if group.state_unit is None else group.state_unit[k]
     space = group.space.at(k)

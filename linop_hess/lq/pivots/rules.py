@@ -16,7 +16,7 @@ from linop_hess.lq.pivots.bunch_kaufman import packed_pivots
 class PivotRule(Protocol):
     """Which pivots may be divided by; couplings to the state are in its units."""
 
-    def coupling_up_to(self, damping: float) -> float:
+    def coupling_up_to(self, damping: complex) -> float:
         """The largest coupling to the state of a hidden direction, whose pivot is ε, that may be eliminated."""
 
     @property
@@ -37,10 +37,10 @@ class PivotRule(Protocol):
 class SmallPivots:
     """For solves: pivots far below |ε| are delayed. What digits a pivot near |ε| costs, refinement restores."""
 
-    damping: float
+    damping: complex
     is_orthogonal: bool = False
 
-    def coupling_up_to(self, damping: float) -> float:
+    def coupling_up_to(self, damping: complex) -> float:
         return math.inf
 
     def accepts(self, theta: Tensor, white: Tensor, units: Tensor) -> bool:
@@ -75,7 +75,7 @@ class BoundedGrowth:
         # The multipliers of Bunch-Kaufman are not bounded.
         return self.multiplier < math.inf
 
-    def coupling_up_to(self, damping: float) -> float:
+    def coupling_up_to(self, damping: complex) -> float:
         return min(math.sqrt(self.limit * abs(damping)), self.multiplier * abs(damping))
 
     def accepts(self, theta: Tensor, white: Tensor, units: Tensor) -> bool:

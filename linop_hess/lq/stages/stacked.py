@@ -49,8 +49,8 @@ class Stacked:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Floating dtype of the arrays."""
-        return next(array.dtype for array in self._arrays() if array.is_floating_point())
+        """Floating or complex dtype of the arrays."""
+        return next(array.dtype for array in self._arrays() if array.is_floating_point() or array.is_complex())
 
     @cached_property
     def device(self) -> torch.device:
@@ -74,7 +74,7 @@ class Stacked:
         return self.take(slice(position, position + 1))
 
     def to(self, dtype: torch.dtype) -> Self:
-        """Return the stack with its floating-point arrays in another dtype."""
+        """Return the stack with its floating-point arrays in another dtype, which may be complex."""
         changed: dict[str, Tensor | Stacked] = {}
         for field in fields(self):
             value = getattr(self, field.name)

@@ -56,7 +56,7 @@ class CondensedControl:
 class StageControl:
     """The control stage of a wide segment, with the structure of its kind."""
 
-    def __init__(self, stage: Stage, space: RowSpace, damping: float, hidden: Hidden) -> None:
+    def __init__(self, stage: Stage, space: RowSpace, damping: complex, hidden: Hidden) -> None:
         self._stage, self._space, self._damping, self._hidden = stage, space, damping, hidden
 
     @property
@@ -163,7 +163,7 @@ class Segment:
         return y
 
 
-def segments_at(analysis: Analysis, damping: float, largest: float) -> list[Segment]:
+def segments_at(analysis: Analysis, damping: complex, largest: float) -> list[Segment]:
     """Return the segments of a chain in order, at a damping.
 
     Parameters
@@ -188,7 +188,7 @@ def segments_at(analysis: Analysis, damping: float, largest: float) -> list[Segm
     return [of_group[g][k] for g, k in analysis.pairs]
 
 
-def _condensed(analysis: Analysis, g: int, damping: float, largest: float) -> list[Segment]:
+def _condensed(analysis: Analysis, g: int, damping: complex, largest: float) -> list[Segment]:
     group, blocks = analysis.groups[g], analysis.condensed_group(g)
     units = torch.ones_like(group.unit_in)
     if not group.in_units:
@@ -207,7 +207,7 @@ def _condensed(analysis: Analysis, g: int, damping: float, largest: float) -> li
     ]
 
 
-def _wide(group: SegmentGroup, damping: float, largest: float) -> list[Segment]:
+def _wide(group: SegmentGroup, damping: complex, largest: float) -> list[Segment]:
     gram = group.space.hidden_gram() if group.is_coupled else None
     segments = []
     for k, hidden in enumerate(hidden_controls(group, gram, damping, largest)):
