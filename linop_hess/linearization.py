@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linop_hess._validate import finite_real
 from linop_hess.autograd.calling import NOT_GIVEN, as_module, explained, refuse_batches, refuse_empty, refuse_sparse
 from linop_hess.autograd.snapshot import select_parameters
-from linop_hess.autograd.untouched import untouched_randomness
+from linop_hess.autograd.untouched import untouched_randomness, without_collector
 from linop_hess.curvature import ChainCurvature
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.build import Chain, build_chain
@@ -114,7 +114,7 @@ def linearize(
         refuse_empty(value, what)
     parameter = model.get_parameter(names[0])
     device = parameter.device
-    with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device):
+    with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device), without_collector():
         chain = build_chain(model, loss_fn, inputs, targets, names, second)
     compared = replace(second, finite=bool(chain.differenced))
     lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names, compared))

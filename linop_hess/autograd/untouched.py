@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from operator import is_
 from typing import Any
@@ -74,6 +75,20 @@ def untouched_randomness(device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             stack.enter_context(_randomness_of(device).changed())
         yield
+
+
+def _switch_collector_off() -> bool:
+    was = gc.isenabled()
+    gc.disable()
+    return was
+
+
+_WITHOUT_COLLECTOR = ProcessWide(_switch_collector_off, lambda was: gc.enable() if was else None)
+
+
+def without_collector() -> AbstractContextManager[None]:
+    """No garbage collection meanwhile, for work that makes many objects and needs them all: each pass would look at all of them."""
+    return _WITHOUT_COLLECTOR.changed()
 
 
 class StandIns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.autograd.kinks import KinkWatch
-from linop_hess.autograd.untouched import ProcessWide, StandIns
+from linop_hess.autograd.untouched import StandIns
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.trace import Recorder, Strided, Trace
 
@@ -117,7 +116,7 @@ def capture(
         return kept, checked_loss(own.loss(output, targets_again))
 
     with twice_differentiable("the model", leaves[0].device, model), recorder.memory.restored():
-        with own.standing_in(), _WITHOUT_COLLECTOR.changed(), _module_paths(model, recorder.path):
+        with own.standing_in(), _module_paths(model, recorder.path):
             value = recorded()
         loss_ids = recorder.ids_of(value)
         if not loss_ids.any():
@@ -283,13 +282,3 @@ def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
-
-
-def _switch_collector_off() -> bool:
-    was = gc.isenabled()
-    gc.disable()
-    return was
-
-
-# No garbage collection meanwhile: the many objects of a recording are all still needed.
-_WITHOUT_COLLECTOR = ProcessWide(_switch_collector_off, lambda was: gc.enable() if was else None)
