@@ -193,6 +193,8 @@ class _Private:
         self._stand_ins = {id(named[name]): tensor for name, tensor in {**self.leaves, **others}.items()}
         self._stand_ins |= {id(self._buffers[name]): copy for name, copy in self._copies.items()}
         self._places = {name: id(named[name]) for name in names}
+        of_loss = [StandIns(loss_fn, {})] if isinstance(loss_fn, nn.Module) else []
+        self._standing = [*of_loss, StandIns(model, self._stand_ins)]
 
     def data(self) -> tuple[Any, Any]:
         """Copies of inputs and targets, new ones each time."""
@@ -212,12 +214,14 @@ class _Private:
     @contextmanager
     def standing_in(self, loss_fn: Any = None, constants: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """The copies, or constants, in the places of the model's own, and all that model and loss had put back afterwards."""
-        loss_fn = self._loss_fn if loss_fn is None else loss_fn
-        replaced = {self._places[name]: tensor for name, tensor in (constants or {}).items()}
+        standing = self._standing
+        if constants is not None:
+            replaced = {self._places[name]: tensor for name, tensor in constants.items()}
+            of_loss = [StandIns(loss_fn, {})] if isinstance(loss_fn, nn.Module) else []
+            standing = [*of_loss, StandIns(self._model, {**self._stand_ins, **replaced})]
         with ExitStack() as stack:
-            if isinstance(loss_fn, nn.Module):
-                stack.enter_context(StandIns(loss_fn, {}))
-            stack.enter_context(StandIns(self._model, {**self._stand_ins, **replaced}))
+            for stand_ins in standing:
+                stack.enter_context(stand_ins)
             yield
 
     def require_unchanged(self) -> None:
