@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linop_hess._validate import finite_real
 from linop_hess.autograd.calling import NOT_GIVEN, are_batches, as_module, explained, refuse_empty, refuse_sparse
 from linop_hess.autograd.snapshot import select_parameters
-from linop_hess.autograd.untouched import untouched_randomness
+from linop_hess.autograd.untouched import untouched_randomness, without_collector
 from linop_hess.curvature import ChainCurvature, HasHessian
 from linop_hess.graph.build import Chain, build_chain, refuse_inside
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
@@ -160,7 +160,7 @@ def linearize(
         refuse_empty(value, what)
     parameter = model.get_parameter(names[0])
     device = parameter.device
-    with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device):
+    with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device), without_collector():
         chain = build_chain(model, loss_fn, inputs, targets, names, second)
     compared = replace(second, finite=bool(chain.differenced))
     lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names, compared))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from operator import is_
 from typing import Any
@@ -76,10 +77,24 @@ def untouched_randomness(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _switch_collector_off() -> bool:
+    was = gc.isenabled()
+    gc.disable()
+    return was
+
+
+_WITHOUT_COLLECTOR = ProcessWide(_switch_collector_off, lambda was: gc.enable() if was else None)
+
+
+def without_collector() -> AbstractContextManager[None]:
+    """No garbage collection meanwhile, for work that makes many objects and needs them all: each pass would look at all of them."""
+    return _WITHOUT_COLLECTOR.changed()
+
+
 class StandIns:
     """Other tensors in the places of a model's parameters and buffers, tied ones replaced by one; no backward hooks.
 
-    Other tensors that modules hold as attributes are replaced by copies. As a context: on leaving, modules have all that they had before,
+    Other tensors that modules hold as attributes are replaced by copies. As a context, as often as needed: on leaving, modules have all that they had before,
     the attributes that they set while they ran and the lists, dicts and sets that they changed among it. What objects of other classes
     hold is not followed.
 
@@ -91,20 +106,31 @@ class StandIns:
     """
 
     def __init__(self, model: nn.Module, others: Mapping[int, Tensor]) -> None:
-        self._modules, self._others = list(model.modules()), others
+        self._modules = list(model.modules())
         self._before = [_Attributes(module) for module in self._modules]
+        self._tensors = [  # that are attributes by themselves
+            (vars(module), key, value)
+            for module in self._modules
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.requires_grad
+        ]
+        self._places = [
+            (own, key, others[id(tensor)])
+            for module in self._modules
+            for own in (module._parameters, module._buffers)
+            for key, tensor in own.items()
+            if id(tensor) in others
+        ]
 
     def __enter__(self) -> StandIns:
         copies: dict[int, Tensor] = {}
+        for attributes, key, value in self._tensors:
+            if id(value) not in copies:
+                copies[id(value)] = value.detach().clone()
+            attributes[key] = copies[id(value)]
+        for own, key, tensor in self._places:
+            own[key] = tensor
         for module in self._modules:
-            for key, value in list(vars(module).items()):
-                if isinstance(value, Tensor) and not value.requires_grad:
-                    copies.setdefault(id(value), value.detach().clone())
-                    vars(module)[key] = copies[id(value)]
-            for own in (module._parameters, module._buffers):
-                for key, tensor in own.items():
-                    if tensor is not None:
-                        own[key] = self._others.get(id(tensor), tensor)  # type: ignore[assignment]
             as_a_function(module)
         return self
 
@@ -115,9 +141,12 @@ class StandIns:
 
 def as_a_function(module: nn.Module) -> None:
     """Take off a module what changes gradients and no loss: backward hooks, and sparse gradients, which have no second derivative."""
-    module._backward_hooks.clear()
-    module._backward_pre_hooks.clear()
-    if getattr(module, "sparse", None) is True:
+    if module._backward_hooks:
+        module._backward_hooks.clear()
+    if module._backward_pre_hooks:
+        module._backward_pre_hooks.clear()
+    has_it = "sparse" in vars(module) or hasattr(type(module), "sparse")  # nn.Module takes its time to say no
+    if has_it and getattr(module, "sparse", None) is True:
         module.sparse = False  # type: ignore[assignment]
 
 
@@ -130,14 +159,14 @@ class _Attributes:
         self._keep(vars(module))
 
     def _keep(self, value: Any) -> None:
-        if not value:
-            self._empty.append(value)
-            return
         copy = dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else set(value)
         self._contents.append((value, copy))
         for inner in copy.values() if isinstance(copy, dict) else copy:
             if isinstance(inner, _CONTAINERS):
-                self._keep(inner)
+                if inner:
+                    self._keep(inner)
+                else:
+                    self._empty.append(inner)
 
     def restore(self) -> None:
         for value in filter(None, self._empty):

@@ -100,7 +100,8 @@ def build_chain(
     MemoryError
         If derivatives or states do not fit in memory.
     """
-    parameters = [model.get_parameter(name) for name in names]
+    named = dict(model.named_parameters())
+    parameters = [named[name] for name in names]
     shapes = tuple(tuple(p.shape) for p in parameters)
     layers = None if takes_parameters(loss_fn) else known_layers(model, inputs, names)
     run = (model, loss_fn, inputs, targets, names)

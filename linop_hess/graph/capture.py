@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.autograd.kinks import KinkWatch
-from linop_hess.autograd.untouched import ProcessWide, StandIns
+from linop_hess.autograd.untouched import StandIns
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.trace import Recorder, Strided, Trace
 
@@ -117,7 +116,7 @@ def capture(
         return kept, checked_loss(own.loss(output, targets_again))
 
     with twice_differentiable("the model", leaves[0].device, model), recorder.memory.restored():
-        with own.standing_in(), _WITHOUT_COLLECTOR.changed(), _module_paths(model, recorder.path):
+        with own.standing_in(), _module_paths(model, recorder.path):
             value = recorded()
         loss_ids = recorder.ids_of(value)
         if not loss_ids.any():
@@ -194,6 +193,8 @@ class _Private:
         self._stand_ins = {id(named[name]): tensor for name, tensor in {**self.leaves, **others}.items()}
         self._stand_ins |= {id(self._buffers[name]): copy for name, copy in self._copies.items()}
         self._places = {name: id(named[name]) for name in names}
+        of_loss = [StandIns(loss_fn, {})] if isinstance(loss_fn, nn.Module) else []
+        self._standing = [*of_loss, StandIns(model, self._stand_ins)]
 
     def data(self) -> tuple[Any, Any]:
         """Copies of inputs and targets, new ones each time."""
@@ -213,12 +214,14 @@ class _Private:
     @contextmanager
     def standing_in(self, loss_fn: Any = None, constants: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """The copies, or constants, in the places of the model's own, and all that model and loss had put back afterwards."""
-        loss_fn = self._loss_fn if loss_fn is None else loss_fn
-        replaced = {self._places[name]: tensor for name, tensor in (constants or {}).items()}
+        standing = self._standing
+        if constants is not None:
+            replaced = {self._places[name]: tensor for name, tensor in constants.items()}
+            of_loss = [StandIns(loss_fn, {})] if isinstance(loss_fn, nn.Module) else []
+            standing = [*of_loss, StandIns(self._model, {**self._stand_ins, **replaced})]
         with ExitStack() as stack:
-            if isinstance(loss_fn, nn.Module):
-                stack.enter_context(StandIns(loss_fn, {}))
-            stack.enter_context(StandIns(self._model, {**self._stand_ins, **replaced}))
+            for stand_ins in standing:
+                stack.enter_context(stand_ins)
             yield
 
     def require_unchanged(self) -> None:
@@ -283,13 +286,3 @@ def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
-
-
-def _switch_collector_off() -> bool:
-    was = gc.isenabled()
-    gc.disable()
-    return was
-
-
-# No garbage collection meanwhile: the many objects of a recording are all still needed.
-_WITHOUT_COLLECTOR = ProcessWide(_switch_collector_off, lambda was: gc.enable() if was else None)

@@ -2,7 +2,8 @@
 
     (M v)_l = v_l − F_l v_{l−1},        M⁻¹: the forward recursion,        M⁻ᵀ: the adjoint recursion.
 
-Narrow chains are substituted by one LAPACK triangular band solve; wide ones stage by stage.
+Narrow chains are substituted by one LAPACK triangular band solve, sample by sample where samples do not meet before the last stage; wide
+ones stage by stage.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from linop_hess.lq.band_storage import BandMatrix
 from linop_hess.lq.layout import Layout
-from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.base import Stage, common_samples
 
 # Calls of torch that a stage takes in the stage-by-stage recursion, and entries of a band that LAPACK substitutes in the time of one call.
 _CALLS_PER_STAGE = 5
@@ -50,23 +51,55 @@ class Transition:
         return int((n[1:] + n[:-1]).max() - 1) if n.size > 1 else 0
 
     @cached_property
+    def parts(self) -> int:
+        """Into how many chains the states before the last stage fall, those of samples: each has a band of its own, narrower by as much.
+
+        One, where there are too few stages to make it worth the calls.
+        """
+        parts = common_samples(self._stacks)
+        return parts if parts > 1 and parts * len(self._stacks) <= self._layout.length else 1
+
+    @cached_property
+    def _entries(self) -> int:
+        """Entries of the bands."""
+        return self._layout.size_out * ((self.bandwidth + 1) // self.parts + 1)
+
+    @cached_property
     def is_banded(self) -> bool:
         """Whether the band solve is the faster one (and there is a CPU to run it on)."""
-        entries = self._layout.size_out * (self.bandwidth + 1)
         return (
             self._stacks[0].device.type == "cpu"
-            and entries * 8 <= _BAND_BYTES_LIMIT
-            and entries <= _ENTRIES_PER_CALL * _CALLS_PER_STAGE * self._layout.length
+            and self._entries * 8 <= _BAND_BYTES_LIMIT
+            and self._entries <= _ENTRIES_PER_CALL * _CALLS_PER_STAGE * self._layout.length
         )
+
+    @cached_property
+    def _of_parts(self) -> Tensor:
+        """Where the entries of the states before the last stage lie, part after part and in each stage after stage."""
+        layout, parts = self._layout, self.parts
+        last = layout.size_out - int(layout.n_out[-1])
+        each = np.repeat(layout.n_out[:-1] // parts, layout.n_out[:-1])
+        within = np.arange(last) - np.repeat(layout.out_offsets[:-2], layout.n_out[:-1])
+        return torch.from_numpy(np.argsort(within // np.maximum(each, 1), kind="stable"))
 
     @cached_property
     def _band(self) -> np.ndarray:
         layout, dtype = self._layout, np.dtype(str(self._stacks[0].dtype).removeprefix("torch."))
-        band = BandMatrix(layout.size_out, self.bandwidth + 1, 0, dtype)
-        for stack, inner in layout.after_first():
-            rows = layout.out_slots[stack].starts[inner]
-            columns = layout.in_slots[stack].starts[inner] - layout.n_in[0]
-            band.put(rows, columns, -self._stacks[stack].take(inner).dense_F().numpy())
+        parts = self.parts
+        last = layout.length - 1 if parts > 1 else layout.length
+        size = int(layout.out_offsets[last]) // parts
+        width = int((layout.n_out[1:last] + layout.n_out[: last - 1]).max(initial=1)) // parts
+        band = BandMatrix(size * parts, max(width, 1), 0, dtype)
+        for b, stack in enumerate(self._stacks):
+            inner = np.flatnonzero(layout.order[:, 0] == b)
+            inner = inner[(inner > 0) & (inner < last)]
+            if not inner.size:
+                continue
+            stages = stack.take(layout.order[inner, 1])
+            rows, columns = layout.out_offsets[inner] // parts, layout.out_offsets[inner - 1] // parts
+            for s in range(parts):
+                of_part = stages if parts == 1 else stages.of_samples(s, s + 1, parts)
+                band.put(s * size + rows, s * size + columns, -of_part.dense_F().numpy())
         return band.storage.T
 
     def _band_substitute(self, v: Tensor, trans: str) -> Tensor:
@@ -77,6 +110,22 @@ class Transition:
         if info != 0:
             raise ValueError(f"LAPACK tbtrs refused its argument {-info}")
         return torch.from_numpy(np.ascontiguousarray(x))
+
+    def _by_parts(self, v: Tensor, trans: str) -> Tensor:
+        """The same where the states before the last stage fall into parts; what the last stage adds up is apart."""
+        layout, stage, out = self._layout, self._last, v.clone()
+        end, before = layout.size_out - int(layout.n_out[-1]), slice(int(layout.out_offsets[-3]), int(layout.out_offsets[-2]))
+        if trans == "T":
+            out[before] += stage.Ft(out[None, end:])[0]
+        out[self._of_parts] = self._band_substitute(out[self._of_parts], trans)
+        if trans == "N":
+            out[end:] += stage.F(out[None, before])[0]
+        return out
+
+    @cached_property
+    def _last(self) -> Stage:
+        b, k = self._layout.order[-1]
+        return self._stacks[b].at(int(k))
 
     def apply(self, v: Tensor) -> Tensor:
         """M v."""
@@ -99,7 +148,7 @@ class Transition:
     def substitute(self, v: Tensor) -> Tensor:
         """M⁻¹ v by forward substitution."""
         if self.is_banded:
-            return self._band_substitute(v, "N")
+            return self._by_parts(v, "N") if self.parts > 1 else self._band_substitute(v, "N")
         out = v.clone()
         offsets = self._layout.out_offsets
         for l, stage in enumerate(self.stages):
@@ -111,7 +160,7 @@ class Transition:
     def substitute_adjoint(self, v: Tensor) -> Tensor:
         """M⁻ᵀ v by backward substitution."""
         if self.is_banded:
-            return self._band_substitute(v, "T")
+            return self._by_parts(v, "T") if self.parts > 1 else self._band_substitute(v, "T")
         out = v.clone()
         offsets = self._layout.out_offsets
         for l in range(self._layout.length - 1, 0, -1):
@@ -122,4 +171,4 @@ class Transition:
     @property
     def nbytes(self) -> int:
         """Bytes of the band, if there is one."""
-        return self._layout.size_out * (self.bandwidth + 1) * 8 if self.is_banded else 0
+        return self._entries * 8 if self.is_banded else 0

@@ -2,7 +2,8 @@
 
 With the gain K = S⁻¹E of each segment, s = k − K δ and δ⁺ = F̄ δ + R k, F̄ = F − R K. So the backward sweep of a solve is
 v ← F̄ᵀv + Kᵀ load, the forward one δ ← F̄ δ + R k, and all else, S⁻¹(load − Rᵀv) included, is computed for all segments of a group at
-once. Narrow blocks cost calls rather than flops, and this makes the fewest.
+once. Narrow blocks cost calls rather than flops, and this makes the fewest. The few segments that directions were delayed at, or arrived
+at, take the steps of the halves (`lq.methods.stage_factor`) in between.
 """
 
 from __future__ import annotations
@@ -13,32 +14,40 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.pivots.delayed import PackedElimination
+from linop_hess.lq.methods.stage_factor import SegmentLoad, StageFactor, unwhiten_one, whiten_one
+from linop_hess.lq.pivots.delayed import packed_among
 from linop_hess.lq.segments import loads, put_controls
 
 
 class ClosedLoop:
-    """Factors of condensed segments of which nothing was delayed.
+    """Factors of condensed segments, of which few delayed anything.
 
     Parameters
     ----------
     analysis : Analysis
     damping : float
-    eliminations : sequence of PackedElimination
+    factors : sequence of StageFactor
         One for each segment, in the order of the chain.
     """
 
-    def __init__(self, analysis: Analysis, damping: complex, eliminations: Sequence[PackedElimination]) -> None:
+    def __init__(self, analysis: Analysis, damping: complex, factors: Sequence[StageFactor]) -> None:
         self._analysis, self._damping = analysis, damping
         self._factors: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # packed, interchanges, gain, R of each group
+        packed = packed_among(factor.elimination for factor in factors)
+        # The others, whose place in their group is taken by the identity.
+        self._alone = {k: (factor, factor.elimination.whitened()) for k, factor in enumerate(factors) if k not in packed}
         loops: list[list[Tensor]] = []
         for group, blocks in zip(analysis.groups, analysis.condensed, strict=True):
-            mine = [eliminations[k] for k in group.segments]
-            gain = torch.stack([e.gain for e in mine])
             R, F = blocks.W[..., : blocks.r], blocks.W[..., blocks.r :]
+            eye = torch.eye(blocks.r, dtype=R.dtype, device=R.device)
+            order = torch.arange(1, blocks.r + 1, dtype=torch.int32, device=R.device)
+            none = R.new_zeros(blocks.r, group.n_in)
+            mine = [packed.get(int(k)) for k in group.segments]
+            gain = torch.stack([none if e is None else e.gain for e in mine])
             loops.append(list(torch.baddbmm(F, R, gain, alpha=-1.0).unbind()))
-            packed = torch.stack([e.packed for e in mine]), torch.stack([e.interchanges for e in mine])
-            self._factors.append((*packed, gain, R))
+            left = torch.stack([eye if e is None else e.packed for e in mine])
+            interchanges = torch.stack([order if e is None else e.interchanges for e in mine])
+            self._factors.append((left, interchanges, gain, R))
         self._loops = [loops[g][k] for g, k in analysis.pairs]
 
     def solve(self, g: Tensor) -> Tensor:
@@ -52,9 +61,21 @@ class ClosedLoop:
             lifted.append((lift if part.state is None else lift.add_(part.state)).unbind())
             after.append(g.new_zeros(group.count, group.n_out, g.shape[1]))
         multipliers = [part.unbind() for part in after]
-        for i in range(len(order) - 1, 0, -1):
-            (group_, k), (before, j) = order[i], order[i - 1]
-            torch.addmm(lifted[group_][k], self._loops[i].mT, multipliers[group_][k], out=multipliers[before][j])
+        white: dict[int, Tensor] = {}
+        carried = g[:0]  # the load on directions that were delayed
+        for i in range(len(order) - 1, -1, -1):
+            group_, k = order[i]
+            if i in self._alone:
+                state = load[group_].state
+                mine = SegmentLoad(load[group_].visible[k], None if state is None else state[k], g[:0])
+                w, v, carried = whiten_one(*self._alone[i], mine, multipliers[group_][k], carried)
+                white[i] = w / self._alone[i][1].theta[:, None]
+                if i:
+                    before, j = order[i - 1]
+                    multipliers[before][j].copy_(v)
+            elif i:
+                before, j = order[i - 1]
+                torch.addmm(lifted[group_][k], self._loops[i].mT, multipliers[group_][k], out=multipliers[before][j])
         # Forward: the state before each segment.
         half, pushed, states = [], [], []
         for part, v, group, (packed, interchanges, _, R) in zip(load, after, groups, self._factors, strict=True):
@@ -62,9 +83,14 @@ class ClosedLoop:
             pushed.append((R @ half[-1]).unbind())
             states.append(g.new_zeros(group.count, group.n_in, g.shape[1]))
         d = [part.unbind() for part in states]
-        for i in range(len(order) - 1):
-            (group_, k), (next_, j) = order[i], order[i + 1]
-            torch.addmm(pushed[group_][k], self._loops[i], d[group_][k], out=d[next_][j])
+        for i in range(len(order)):
+            (group_, k), (next_, j) = order[i], order[min(i + 1, len(order) - 1)]
+            if i in self._alone:
+                half[group_][k], after_, carried = unwhiten_one(*self._alone[i], white[i], d[group_][k], carried)
+                if i + 1 < len(order):
+                    d[next_][j].copy_(after_)
+            elif i + 1 < len(order):
+                torch.addmm(pushed[group_][k], self._loops[i], d[group_][k], out=d[next_][j])
         x = torch.empty_like(g)
         for part, u, state, group, (_, _, gain, _) in zip(load, half, states, groups, self._factors, strict=True):
             hidden = None if part.hidden is None else part.hidden / self._damping

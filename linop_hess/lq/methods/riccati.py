@@ -70,6 +70,55 @@ def divided(rule: PivotRule | None, careful: bool = False) -> Callable[[Segment,
     return partial(_divided, rule=rule, careful=careful)
 
 
+# Segments that are divided by at once before their pivots are looked at: the first time, and after runs of which all could be.
+_SHORTEST_RUN, _LONGEST_RUN = 8, 128
+
+
+def recursion_in_runs(segments: Sequence[Segment], V: DenseValue, rule: PivotRule) -> list[StageFactor]:
+    """The same with a rule for condensed segments without delayed hidden directions, their pivots looked at in runs.
+
+    Looking at a pivot costs more than dividing by it where blocks are narrow. So a run of segments is divided by whatever their pivots
+    are, and up to the first that the rule does not accept it stands; that one is eliminated by itself, and so are those that directions
+    arrive at.
+    """
+    factors: list[StageFactor] = []  # from the last segment
+    length, spare = _SHORTEST_RUN, len(segments)  # how many may be divided by in vain
+    while len(factors) < len(segments):
+        left = len(segments) - len(factors)
+        arrived = factors[-1].delayed if factors else 0
+        if not arrived and spare > 0:
+            values, run = [V], list[StageFactor]()
+            for segment in reversed(segments[max(0, left - length) : left]):
+                S, E, V = values[-1].pivot(segment.control)
+                run.append(StageFactor(segment, PackedElimination.of(S, E), 0))
+                values.append(V.downdate(run[-1].elimination, segment.hidden))
+            stands = _accepted(rule, run)
+            spare -= len(run) - stands
+            factors += run[:stands]
+            V = values[stands]
+            if stands == len(run):
+                length = min(2 * length, _LONGEST_RUN)
+                continue
+            length = _SHORTEST_RUN
+        segment = segments[len(segments) - len(factors) - 1]
+        S, E, V = V.pivot(segment.control)
+        V = V.downdate(elimination := _divided(segment, S, E, rule, False), segment.hidden)
+        factors.append(StageFactor(segment, elimination, arrived))
+    return factors[::-1]
+
+
+def _accepted(rule: PivotRule, run: Sequence[StageFactor]) -> int:
+    """How many of a run stand by a rule, up to the first that does not; of the first segment of a chain no pivot may be zero."""
+
+    def stand(some: Sequence[StageFactor]) -> bool:
+        first = [factor for factor in some if factor.segment.is_first]
+        return all(map(_is_regular, first)) and _obey(rule, [factor for factor in some if not factor.segment.is_first])
+
+    if stand(run):
+        return len(run)
+    return next(k for k, factor in enumerate(run) if not stand([factor]))
+
+
 def _divided(segment: Segment, S: Tensor, E: Tensor, rule: PivotRule | None, careful: bool) -> Elimination:
     if rule is None:
         return PackedElimination.of(S, E)
@@ -112,13 +161,12 @@ class RiccatiFactorization(Congruence):
         rule = SmallPivots(damping) if rule is None else rule
         segments = segments_at(analysis, damping, rule.coupling_up_to(damping))
         self.hidden = analysis.hidden - sum(segment.hidden.delayed for segment in segments)
-        # Looking at each pivot costs more than dividing by it where blocks are narrow: divide by all, then look at all of them at once.
-        self._is_packed = analysis.is_narrow and not careful and not any(segment.hidden.delayed for segment in segments)
-        if self._is_packed:
+        self._in_runs = analysis.is_narrow and not careful and not any(segment.hidden.delayed for segment in segments)
+        if self._in_runs and isinstance(damping, complex):
             self.factors = recursion(segments, _end(analysis), divided(None))
-            if not isinstance(damping, complex):
-                self._is_packed = all(map(_is_regular, self.factors[:1])) and _obey(rule, self.factors[1:])
-        if not self._is_packed:
+        elif self._in_runs:
+            self.factors = recursion_in_runs(segments, _end(analysis), rule)
+        else:
             self.factors = recursion(segments, _end(analysis), divided(rule, careful))
 
     def obeys(self, rule: PivotRule) -> bool:
@@ -160,13 +208,12 @@ class RiccatiFactorization(Congruence):
 
     @cached_property
     def _closed_loop(self) -> ClosedLoop:
-        packed = [cast(PackedElimination, factor.elimination) for factor in self.factors]
-        return ClosedLoop(self.analysis, self.damping, packed)
+        return ClosedLoop(self.analysis, self.damping, self.factors)
 
     def solve(self, g: Tensor) -> Tensor:
         if not self.factors:
             return torch.zeros_like(g)
-        return self._closed_loop.solve(g) if self._is_packed else super().solve(g)
+        return self._closed_loop.solve(g) if self._in_runs else super().solve(g)
 
     @cached_property
     def _whitened(self) -> list[WhitenedElimination]:

@@ -54,29 +54,53 @@ class SegmentLoad:
     directions: Tensor  # (j, k)
 
 
+def whiten_one(
+    factor: StageFactor, elimination: WhitenedElimination, load: SegmentLoad, v: Tensor | None, carried: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward step of one segment: w, v of the state before, and the load on directions that are delayed here.
+
+    v is that of the state after, None after the last segment, and `carried` the load on directions that arrive.
+    """
+    unknown, after = load.visible, None
+    if v is not None:
+        seen, after = factor.segment.adjoint(v)
+        unknown = unknown - seen
+    if factor.arrived:
+        unknown = torch.cat([unknown, carried])
+    w = elimination.pivots.whiten(unknown)
+    v = elimination.white.mT @ (w / elimination.theta[:, None])
+    if after is not None:
+        v += after
+    if load.state is not None:
+        v += load.state
+    return w, v, torch.cat([elimination.W.mT @ unknown, load.directions]) if factor.delayed else carried
+
+
+def unwhiten_one(
+    factor: StageFactor, elimination: WhitenedElimination, w: Tensor, d: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward step of one segment: s, the state after, and the directions that arrived, for those delayed at the segment after.
+
+    d is the state before, and c the directions that were delayed here.
+    """
+    r = factor.segment.r
+    white = w - (elimination.white @ d) / elimination.theta[:, None] if d.shape[0] else w
+    u = elimination.pivots.unwhiten(white)
+    if elimination.delayed:
+        u = u + elimination.W @ c[: elimination.delayed]
+    return u[:r], factor.segment.forward(u[:r], d), u[r:]
+
+
 def whiten(
     factors: Sequence[StageFactor], eliminations: Sequence[WhitenedElimination], load: Sequence[SegmentLoad]
 ) -> list[Tensor]:
     """L⁻¹ of the visible controls: eliminate from the last segment to the first; w of each, (e, k)."""
     out: list[Tensor] = []
     v: Tensor | None = None
-    carried = load[-1].visible[:0]  # the load on directions that were delayed, none after the last segment
+    carried = load[-1].visible[:0]  # none after the last segment
     for factor, elimination, mine in zip(reversed(factors), reversed(eliminations), reversed(load), strict=True):
-        unknown, after = mine.visible, None
-        if v is not None:
-            seen, after = factor.segment.adjoint(v)
-            unknown = unknown - seen
-        if factor.arrived:
-            unknown = torch.cat([unknown, carried])
-        w = elimination.pivots.whiten(unknown)
+        w, v, carried = whiten_one(factor, elimination, mine, v, carried)
         out.append(w)
-        v = elimination.white.mT @ (w / elimination.theta[:, None])
-        if after is not None:
-            v += after
-        if mine.state is not None:
-            v += mine.state
-        if factor.delayed:
-            carried = torch.cat([elimination.W.mT @ unknown, mine.directions])
     return out[::-1]
 
 
@@ -88,13 +112,8 @@ def unwhiten(
     d = w[0].new_zeros(factors[0].segment.n_in, w[0].shape[1])
     c = w[0][:0]
     for factor, elimination, mine in zip(factors, eliminations, w, strict=True):
-        r, late = factor.segment.r, elimination.delayed
-        white = mine - (elimination.white @ d) / elimination.theta[:, None] if d.shape[0] else mine
-        u = elimination.pivots.unwhiten(white)
-        if late:
-            u = u + elimination.W @ c[:late]
         states.append(d)
-        controls.append(u[:r])
-        directions.append(c[late:])
-        d, c = factor.segment.forward(u[:r], d), u[r:]
+        directions.append(c[elimination.delayed :])
+        s, d, c = unwhiten_one(factor, elimination, mine, d, c)
+        controls.append(s)
     return controls, states, directions

@@ -10,7 +10,7 @@ c being the delayed directions W, of values μ and coupling EᵀW to δ, which t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -254,10 +254,15 @@ def eliminate(
     )
 
 
-def stacked_by_size(eliminations: Sequence[PackedElimination]) -> Iterator[tuple[list[int], PackedElimination]]:
+def packed_among(eliminations: Iterable[Elimination]) -> dict[int, PackedElimination]:
+    """Those that are kept as LAPACK left them, by their positions."""
+    return {k: e for k, e in enumerate(eliminations) if isinstance(e, PackedElimination)}
+
+
+def stacked_by_size(eliminations: Mapping[int, PackedElimination]) -> Iterator[tuple[list[int], PackedElimination]]:
     """Yield those of each size, as (positions, one elimination with a leading axis)."""
     by_size: dict[torch.Size, list[int]] = {}
-    for k, elimination in enumerate(eliminations):
+    for k, elimination in eliminations.items():
         by_size.setdefault(elimination.E.shape, []).append(k)
     for positions in by_size.values():
         alike = [eliminations[k] for k in positions]
@@ -271,22 +276,20 @@ def stacked_by_size(eliminations: Sequence[PackedElimination]) -> Iterator[tuple
 
 def obey(rule: PivotRule, eliminations: Sequence[Elimination], units: Sequence[Tensor]) -> bool:
     """Whether by `rule` none of them need delay anything, or anything more; `units` are those of the states before."""
-    packed = [e for e in eliminations if isinstance(e, PackedElimination)]
-    if len(packed) < len(eliminations):
-        return all(rule.accepts(e.theta, e.whitened().white, u) for e, u in zip(eliminations, units, strict=True))
+    packed = packed_among(eliminations)
     # Narrow blocks come in the units of the states already.
-    return all(rule.accepts_packed(e.packed, e.interchanges, e.E, e.gain) for _, e in stacked_by_size(packed))
+    if not all(rule.accepts_packed(e.packed, e.interchanges, e.E, e.gain) for _, e in stacked_by_size(packed)):
+        return False
+    others = [(e, u) for k, (e, u) in enumerate(zip(eliminations, units, strict=True)) if k not in packed]
+    return all(rule.accepts(e.theta, e.whitened().white, u) for e, u in others)
 
 
 def pivots_of(eliminations: Sequence[Elimination]) -> list[Tensor]:
     """θ of each."""
-    packed = [e for e in eliminations if isinstance(e, PackedElimination)]
-    if len(packed) < len(eliminations):
-        return [e.theta for e in eliminations]
     theta: dict[int, Tensor] = {}
-    for positions, stacked in stacked_by_size(packed):
+    for positions, stacked in stacked_by_size(packed_among(eliminations)):
         theta.update(zip(positions, stacked.theta.unbind(), strict=True))
-    return [theta[k] for k in range(len(eliminations))]
+    return [theta[k] if k in theta else e.theta for k, e in enumerate(eliminations)]
 
 
 # Below so many products of numbers one matrix product takes no longer than several; above, the upper triangle need not be computed.

@@ -11,6 +11,7 @@ from linop_hess.lq.pivots.delayed import (
     eliminate,
     obey,
     pivots_of,
+    packed_among,
     stacked_by_size,
     subtract_gram,
 )
@@ -143,7 +144,7 @@ def mixed():
 
 
 def test_stacked_by_size_and_pivots_of():
-    alike = dict((tuple(positions), e.theta.shape) for positions, e in stacked_by_size(mixed()))
+    alike = dict((tuple(positions), e.theta.shape) for positions, e in stacked_by_size(packed_among(mixed())))
     assert alike == {(0, 2): (2, 3), (1,): (1, 5), (3,): (1, 0), (4,): (1, 3)}
     for found, expected in zip(pivots_of(mixed()), mixed(), strict=True):
         torch.testing.assert_close(found, expected.theta)
@@ -153,7 +154,8 @@ def test_stacked_by_size_and_pivots_of():
 
 def test_obey():
     units = [torch.ones(e.E.shape[1], 1).double() for e in mixed()]
-    for eliminations in (mixed(), [e.whitened() for e in mixed()]):
+    assert list(packed_among([mixed()[0].whitened(), *mixed()])) == [1, 2, 3, 4, 5]
+    for eliminations in (mixed(), [e.whitened() for e in mixed()], [mixed()[0].whitened(), *mixed()[1:]]):
         assert obey(BoundedGrowth(1e6), eliminations, units)
         assert not obey(BoundedGrowth(1e-6), eliminations, units)
     assert obey(BoundedGrowth(0.0), [], [])
