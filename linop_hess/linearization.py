@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linop_hess._validate import finite_real
 from linop_hess.autograd.calling import NOT_GIVEN, as_module, explained, refuse_batches, refuse_empty, refuse_sparse
 from linop_hess.autograd.snapshot import select_parameters
-from linop_hess.autograd.untouched import untouched_randomness
+from linop_hess.autograd.untouched import exclusively, untouched_randomness
 from linop_hess.curvature import ChainCurvature
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.build import Chain, build_chain
@@ -100,6 +100,20 @@ def linearize(
     """
     refuse_batches(inputs, targets)
     second = SecondDerivatives.of(nonsmooth, sharpness, differentiation)
+    with exclusively(model, loss_fn):
+        return _linearized(model, loss_fn, inputs, targets, params, verify, second)
+
+
+def _linearized(
+    model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    params: str | Iterable[str] | Mapping[str, Tensor] | None,
+    verify: bool | None,
+    second: SecondDerivatives,
+) -> Linearization:
+    """The same, of a model that no other thread runs meanwhile."""
     if not isinstance(model, nn.Module):
         model, params = as_module(model, params), None
     if isinstance(params, Mapping):
@@ -324,11 +338,15 @@ class Linearization(Named, Storable, SampleGradients):
             raise ValueError(f"probes must be at least 1, got {probes}")
         if self._reference is None:
             raise RuntimeError("this linearization was stored without its model, so it cannot be compared with it")
+        with exclusively(self._reference.model, self._reference.loss_fn):
+            return self._verified(self._reference, probes)
+
+    def _verified(self, compared: Reference, probes: int) -> float:
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64, device="cpu")
         v = v.to(self.problem.dtype).to(self.problem.device)
         with untouched_randomness(self.problem.device), PrimitiveNorms():
-            reference = self._reference.hessian()
+            reference = compared.hessian()
             theirs = reference @ v
             moved = reference.moved_by_rounding(v, theirs)
             sizes = [p.numel() for p in reference.parameters]
