@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linop_hess._validate import finite_real
 from linop_hess.autograd.calling import NOT_GIVEN, are_batches, as_module, explained, refuse_empty, refuse_sparse
 from linop_hess.autograd.snapshot import select_parameters
-from linop_hess.autograd.untouched import untouched_randomness, without_collector
+from linop_hess.autograd.untouched import exclusively, untouched_randomness, without_collector
 from linop_hess.curvature import ChainCurvature, HasHessian
 from linop_hess.graph.build import Chain, build_chain, refuse_inside
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
@@ -142,19 +142,39 @@ def linearize(
             "expected reduction and weight_fn with several batches, got them with one, of which nothing is weighted: leave them out"
         )
     second = SecondDerivatives.of(nonsmooth, sharpness, differentiation)
+    with exclusively(model, loss_fn):
+        module, names = _selected(model, params)
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
+        if several:
+            return StreamedLinearization(
+                module, loss_fn, inputs, tuple(names), second, reduction=reduction, weight_fn=weight_fn
+            )
+        return _of_one_batch(module, loss_fn, inputs, targets, names, verify, second)
+
+
+def _selected(
+    model: nn.Module | Callable[..., Any], params: str | Iterable[str] | Mapping[str, Tensor] | None
+) -> tuple[nn.Module, list[str]]:
+    """The model as a module, and the names of the parameters to differentiate."""
     if not isinstance(model, nn.Module):
         model, params = as_module(model, params), None
     if isinstance(params, Mapping):
         raise TypeError(
             "expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model"
         )
-    names = select_parameters(model, params)
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
-    if several:
-        return StreamedLinearization(
-            model, loss_fn, inputs, tuple(names), second, reduction=reduction, weight_fn=weight_fn
-        )
+    return model, select_parameters(model, params)
+
+
+def _of_one_batch(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    names: Sequence[str],
+    verify: bool | None,
+    second: SecondDerivatives,
+) -> Linearization:
     for what, value in (("inputs", inputs), ("targets", targets)):
         refuse_sparse(value, what)
         refuse_empty(value, what)
@@ -333,11 +353,15 @@ class Linearization(Named, HasHessian, Storable, SampleGradients):
             raise ValueError(f"probes must be at least 1, got {probes}")
         if self._reference is None:
             raise RuntimeError("this linearization was stored without its model, so it cannot be compared with it")
+        with exclusively(self._reference.model, self._reference.loss_fn):
+            return self._verified(self._reference, probes)
+
+    def _verified(self, compared: Reference, probes: int) -> float:
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64, device="cpu")
         v = v.to(self.problem.dtype).to(self.problem.device)
         with untouched_randomness(self.problem.device), PrimitiveNorms():
-            reference = self._reference.hessian()
+            reference = compared.hessian()
             theirs = reference @ v
             moved = reference.moved_by_rounding(v, theirs)
             sizes = [p.numel() for p in reference.parameters]

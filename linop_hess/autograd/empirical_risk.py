@@ -32,6 +32,7 @@ from linop_hess.autograd.snapshot import (
     select_parameters,
 )
 from linop_hess.autograd.surrogates import checked_sharpness
+from linop_hess.autograd.untouched import exclusively
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators.block import NamedOperator
 from linop_hess.operators.convert import all_finite, plain_arithmetic
@@ -87,11 +88,12 @@ class RiskCurvature(NamedOperator):
     ) -> None:
         require_loss_fn(loss_fn)
         self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
-        names = select_parameters(model, params)
-        self.batches = Batches(data, loss_fn, reduction, progress, weight_fn)
-        with torch.inference_mode(False):
-            self.model = frozen_copy(model)
-        self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
+        with exclusively(model, loss_fn):  # no other thread's tensors stand in for theirs
+            names = select_parameters(model, params)
+            self.batches = Batches(data, loss_fn, reduction, progress, weight_fn)
+            with torch.inference_mode(False):
+                self.model = frozen_copy(model)
+            self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
         named = dict(self.model.named_parameters())
         self.parameters = [named[name].requires_grad_() for name in names]
         self.parameter_table = ParameterTable.of_tensors(dict(zip(names, self.parameters, strict=True)))

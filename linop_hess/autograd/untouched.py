@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import random
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
 from operator import is_
 from typing import Any
@@ -89,6 +91,109 @@ _WITHOUT_COLLECTOR = ProcessWide(_switch_collector_off, lambda was: gc.enable() 
 def without_collector() -> AbstractContextManager[None]:
     """No garbage collection meanwhile, for work that makes many objects and needs them all: each pass would look at all of them."""
     return _WITHOUT_COLLECTOR.changed()
+
+
+class _Holders:
+    """Which thread has what, all of a set or none of it: so sets that overlap wait for each other, and others do not."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._held: dict[int, tuple[int, int]] = {}  # by id, alive while held: the thread, and how many times it has it
+        self._awaited: dict[int, set[int]] = {}  # by thread
+
+    @contextmanager
+    def holding(self, things: Mapping[int, Any]) -> Iterator[None]:
+        """Have things, by `id`, for this thread alone; it may have some of them already."""
+        me = threading.get_ident()
+        with self._changed:
+            try:
+                while awaited := {key for key in things if self._held.get(key, (me, 0))[0] != me}:
+                    self._awaited[me] = awaited
+                    if self._wait_for(me):
+                        raise RuntimeError(
+                            "expected threads that linearize one model after the other, got two of which each waits for a model "
+                            "that the other is linearizing: call linearize outside of models and losses"
+                        )
+                    self._changed.wait()
+            finally:
+                self._awaited.pop(me, None)
+            for key in things:
+                self._held[key] = me, self._held.get(key, (me, 0))[1] + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                for key in things:
+                    count = self._held.pop(key)[1] - 1
+                    if count:
+                        self._held[key] = me, count
+                self._changed.notify_all()
+
+    def _wait_for(self, me: int) -> bool:
+        """Whether those that this thread waits for wait for it, be it by way of others."""
+        seen, pending = set(), [me]
+        while pending:
+            for key in self._awaited.get(pending.pop(), ()):
+                thread = self._held[key][0] if key in self._held else None
+                if thread == me:
+                    return True
+                if thread is not None and thread not in seen:
+                    seen.add(thread)
+                    pending.append(thread)
+        return False
+
+
+_HOLDERS = _Holders()
+
+
+def exclusively(*callables: Any) -> AbstractContextManager[None]:
+    """Have the modules of models and losses for this thread alone: others that want one of them wait.
+
+    Of a plain function they are the modules that it names: bound to it, in its closure, among its arguments or global, in
+    containers and in functions of the same file too.
+
+    Parameters
+    ----------
+    callables : nn.Module or callable
+
+    Returns
+    -------
+    context manager
+        Entered again by the same thread, it does not wait.
+    """
+    modules: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+    for each in callables:
+        _collect(each, modules, seen)
+    return _HOLDERS.holding(modules)
+
+
+def _collect(value: Any, modules: dict[int, nn.Module], seen: set[int]) -> None:
+    """Note the modules that a model or loss consists of, as far as they can be seen."""
+    if id(value) in seen or isinstance(value, type | Tensor):
+        return
+    seen.add(id(value))
+    inside: list[Any] = []
+    if isinstance(value, nn.Module):
+        modules.update((id(module), module) for module in value.modules())
+    elif isinstance(value, list | tuple | set):
+        inside.extend(value)
+    elif isinstance(value, dict):
+        inside.extend(value.values())
+    elif isinstance(value, functools.partial):
+        inside += [value.func, *value.args, *value.keywords.values()]
+    elif inspect.ismethod(value):
+        inside += [value.__func__, *getattr(value.__self__, "__dict__", {}).values(), value.__self__]
+    elif inspect.isfunction(value):
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # not filled yet
+                inside.append(cell.cell_contents)
+        named = (value.__globals__.get(name) for name in value.__code__.co_names)
+        inside += [one for one in named if not inspect.isfunction(one) or one.__module__ == value.__module__]
+    elif callable(value):
+        inside.extend(getattr(value, "__dict__", {}).values())
+    for one in inside:
+        _collect(one, modules, seen)
 
 
 class StandIns:

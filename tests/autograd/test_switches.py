@@ -160,7 +160,7 @@ def test_random_states_are_put_back_by_the_last_of_two_threads():
             torch.rand(len(state) % 7)
             return value
 
-        lh.linearize(model, loss, x, y)
+        lh.linearize(copy.deepcopy(model), loss, x, y)  # one model is linearized by one thread at a time
 
     before = torch.get_rng_state()
     overlapping(drawing)
