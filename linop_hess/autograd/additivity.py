@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +12,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from linop_hess.autograd.batches import sample_count
+from linop_hess.autograd.calling import as_data
 from linop_hess.autograd.differentiate import differentiate
+from linop_hess.processes import Processes
 
 Loss = Callable[[Any, Any], Tensor]
+
+# So many samples of process 0 are compared with the first batch of each; more where the loss of fewer is not finite.
+_FEW = (8, 64, 512)
+
+# Samples that take more bytes than these are not sent.
+_MOST_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Additivity:
             weight_fn is not None,
             eps,
         )
+        self._first: Part | None = None
         self._before: Part | None = None
         self.worst = 0.0
         self.worst_targets: list[Any] = []
@@ -83,10 +93,53 @@ class Additivity:
         """Compare the next batch with the one before; keep the worst gap."""
         part = replace(part, output=pytree.tree_map(_detached, part.output))
         before, self._before = self._before, part
-        if before is not None:
-            gap = self._gap(before, part)
-            if gap > self.worst:
-                self.worst, self.worst_targets = gap, [before.targets, part.targets]
+        if before is None:
+            self._first = part
+        else:
+            self._compare(before, part)
+
+    def _compare(self, before: Part, part: Part) -> None:
+        gap = self._gap(before, part)
+        if gap > self.worst:
+            self.worst, self.worst_targets = gap, [before.targets, part.targets]
+
+    def from_first(self, processes: Processes, device: torch.device) -> Part | None:
+        """A few samples of the first batch of process 0, in all processes; None where they cannot be told apart or sent."""
+        packed = processes.from_first(self._packed_few() if processes.rank == 0 else b"")
+        if not packed:
+            return None
+        few: Part = pickle.loads(packed)
+        inputs, targets, output = as_data((few.inputs, few.targets, few.output), device)
+        return Part(inputs, targets, output, few.weight)
+
+    def beside(self, few: Part | None) -> Tensor:
+        """Compare the first batch with samples of process 0; return the loss of these and its derivatives, as this process has them."""
+        if few is None:
+            return torch.zeros(1, dtype=torch.float64)
+        if self._first is not None:
+            self._compare(few, replace(self._first, weight=self._weight(self._first.inputs, self._first.targets)))
+        try:
+            value, derivatives = _derivatives(self._loss, self._model(few.inputs), few.targets)
+        except (RuntimeError, ValueError, TypeError, IndexError):  # a model may take batches of one size alone
+            return torch.zeros(1, dtype=torch.float64)
+        flat = [tensor.detach().double().reshape(-1).cpu() for tensor in derivatives]
+        return torch.cat([torch.tensor([value], dtype=torch.float64), *flat])
+
+    def _packed_few(self) -> bytes:
+        part = self._first
+        for count in _FEW if part is not None else ():
+            assert part is not None
+            try:
+                inputs, targets, output = _cut((part.inputs, part.targets, part.output), part.count, slice(None, count))
+                self._loss(output, targets)
+                weight = self._weight(inputs, targets)
+                nest = pytree.tree_map(_on_host, (inputs, targets, output))
+                packed = pickle.dumps(Part(*nest, weight))
+                if weight and len(packed) <= _MOST_BYTES:
+                    return packed
+            except Exception:  # whatever samples are that cannot be cut or pickled, they are not compared
+                continue
+        return b""
 
     def _gap(self, before: Part, part: Part) -> float:
         """0 where the gap is no more than rounding, and where nothing can be compared."""
@@ -122,9 +175,11 @@ class Additivity:
         halves = []
         for at in (slice(None, half), slice(half, None)):
             output, targets, inputs = _cut((part.output, part.targets, part.inputs), part.count, at)
-            weight = 1.0 if self._weight_fn is None else self._weight_fn(inputs, targets)
-            halves.append(Part(inputs, targets, output, weight))
+            halves.append(Part(inputs, targets, output, self._weight(inputs, targets)))
         return self._of_outputs(halves, (part.output, part.targets))
+
+    def _weight(self, inputs: Any, targets: Any) -> float:
+        return 1.0 if self._weight_fn is None else self._weight_fn(inputs, targets)
 
     def _compared(self, parts: Sequence[Part], found: Sequence[Any], whole: Any) -> float:
         total = sum(part.weight for part in parts) if self._mean else 1.0
@@ -148,6 +203,10 @@ class Additivity:
 
 def _joined_pair(a: Part, b: Part) -> tuple[Any, Any]:
     return _joined((a.output, a.targets), (b.output, b.targets), a.count, b.count)
+
+
+def _on_host(leaf: Any) -> Any:
+    return leaf.detach().cpu().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
 def _detached(leaf: Any) -> Any:
