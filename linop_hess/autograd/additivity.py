@@ -206,7 +206,9 @@ def _joined_pair(a: Part, b: Part) -> tuple[Any, Any]:
 
 
 def _on_host(leaf: Any) -> Any:
-    return leaf.detach().cpu().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().cpu().clone().requires_grad_(leaf.requires_grad)  # a view would take all its memory along
 
 
 def _detached(leaf: Any) -> Any:

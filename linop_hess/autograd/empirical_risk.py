@@ -39,7 +39,7 @@ from linop_hess.operators.operand import Fold
 from linop_hess.operators.operator import Operator, damped
 from linop_hess.operators.parameters import ParameterTable
 from linop_hess.processes import Processes
-from linop_hess.processes.fingerprint import fingerprint, of_modules, of_tensors
+from linop_hess.processes.fingerprint import fingerprint, of_model
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,8 @@ class RiskCurvature(NamedOperator):
     def _in_common(self) -> dict[str, Any]:
         """Fingerprints of what all processes must have in common, by name."""
         return {
-            "names of the parameters": fingerprint(list(self.names)),
-            "model": of_modules(self.model),
-            **{f"parameter {name!r}": one for name, one in of_tensors(self.model.named_parameters()).items()},
-            **{f"buffer {name!r}": one for name, one in of_tensors(self.model.named_buffers()).items()},
+            "choice of params": fingerprint(list(self.names)),
+            **of_model(self.model),
             "loss_fn": fingerprint(self.loss_fn),
             **self.batches.in_common(),
         }

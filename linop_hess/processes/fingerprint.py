@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import CodeType
 from typing import Any
 
@@ -28,14 +28,12 @@ def fingerprint(*values: Any) -> int:
     return int.from_bytes(hashed.digest(), "big") >> (64 - _BITS)
 
 
-def of_modules(model: nn.Module) -> int:
-    """Fingerprint of what a model is made of: paths, classes and modes of its modules."""
-    return fingerprint([(path, _name(type(module)), module.training) for path, module in model.named_modules()])
-
-
-def of_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """Fingerprints of tensors by name."""
-    return {name: fingerprint(tensor) for name, tensor in named}
+def of_model(model: nn.Module) -> dict[str, int]:
+    """Fingerprints of a model, by name: paths, classes and modes of its modules, its parameters and its buffers."""
+    modules = [(path, _name(type(module)), module.training) for path, module in model.named_modules()]
+    parameters = {f"parameter {name!r}": fingerprint(tensor) for name, tensor in model.named_parameters()}
+    buffers = {f"buffer {name!r}": fingerprint(tensor) for name, tensor in model.named_buffers()}
+    return {"model": fingerprint(modules), **parameters, **buffers}
 
 
 def sketch(X: Tensor) -> tuple[float, float, float]:
