@@ -133,7 +133,6 @@ def vectors(rank, group):
     for mine in (
         right + (rank == 1) * 1e-3 * np.eye(n)[n // 2],
         right[: n - (rank == 1)],
-        np.stack([right] * (1 + (rank == 1)), 1),
         np.where(rank == 1, np.nan, right),
         right.astype(complex) if rank == 1 else right,
     ):
@@ -148,7 +147,7 @@ def test_other_vectors_are_an_error_in_all(pool):
     (first, a), (second, b) = pool.results(vectors, size=2)
     assert np.array_equal(a, b)
     for words, mine, theirs in zip(
-        ["same numbers", "shape", "another shape", "NaN|finite", "complex"], second, first, strict=True
+        ["same numbers", "shape", "NaN|finite", "complex"], second, first, strict=True
     ):
         for text in (mine, theirs):
             assert re.search(words, text), text
