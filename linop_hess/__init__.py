@@ -7,6 +7,7 @@ from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.operators import to_dense
 from linop_hess.operators.inverse import HessianInverse
+from linop_hess.streamed import StreamedLinearization
 
 __all__ = [
     "GaussNewton",
@@ -15,6 +16,7 @@ __all__ = [
     "Inertia",
     "Linearization",
     "Solution",
+    "StreamedLinearization",
     "errors",
     "krylov",
     "linearize",

@@ -170,3 +170,44 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
             If H + εI is singular to working precision.
         """
         return condition_number(self.analysis, finite_real(damping, "damping"))
+
+
+class HasHessian:
+    """What has a Hessian `H`, and answers questions put to it."""
+
+    @property
+    def H(self) -> ChainCurvature:
+        """The Hessian, shape (N, N)."""
+        raise NotImplementedError
+
+    def damped(self, damping: float) -> Operator:
+        """H + damping·I; see `ChainCurvature.damped`."""
+        return self.H.damped(damping)
+
+    def plan(self, damping: float = 1.0) -> NetworkPlan:
+        """Cost of each method, the widest cuts and what lives there; see `ChainCurvature.plan`."""
+        return self.H.plan(damping)
+
+    def inverse(self, damping: float, method: MethodName = "auto", *, tolerance: float | None = None) -> HessianInverse:
+        """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
+        return self.H.inverse(damping, method, tolerance=tolerance)
+
+    def inertia(self, damping: float) -> Inertia:
+        """Signs of the eigenvalues of H + damping·I; see `ChainCurvature.inertia`."""
+        return self.H.inertia(damping)
+
+    def count_eigenvalues(self, a: float, b: float) -> int:
+        """Count the eigenvalues of H in (a, b]; see `ChainCurvature.count_eigenvalues`."""
+        return self.H.count_eigenvalues(a, b)
+
+    def smallest_convex_damping(self, margin: float = 0.0, rtol: float = 1e-3) -> float:
+        """Return the least damping that makes H + damping·I positive definite; see `ChainCurvature.smallest_convex_damping`."""
+        return self.H.smallest_convex_damping(margin, rtol)
+
+    def extreme_eigenvalues(self, rtol: float = 1e-8) -> tuple[float, float]:
+        """Smallest and largest eigenvalue of H; see `ChainCurvature.extreme_eigenvalues`."""
+        return self.H.extreme_eigenvalues(rtol)
+
+    def condition_number(self, damping: float) -> float:
+        """‖H + damping·I‖·‖(H + damping·I)⁻¹‖; see `ChainCurvature.condition_number`."""
+        return self.H.condition_number(damping)

@@ -3,39 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from linop_hess._validate import finite_real
-from linop_hess.autograd.calling import NOT_GIVEN, as_module, explained, refuse_batches, refuse_empty, refuse_sparse
+from linop_hess.autograd.calling import NOT_GIVEN, are_batches, as_module, explained, refuse_empty, refuse_sparse
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.autograd.untouched import untouched_randomness
-from linop_hess.curvature import ChainCurvature
-from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.build import Chain, build_chain
+from linop_hess.curvature import ChainCurvature, HasHessian
+from linop_hess.graph.build import Chain, build_chain, refuse_inside
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
-from linop_hess.graph.verification import PrimitiveNorms, Reference, Rounded
-from linop_hess.lq.accuracy import BACKWARD_CONSTANTS, ROUNDINGS, VERIFIED
+from linop_hess.graph.verification import Reference, compare
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
 from linop_hess.operators.convert import plain_arithmetic
-from linop_hess.operators.inverse import HessianInverse, MethodName
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import Named, ParameterTable
 from linop_hess.operators.permutation import Permutation
 from linop_hess.per_sample import SampleGradients
+from linop_hess.processes import Processes
 from linop_hess.stored import Storable
-from linop_hess.tables import NetworkPlan, StageTable
+from linop_hess.streamed import StreamedLinearization
+from linop_hess.tables import StageTable
 
 
+@overload
+def linearize(
+    model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    *,
+    params: str | Iterable[str] | Mapping[str, Tensor] | None = ...,
+    verify: bool | None = ...,
+    nonsmooth: str = ...,
+    sharpness: float | None = ...,
+    differentiation: str = ...,
+    reduction: str | None = ...,
+    weight_fn: Callable[[Any, Any], Any] | None = ...,
+) -> Linearization: ...
+@overload
+def linearize(
+    model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+    loss_fn: Callable[..., Tensor],
+    inputs: Iterable[Any],
+    *,
+    params: str | Iterable[str] | Mapping[str, Tensor] | None = ...,
+    verify: bool | None = ...,
+    nonsmooth: str = ...,
+    sharpness: float | None = ...,
+    differentiation: str = ...,
+    reduction: str | None = ...,
+    weight_fn: Callable[[Any, Any], Any] | None = ...,
+    group: Any = ...,
+) -> StreamedLinearization: ...
+@overload
+def linearize(
+    model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    *,
+    params: str | Iterable[str] | Mapping[str, Tensor] | None = ...,
+    verify: bool | None = ...,
+    nonsmooth: str = ...,
+    sharpness: float | None = ...,
+    differentiation: str = ...,
+    reduction: str | None = ...,
+    weight_fn: Callable[[Any, Any], Any] | None = ...,
+    group: Any,
+) -> StreamedLinearization: ...
 def linearize(
     model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
     loss_fn: Callable[..., Tensor],
@@ -47,7 +90,10 @@ def linearize(
     nonsmooth: str = "generalized",
     sharpness: float | None = None,
     differentiation: str = "autograd",
-) -> Linearization:
+    reduction: str | None = None,
+    weight_fn: Callable[[Any, Any], Any] | None = None,
+    group: Any = None,
+) -> Linearization | StreamedLinearization:
     """Compute first and second derivatives of loss_fn(model(inputs), targets), operation by operation.
 
     Parameters
@@ -60,8 +106,10 @@ def linearize(
         dict of parameters, for penalties on them. Separable ones, as weight decay, cost nothing: they are a diagonal of H.
     inputs : object
         Of one batch: a tensor, a tuple of what the model takes, ``model(*inputs)``, or anything else that it takes, as ``model(inputs)``.
+        Or, without targets, a re-iterable of batches ``(inputs, targets)``, as a list or a DataLoader that does not shuffle: the
+        derivatives are those of the loss of all together, and batches are gone through one at a time (docs/batches.md).
     targets : object
-        Of the same batch; passed to `loss_fn`.
+        Of the same batch; passed to `loss_fn`. Left out where there are several batches.
     params : str, iterable of str, or mapping of str to Tensor, optional
         Names or glob patterns of the parameters to differentiate; the others are constants. Default: all that require gradients. Of a
         function the parameters themselves, by name.
@@ -78,11 +126,18 @@ def linearize(
     differentiation : {"autograd", "finite"}, optional
         "finite": an operation that has no second derivative in torch, as `torch.cdist`, gets its own by differences of its first
         derivatives, with about ten digits in float64; all others stay exact. Its stage's name says "by differences".
+    reduction : {"sum", "mean"}, optional
+        Of several batches: how `loss_fn` combines the samples of one, where its own `reduction` does not tell; as in `linop_hess.Hessian`.
+    weight_fn : callable, optional
+        Of several batches: what the mean of a batch divides by, ``weight_fn(inputs, targets)``; as in `linop_hess.Hessian`.
+    group : ProcessGroup, DeviceMesh of one dimension, or "world", optional
+        Each process of it gives samples of its own, in one batch or in several, and has the linearization of all; as in
+        `linop_hess.Hessian`.
 
     Returns
     -------
-    Linearization
-        A snapshot: later changes of the model do not change it.
+    Linearization or StreamedLinearization
+        The second of several batches, or processes. A snapshot: later changes of the model do not change it.
 
     Raises
     ------
@@ -92,26 +147,30 @@ def linearize(
     ValueError
         If `nonsmooth` or `differentiation` is unknown, a sharpness is not positive and finite or not asked for, or smooth comes together
         with finite; if the loss is not scalar, nothing is trainable, the batch is empty, or a value or derivative is NaN or Inf (the
-        layer is named).
+        layer is named); if several batches are no more what they were in the first pass, as with a loader that shuffles, one is
+        empty, or their losses put together are not the sum of theirs, as `linop_hess.Hessian` says.
     TypeError
-        If inputs or parameters have an unusable dtype, inputs are sparse, or several batches, as a DataLoader, or there are no targets.
+        If inputs or parameters have an unusable dtype, inputs are sparse, there are no targets, or targets beside several batches, or
+        batches can be gone through only once.
     MemoryError
         If the derivatives of an operation, or the states between operations, do not fit; nothing has been allocated.
+    ProcessError
+        If a process of the group ended, does not answer in time, or does something else than the others.
     """
-    refuse_batches(inputs, targets)
-    second = SecondDerivatives.of(nonsmooth, sharpness, differentiation)
-    if not isinstance(model, nn.Module):
-        model, params = as_module(model, params), None
-    if isinstance(params, Mapping):
-        raise TypeError(
-            "expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model"
+    processes = Processes.of(group)
+    with processes.together("linearize"):
+        several, second, model, names = _checked(
+            model, loss_fn, inputs, targets, params, (nonsmooth, sharpness, differentiation)
         )
-    names = select_parameters(model, params)
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
-    for what, value in (("inputs", inputs), ("targets", targets)):
-        refuse_sparse(value, what)
-        refuse_empty(value, what)
+        if not (several or processes.are_several) and (reduction is not None or weight_fn is not None):
+            raise ValueError(
+                "expected reduction and weight_fn with several batches, got them with one, of which nothing is weighted: leave them out"
+            )
+    if several or group is not None:
+        batches = inputs if several else [(inputs, targets)]
+        return StreamedLinearization(
+            model, loss_fn, batches, names, second, reduction=reduction, weight_fn=weight_fn, processes=processes
+        )
     parameter = model.get_parameter(names[0])
     device = parameter.device
     with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device):
@@ -124,7 +183,29 @@ def linearize(
     return lin
 
 
-class Linearization(Named, Storable, SampleGradients):
+def _checked(
+    model: Any, loss_fn: Any, inputs: Any, targets: Any, params: Any, how: tuple[str, float | None, str]
+) -> tuple[bool, SecondDerivatives, nn.Module, tuple[str, ...]]:
+    """Whether there are several batches, how to differentiate, the model as a module, and the names of the chosen parameters."""
+    several = are_batches(inputs, targets)
+    second = SecondDerivatives.of(*how)
+    if not isinstance(model, nn.Module):
+        model, params = as_module(model, params), None
+    if isinstance(params, Mapping):
+        raise TypeError(
+            "expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model"
+        )
+    names = select_parameters(model, params)
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
+    if not several:
+        for what, value in (("inputs", inputs), ("targets", targets)):
+            refuse_sparse(value, what)
+            refuse_empty(value, what)
+    return several, second, model, tuple(names)
+
+
+class Linearization(Named, HasHessian, Storable, SampleGradients):
     """First and second derivatives of a network, as operators. Made by `linearize`.
 
     Attributes
@@ -219,50 +300,13 @@ class Linearization(Named, Storable, SampleGradients):
             If the loss reads what the model computed before its output, as one that differentiates the output does: then no output
             tells model and loss apart.
         """
-        if self._chain.looks_inside:
-            raise UnsupportedModelError(
-                "expected a loss of the model's output and the parameters for a Gauss-Newton matrix, got one that reads what the model "
-                f"computed before its output, in {self._chain.looks_inside}, as losses do that differentiate the output: use H, or "
-                "return from the model what the loss needs"
-            )
+        refuse_inside(self._chain)
         return self._gauss_newton
-
-    def damped(self, damping: float) -> Operator:
-        """H + damping·I; see `ChainCurvature.damped`."""
-        return self.H.damped(damping)
 
     @cached_property
     def stages(self) -> StageTable:
         """The stages, a row each: name in the model, operation, sizes, samples, live entries after it, and where derivatives come from."""
         return StageTable(self.problem)
-
-    def plan(self, damping: float = 1.0) -> NetworkPlan:
-        """Cost of each method, the widest cuts and what lives there; see `ChainCurvature.plan`."""
-        return self.H.plan(damping)
-
-    def inverse(self, damping: float, method: MethodName = "auto", *, tolerance: float | None = None) -> HessianInverse:
-        """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
-        return self.H.inverse(damping, method, tolerance=tolerance)
-
-    def inertia(self, damping: float) -> Inertia:
-        """Signs of the eigenvalues of H + damping·I; see `ChainCurvature.inertia`."""
-        return self.H.inertia(damping)
-
-    def count_eigenvalues(self, a: float, b: float) -> int:
-        """Count the eigenvalues of H in (a, b]; see `ChainCurvature.count_eigenvalues`."""
-        return self.H.count_eigenvalues(a, b)
-
-    def smallest_convex_damping(self, margin: float = 0.0, rtol: float = 1e-3) -> float:
-        """Return the least damping that makes H + damping·I positive definite; see `ChainCurvature.smallest_convex_damping`."""
-        return self.H.smallest_convex_damping(margin, rtol)
-
-    def extreme_eigenvalues(self, rtol: float = 1e-8) -> tuple[float, float]:
-        """Smallest and largest eigenvalue of H; see `ChainCurvature.extreme_eigenvalues`."""
-        return self.H.extreme_eigenvalues(rtol)
-
-    def condition_number(self, damping: float) -> float:
-        """‖H + damping·I‖·‖(H + damping·I)⁻¹‖; see `ChainCurvature.condition_number`."""
-        return self.H.condition_number(damping)
 
     def augmented(self, damping: float) -> Operator:
         """𝒦 at `damping`, in the unknowns (x, y, z).
@@ -326,30 +370,10 @@ class Linearization(Named, Storable, SampleGradients):
             raise RuntimeError("this linearization was stored without its model, so it cannot be compared with it")
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64, device="cpu")
-        v = v.to(self.problem.dtype).to(self.problem.device)
-        with untouched_randomness(self.problem.device), PrimitiveNorms():
-            reference = self._reference.hessian()
-            theirs = reference @ v
-            moved = reference.moved_by_rounding(v, theirs)
-            sizes = [p.numel() for p in reference.parameters]
-        gap = self.H @ v - theirs
-        scale, worst = float(theirs.abs().max()), float(gap.abs().max())
-        unit = reference.coarsest_eps
-        if reference.differentiation == "finite":
-            unit = max(unit, reference.differences_gap, BACKWARD_CONSTANTS)
-        is_rounding = _is_rounding(gap, theirs, moved, sizes, unit)
-        for seed in range(0 if is_rounding else ROUNDINGS):
-            # What the parameters' last digits do not explain those of all that is computed from them may.
-            with (
-                suppress(ValueError),  # NaN: at the edge of where it is differentiable
-                untouched_randomness(self.problem.device),
-                PrimitiveNorms(),
-                Rounded(seed),
-            ):
-                moved = torch.maximum(moved.abs(), reference.moved_by_rounding(v, theirs).abs())
-        if is_rounding or _is_rounding(gap, theirs, moved, sizes, unit):
+        gap, scale, is_rounding = compare(self.H, self._reference, v.to(self.problem.dtype).to(self.problem.device))
+        worst = float(gap.max())
+        if is_rounding:
             return worst / scale if scale else 0.0
-        gap = gap.abs()
         raise ArithmeticError(
             f"the Hessian differs from double backward by {worst:.1e} of {scale:.1e}; suspected: {self._suspects(gap)}. "
             "Do not use this linearization; rewrite those layers in primitive operations"
@@ -370,17 +394,3 @@ class Linearization(Named, Storable, SampleGradients):
         """Pickle without the model, which may not pickle, and without operators; everything but `verify` survives."""
         kept = ("problem", "analysis", "loss", "parameter_table", "_chain")
         return {**{name: self.__dict__[name] for name in kept}, "_reference": None}
-
-
-def _is_rounding(gap: Tensor, products: Tensor, moved: Tensor, sizes: Sequence[int], unit: float) -> bool:
-    """Whether a gap between products is within what rounding explains, in each parameter's entries; all of shape (N, k)."""
-    if (
-        gap.is_cuda
-        and gap.dtype == torch.float32
-        and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
-    ):
-        unit = max(unit, 2.0**-11)  # products in TensorFloat-32 have ten bits
-    floor = unit * torch.linalg.vector_norm(products, dim=0)
-    pieces = zip(gap.split(sizes), moved.split(sizes), strict=True)
-    norms = ((torch.linalg.vector_norm(g, dim=0), torch.linalg.vector_norm(m, dim=0)) for g, m in pieces)
-    return all(bool((seen <= VERIFIED * (explained + floor)).all()) for seen, explained in norms)

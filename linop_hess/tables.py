@@ -249,7 +249,7 @@ class Cuts:
             yield
         except MemoryError as error:
             message = str(error)
-            if _TOLD in message:
+            if _TOLD in message or not self.widths.size:
                 raise
             raise MemoryError(f"{message}\n{_TOLD}\n{self.widest()}") from None
 
@@ -278,11 +278,14 @@ class NetworkPlan(Plan):
 
     def __str__(self) -> str:
         """Return the plan as tables."""
-        return "\n\n".join([super().__str__(), str(self.cuts), *self._told_of_shared()])
+        return "\n\n".join([super().__str__(), *self._below()])
 
     def _repr_html_(self) -> str:
-        below = "\n\n".join([str(self.cuts), *self._told_of_shared()])
+        below = "\n\n".join(self._below())
         return f"{super()._repr_html_()}<pre>{html.escape(below)}</pre>"
+
+    def _below(self) -> list[str]:
+        return [*([str(self.cuts)] if self.cuts else []), *self._told_of_shared()]
 
     def _told_of_shared(self) -> list[str]:
         parts = []

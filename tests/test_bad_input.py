@@ -265,14 +265,16 @@ def test_a_loss_of_one_element_is_a_scalar(setting):
 def test_batches_are_told_from_a_batch(setting):
     model, x, y = setting
     loader = DataLoader(TensorDataset(x, y), batch_size=2)
-    hint = "pass one, linearize.model, loss_fn, inputs, targets.*linop_hess.Hessian.model, loss_fn, loader"
+    hint = "leave targets out, linearize.model, loss_fn, batches"
     cases = [
-        ((loader,), f"got a DataLoader: {hint}"),
         ((loader, y), f"got a DataLoader: {hint}"),
-        ((loader.dataset,), f"got a TensorDataset: {hint}"),
+        ((loader.dataset,), "got a TensorDataset of single samples: wrap it as torch.utils.data.DataLoader"),
         ((iter(loader), None), hint),
         (((pair for pair in loader), None), f"got a generator: {hint}"),
-        (([(x, y), (x, y), (x, y)],), f"got a list of 3 batches: {hint}"),
+        (
+            ((pair for pair in loader),),
+            "got a generator, which can be gone through only once: pass a list of batches or a DataLoader",
+        ),
         (((x, y),), "got a pair of both: pass them one by one"),
         ((x,), "expected targets, got none: pass"),
     ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from linop_hess.autograd.batches import sample_count
+from linop_hess.autograd.batches import Batches, are_ignored, sample_count
 from linop_hess.autograd.calling import as_data
 from linop_hess.autograd.differentiate import differentiate
 from linop_hess.processes import Processes
@@ -133,13 +133,42 @@ class Additivity:
                 inputs, targets, output = _cut((part.inputs, part.targets, part.output), part.count, slice(None, count))
                 self._loss(output, targets)
                 weight = self._weight(inputs, targets)
-                nest = pytree.tree_map(_on_host, (inputs, targets, output))
-                packed = pickle.dumps(Part(*nest, weight))
+                inputs, targets, output = pytree.tree_map(_on_host, (inputs, targets, output))
+                packed = pickle.dumps(Part(inputs, targets, output, weight))
                 if weight and len(packed) <= _MOST_BYTES:
                     return packed
             except Exception:  # whatever samples are that cannot be cut or pickled, they are not compared
                 continue
         return b""
+
+    def require(self, batches: Batches, loss_fn: Callable[..., Any]) -> None:
+        """Raise where the loss of two batches put together was not the weighted sum of theirs.
+
+        Raises
+        ------
+        ValueError
+            Saying what to pass.
+        """
+        if not self.worst:
+            return
+        gap = f"{self.worst:.1e}"
+        if batches.reduction == "sum":
+            raise ValueError(
+                "expected a loss that sums over samples, so that the loss of two batches put together is the sum of theirs, got "
+                f'one that is off that by {gap}: pass reduction="mean" if it averages, or all data as one batch'
+            )
+        if batches.has_weights:
+            raise ValueError(
+                "expected weight_fn to return what the mean of a batch divides by, so that the loss of two batches put together "
+                f"is the weighted mean of theirs, got weights with which it is off that by {gap}: return such weights, or use a "
+                'loss that sums with reduction="sum" and scale the operator'
+            )
+        raise ValueError(
+            "expected a loss that averages over samples, so that the loss of two batches put together is the mean of theirs by "
+            f"numbers of samples, got one that is off that by {gap}{_cause(loss_fn, self.worst_targets)}: pass weight_fn, which gives "
+            "what the mean of a batch divides by (of masked targets how many are not, the sum of the weights of a weighted mean), "
+            'or use a loss that sums with reduction="sum" and scale the operator'
+        )
 
     def _gap(self, before: Part, part: Part) -> float:
         """0 where the gap is no more than rounding, and where nothing can be compared."""
@@ -203,6 +232,13 @@ class Additivity:
 
 def _joined_pair(a: Part, b: Part) -> tuple[Any, Any]:
     return _joined((a.output, a.targets), (b.output, b.targets), a.count, b.count)
+
+
+def _cause(loss_fn: Callable[..., Any], targets: list[Any]) -> str:
+    ignored = [are_ignored(loss_fn, each) for each in targets]
+    if any(each is not None and bool(each.any()) for each in ignored):
+        return f" (there are targets with ignore_index={loss_fn.ignore_index})"  # type: ignore[attr-defined]
+    return " (a class-weighted loss)" if getattr(loss_fn, "weight", None) is not None else ""
 
 
 def _on_host(leaf: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
-from linop_hess.autograd.calling import takes_parameters
+from linop_hess.autograd.calling import refuse_empty, takes_parameters
 from linop_hess.processes import ALONE, Processes
 from linop_hess.processes.fingerprint import fingerprint
 
@@ -100,6 +101,11 @@ class Batches:
     def are_several(self) -> bool:
         """Whether there is another batch, in this process or in another."""
         return self.count > 1 or self.processes.are_several
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether `weight_fn` gives what means divide by."""
+        return self._weight_fn is not None
 
     @property
     def _are_weighted(self) -> bool:
@@ -225,31 +231,64 @@ class Batches:
                 "mean is NaN: leave it out, or pass weight_fn, which gives the number of the others"
             )
 
-    def refuse(self, loss_fn: Callable[..., Any], targets: list[Any], gap: float) -> NoReturn:
-        """Raise for batches whose losses, put together, are not the weighted sum of theirs.
+
+class SameBatches:
+    """Batches that must be the same, in the same order, on every pass, and have samples.
+
+    Each is told by a checksum of its tensors. Sums over batches that are computed at different times, as a matrix and its products,
+    belong together only then.
+
+    Parameters
+    ----------
+    data : iterable
+        Of pairs, as of `Batches`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `Batches`, for data that cannot be gone through again and again.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._data = _as_iterable(data)
+        self._marks: list[int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches.
 
         Raises
         ------
         ValueError
-            Saying what to pass.
+            If one is not what it was in the first pass, or has no samples.
         """
-        if self.reduction == "sum":
+        marks: list[int] = []
+        for batch in self._data:
+            marks.append(_checksum(batch))
+            if self._marks is None:
+                for what, value in zip(("inputs", "targets"), _as_pair(batch), strict=True):
+                    refuse_empty(value, f"{what} of batch {len(marks)}")
+            elif self._marks[len(marks) - 1 : len(marks)] != marks[-1:]:
+                raise ValueError(
+                    f"expected the same batches in the same order on every pass, got another batch {len(marks)} than in the first: pass "
+                    "a loader that does not shuffle, sample or augment at random, and do not change the data"
+                )
+            yield batch
+        if self._marks is None:
+            self._marks = marks
+        elif len(marks) < len(self._marks):
             raise ValueError(
-                "expected a loss that sums over samples, so that the loss of two batches put together is the sum of theirs, got "
-                f'one that is off that by {gap:.1e}: pass reduction="mean" if it averages, or all data as one batch'
+                f"expected the same {len(self._marks)} batches on every pass, got {len(marks)}: pass data that do not change"
             )
-        if self._weight_fn is not None:
-            raise ValueError(
-                "expected weight_fn to return what the mean of a batch divides by, so that the loss of two batches put together "
-                f"is the weighted mean of theirs, got weights with which it is off that by {gap:.1e}: return such weights, or use a "
-                'loss that sums with reduction="sum" and scale the operator'
-            )
-        raise ValueError(
-            "expected a loss that averages over samples, so that the loss of two batches put together is the mean of theirs by "
-            f"numbers of samples, got one that is off that by {gap:.1e}{_cause(loss_fn, targets)}: pass weight_fn, which gives "
-            "what the mean of a batch divides by (of masked targets how many are not, the sum of the weights of a weighted mean), "
-            'or use a loss that sums with reduction="sum" and scale the operator'
-        )
+
+
+def _checksum(batch: Any) -> int:
+    """Of the bytes and shapes of all tensors of a nest."""
+    found = 1
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            flat = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found = zlib.adler32(cast(Any, flat.numpy()), zlib.adler32(str(tuple(leaf.shape)).encode(), found))
+    return found
 
 
 def _as_iterable(data: Any) -> Iterable[Any]:
@@ -318,7 +357,8 @@ def _sample_shape(targets: Any) -> tuple[int, ...] | list[tuple[int, ...]]:
     return shapes[0] if isinstance(targets, Tensor) else shapes
 
 
-def _are_ignored(loss_fn: Callable[..., Any], targets: Any) -> Tensor | None:
+def are_ignored(loss_fn: Callable[..., Any], targets: Any) -> Tensor | None:
+    """Which targets a loss leaves out by its `ignore_index`; None where it has none."""
     ignored = getattr(loss_fn, "ignore_index", None)
     if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
         return None
@@ -326,15 +366,8 @@ def _are_ignored(loss_fn: Callable[..., Any], targets: Any) -> Tensor | None:
 
 
 def _are_all_ignored(loss_fn: Callable[..., Any], targets: Any) -> bool:
-    ignored = _are_ignored(loss_fn, targets)
+    ignored = are_ignored(loss_fn, targets)
     return ignored is not None and bool(ignored.all())
-
-
-def _cause(loss_fn: Callable[..., Any], targets: list[Any]) -> str:
-    ignored = [_are_ignored(loss_fn, each) for each in targets]
-    if any(each is not None and bool(each.any()) for each in ignored):
-        return f" (there are targets with ignore_index={loss_fn.ignore_index})"  # type: ignore[attr-defined]
-    return " (a class-weighted loss)" if getattr(loss_fn, "weight", None) is not None else ""
 
 
 def _check_progress(progress: Any) -> None:

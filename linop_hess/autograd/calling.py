@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -207,25 +208,28 @@ class _NotGiven:
 NOT_GIVEN = _NotGiven()
 
 
-def refuse_batches(inputs: Any, targets: Any) -> None:
-    """Raise where there is more or less than one batch of inputs and targets.
+def are_batches(inputs: Any, targets: Any) -> bool:
+    """Tell whether these are batches, an iterable of pairs in the place of inputs, or the inputs and targets of one.
 
     Raises
     ------
     TypeError
-        For a DataLoader, a data set, an iterator or a list of batches as inputs, and where targets are missing; it says what to pass.
+        For batches together with targets, and where targets are missing; it says what to pass.
     """
     many = isinstance(inputs, DataLoader | Dataset | Iterator)
-    if not many and targets is not NOT_GIVEN:
-        return
-    pairs = isinstance(inputs, tuple | list) and len(inputs) and all(_is_pair(one) for one in inputs)
-    if many or pairs:
-        came = f"a list of {len(inputs)} batches" if pairs else f"a {type(inputs).__name__}"
-        raise TypeError(
-            f"expected inputs and targets of one batch, got {came}: pass one, linearize(model, loss_fn, inputs, targets), as of "
-            "inputs, targets = next(iter(loader)), or all as one where memory allows; for products alone "
-            "linop_hess.Hessian(model, loss_fn, loader) and GaussNewton take many batches"
-        )
+    if targets is not NOT_GIVEN:
+        if many:
+            raise TypeError(
+                f"expected inputs of one batch beside its targets, got a {type(inputs).__name__}: leave targets out, "
+                "linearize(model, loss_fn, batches), since batches bring theirs"
+            )
+        return False
+    of_pairs = isinstance(inputs, tuple | list) and all(_is_pair(one) for one in inputs)
+    is_other = hasattr(inputs, "__iter__") and not isinstance(
+        inputs, Tensor | np.ndarray | Mapping | str | tuple | list
+    )
+    if many or of_pairs or is_other:
+        return True
     if _is_pair(inputs):
         raise TypeError(
             "expected inputs and targets, got a pair of both: pass them one by one, linearize(model, loss_fn, *batch)"

@@ -121,7 +121,9 @@ class RiskCurvature(NamedOperator):
                 self._check_deterministic(before, scale)
             if self.processes.are_several and additivity is not None:
                 self._compare_with_first(additivity, check_deterministic)
-            self._require_additive(additivity)
+            if additivity is not None:
+                with self.processes.together("comparing the loss of batches put together with the sum of theirs"):
+                    additivity.require(self.batches, self.loss_fn)
             if nonsmooth == "error":
                 self._refuse_kinks()
             if check_symmetric:
@@ -378,12 +380,6 @@ class RiskCurvature(NamedOperator):
     def _additivity(self) -> Additivity:
         weight_fn = self.batches.weight_of if self.batches.reduction == "mean" else None
         return Additivity(self._loss, self._output, weight_fn, torch.finfo(self.torch_dtype).eps)
-
-    def _require_additive(self, additivity: Additivity | None) -> None:
-        """Raise where the loss of two batches put together was not the weighted sum of theirs."""
-        with self.processes.together("comparing batches put together with the sum of them"):
-            if additivity is not None and additivity.worst:
-                self.batches.refuse(self.loss_fn, additivity.worst_targets, additivity.worst)
 
     def _require_finite(self, flat: Tensor, what: str) -> None:
         if all_finite(flat):

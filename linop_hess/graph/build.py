@@ -121,6 +121,22 @@ def build_chain(
     return Chain(graph.problem, seen.loss, graph.gradient, *shape, samples)
 
 
+def refuse_inside(chain: Chain) -> None:
+    """Raise where no output tells model and loss apart, so that there is no Gauss-Newton matrix.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming the operation of the loss that reads what the model computed before its output.
+    """
+    if chain.looks_inside:
+        raise UnsupportedModelError(
+            "expected a loss of the model's output and the parameters for a Gauss-Newton matrix, got one that reads what the model "
+            f"computed before its output, in {chain.looks_inside}, as losses do that differentiate the output: use H, or "
+            "return from the model what the loss needs"
+        )
+
+
 def _has_surrogates(second: SecondDerivatives, run: tuple[Any, ...]) -> bool:
     """Look at the kinks of model and loss, where that is asked for, and tell whether surrogates smooth some."""
     if second.nonsmooth == "generalized":

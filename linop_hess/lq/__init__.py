@@ -7,6 +7,7 @@ from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.methods.plan import METHODS, Plan, make_plan
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages import DenseStage, DiagonalStage
+from linop_hess.lq.summed import SummedProblem
 
 __all__ = [
     "METHODS",
@@ -18,5 +19,6 @@ __all__ = [
     "Problem",
     "Solution",
     "Solver",
+    "SummedProblem",
     "make_plan",
 ]

@@ -180,13 +180,13 @@ class Analysis:
 
     @cached_property
     def is_narrow(self) -> bool:
-        """Whether all segments are worked on as dense blocks."""
-        return all(group.is_narrow for group in self.groups)
+        """Whether there are segments, and all are worked on as dense blocks."""
+        return not self.problem.why_no_chain and all(group.is_narrow for group in self.groups)
 
     @cached_property
     def hidden(self) -> int:
-        """Number of hidden controls of the chain."""
-        return sum(group.hidden * group.count for group in self.groups)
+        """Number of hidden controls of the chain; none are known of where there is no chain."""
+        return 0 if self.problem.why_no_chain else sum(group.hidden * group.count for group in self.groups)
 
     @cached_property
     def samples(self) -> int:

@@ -25,8 +25,8 @@ from linop_hess.lq.stages.base import SampleRows, Stage
 _COLUMNS_AT_ONCE = 128
 
 
-def assemble(problem: Problem) -> Tensor:
-    """Form H, shape (N, N), symmetric to the last bit.
+def assemble(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
+    """Form H, shape (N, N), symmetric to the last bit; that of a sum over parts part by part, each given back before the next is made.
 
     Peak memory, which `assembly_cost` tells: N² numbers for H, work space for samples and again for products, each of at most N²/3 numbers
     (16 MiB where that is more), as long as one sample of one stage fits in there. Samples are worked through in chunks, and so are the
@@ -35,30 +35,74 @@ def assemble(problem: Problem) -> Tensor:
     Parameters
     ----------
     problem : Problem
+    dtype : torch.dtype, optional
+        What to compute in; by default that of the problem.
 
     Returns
     -------
     Tensor
         H without damping.
     """
-    H = torch.zeros(problem.size, problem.size, dtype=problem.dtype, device=problem.device)
-    if not problem.size:
-        return H
-    plan = plan_assembly(problem)
-    for start in range(0, plan.samples, plan.chunk):
-        sweep = _Sweep(problem, plan, H, start, min(start + plan.chunk, plan.samples))
-        for columns in plan.blocks:
-            sweep.run(columns)
-        del sweep
-    for stage, start in zip(problem.stages, problem.layout.x_offsets[:-1].tolist(), strict=True):
-        if "A" in stage.nonzero:
-            H[start : start + stage.p, start : start + stage.p] += stage.dense_A()[0]
-    _mirror(H)
-    if problem.layout.places is not None:
-        _permute(H, torch.from_numpy(np.argsort(problem.layout.places)).to(H.device))
-    if problem.diagonal is not None:
-        H.diagonal().add_(problem.diagonal)
-    return H
+    return problem.processes.summed_symmetric("a dense matrix", lambda: _of_parts(problem, dtype or problem.dtype))
+
+
+def _of_parts(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """The sum over the parts of this process."""
+    total = _Total(torch.zeros(problem.size, problem.size, dtype=dtype, device=problem.device))
+    if problem.size:
+        for part, weight in problem.parts():
+            total.add(part if part.dtype == total.H.dtype else part.to(total.H.dtype), weight)
+    return total.finish()
+
+
+class _Total:
+    """Σ_b w_b H_b, its lower triangle as far as it has come: H/w in the order of the chain, w the last weight."""
+
+    def __init__(self, H: Tensor) -> None:
+        self.H = H
+        self._weight = 1.0
+        self._places: np.ndarray | None = None
+
+    def add(self, problem: Problem, weight: float) -> None:
+        """Add w H of one chain."""
+        H, places = self.H, problem.layout.places
+        if not _is_same(self._places, places):
+            self._to_flat_order()
+            if places is not None:
+                _permute(H, torch.from_numpy(places).to(H.device))
+            self._places = places
+        if weight != self._weight:  # which of batches of one size it is once
+            H.mul_(self._weight / weight)
+            self._weight = weight
+        plan = plan_assembly(problem)
+        for start in range(0, plan.samples, plan.chunk):
+            sweep = _Sweep(problem, plan, H, start, min(start + plan.chunk, plan.samples))
+            for columns in plan.blocks:
+                sweep.run(columns)
+            del sweep
+        for stage, start in zip(problem.stages, problem.layout.x_offsets[:-1].tolist(), strict=True):
+            if "A" in stage.nonzero:
+                H[start : start + stage.p, start : start + stage.p] += stage.dense_A()[0]
+        if problem.diagonal is not None:
+            H.diagonal().add_(problem.layout.in_chain_order(problem.diagonal))
+
+    def _to_flat_order(self) -> None:
+        _mirror(self.H)
+        if self._places is not None:
+            _permute(self.H, torch.from_numpy(np.argsort(self._places)).to(self.H.device))
+        self._places = None
+
+    def finish(self) -> Tensor:
+        """Return the sum, whole and in flat order."""
+        self._to_flat_order()
+        return self.H if self._weight == 1.0 else self.H.mul_(self._weight)
+
+
+def _is_same(places: np.ndarray | None, others: np.ndarray | None) -> bool:
+    """Whether two orders of the controls are one; None is theirs in flat vectors."""
+    if places is None or others is None:
+        return places is others
+    return np.array_equal(places, others)
 
 
 def _permute(H: Tensor, order: Tensor) -> None:
@@ -71,9 +115,9 @@ def _permute(H: Tensor, order: Tensor) -> None:
         strip.copy_(strip[order])
 
 
-def assembly_cost(problem: Problem) -> tuple[float, float]:
-    """Flops of the matrix products of `assemble`, and its peak bytes, H included."""
-    plan = plan_assembly(problem)
+def assembly_cost(problem: Problem, dtype: torch.dtype | None = None) -> tuple[float, float]:
+    """Flops of the matrix products of `assemble`, and its peak bytes, H included; of one chain."""
+    plan = plan_assembly(problem, dtype)
     return plan.flops, plan.nbytes
 
 

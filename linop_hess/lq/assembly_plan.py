@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
+import torch
+
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage, common_samples
 
@@ -104,19 +106,21 @@ class AssemblyPlan:
     has_C: dict[int, bool]
 
 
-def plan_assembly(problem: Problem) -> AssemblyPlan:
+def plan_assembly(problem: Problem, dtype: torch.dtype | None = None) -> AssemblyPlan:
     """Cut the problem up and count.
 
     Parameters
     ----------
     problem : Problem
+    dtype : torch.dtype, optional
+        What will be computed in; by default that of the problem.
 
     Returns
     -------
     AssemblyPlan
     """
     count = _Count(problem)
-    item, N = problem.numpy_dtype.itemsize, problem.size
+    item, N = (dtype or problem.dtype).itemsize, problem.size
     work = max(_LEAST_WORK_BYTES, int(_WORK_SHARE * N**2 * item)) // item
     pieces = count.pieces(work)
     if not pieces:  # all controls are in the last stage, after which nothing costs

@@ -10,7 +10,7 @@ structure is that of the chain without it (`Analysis.at` says how it is factored
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from linop_hess.lq.layout import Layout, Slots
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.transition import Transition
+from linop_hess.processes import ALONE, Processes
 
 
 class Problem:
@@ -135,6 +136,20 @@ class Problem:
         """Build a problem from single stages, each a stack of one."""
         blocks = list(stages)
         return cls(blocks, np.array([(b, 0) for b in range(len(blocks))]), names, places, diagonal=diagonal)
+
+    why_no_chain: str = ""
+    """Of a problem that has no stages of its own, as a sum over batches: why, as messages say it."""
+
+    processes: Processes = ALONE
+    """Of a sum over parts: those that have some each."""
+
+    def parts(self) -> Iterator[tuple[Problem, float]]:
+        """Yield the chains whose Hessians, weighted, H is the sum of: itself, here; see `lq.SummedProblem`."""
+        yield self, 1.0
+
+    def typical_part(self) -> tuple[Problem, int]:
+        """Return a chain and how many about its size there are, for estimates."""
+        return self, 1
 
     def name(self, l: int) -> str:
         """What to call stage l (0-based) in a message."""

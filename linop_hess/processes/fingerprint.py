@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def _feed(hashed: Any, value: Any) -> None:
         plain = value.detach().cpu().contiguous()
         hashed.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
         if plain.layout == torch.strided and plain.numel():
-            hashed.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+            hashed.update(cast(Any, plain.reshape(-1).view(torch.uint8).numpy()))
     elif isinstance(value, bool | int | float | complex | str | bytes | torch.dtype) or value is None:
         hashed.update(f"{value!r};".encode())
     elif isinstance(value, Mapping):

@@ -17,6 +17,7 @@ from torch import Tensor
 from linop_hess.errors import FactorizationError, NotPositiveDefiniteError, ProcessError, UnsupportedModelError
 from linop_hess.processes.fingerprint import fingerprint, sketch
 from linop_hess.processes.messages import Wire
+from linop_hess.processes.packed import summed_in_place
 
 # Errors that a process raises for another one, so that all go the same way on.
 _ALIKE: dict[str, type[Exception]] = {
@@ -163,6 +164,19 @@ class Processes:
         ValueError, ProcessError
             As in `together`.
         """
+        return self._announced(doing, local, alike, Wire.sum)
+
+    def summed_symmetric(self, doing: str, local: Callable[[], Tensor]) -> Tensor:
+        """Return the sum of symmetric matrices, as `summed`; half of their numbers are sent."""
+        return self._announced(doing, local, None, lambda wire, H: summed_in_place(H.contiguous(), wire.sum))
+
+    def _announced(
+        self,
+        doing: str,
+        local: Callable[[], Tensor],
+        alike: Tensor | None,
+        add: Callable[[Wire, Tensor], Tensor],
+    ) -> Tensor:
         if self._wire is None:
             return local()
         error, part, same = None, None, {}
@@ -173,7 +187,7 @@ class Processes:
             error = raised
         self._meet(doing, same, error, "see that all processes call alike", alike)
         assert part is not None
-        return self._wire.sum(part)
+        return add(self._wire, part)
 
     def close(self, doing: str, numbers: Tensor, eps: float, advice: str) -> None:
         """Raise ValueError unless all have about the same numbers, to half of the digits that `eps` stands for."""
@@ -211,7 +225,8 @@ class Processes:
         unit = 1.0 if alike is None else torch.finfo(alike.dtype).eps if eps is None else eps
         differs = max(bounds[0] + bounds[1], bounds[2] + bounds[3]) > unit**0.5 * scale
         if failed or high != -low:
-            self._disagree(_Report(doing, dict(same), error and (type(error).__name__, str(error))), error, advice)
+            mine = None if error is None else (type(error).__name__, str(error))
+            self._disagree(_Report(doing, dict(same), mine), error, advice)
         if differs:
             raise _as_told(
                 ValueError(f"expected all processes to give the same numbers in {doing}, got others in some: {advice}")

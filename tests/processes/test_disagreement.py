@@ -146,9 +146,7 @@ def vectors(rank, group):
 def test_other_vectors_are_an_error_in_all(pool):
     (first, a), (second, b) = pool.results(vectors, size=2)
     assert np.array_equal(a, b)
-    for words, mine, theirs in zip(
-        ["same numbers", "shape", "NaN|finite", "complex"], second, first, strict=True
-    ):
+    for words, mine, theirs in zip(["same numbers", "shape", "NaN|finite", "complex"], second, first, strict=True):
         for text in (mine, theirs):
             assert re.search(words, text), text
     assert "process 1 of 2 failed" in first[1]

@@ -13,7 +13,7 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from linop_hess._memory import require
-from linop_hess.errors import FactorizationError
+from linop_hess.errors import FactorizationError, UnsupportedModelError
 from linop_hess.lq.accuracy import (
     GROWTH,
     GROWTH_LITTLE,
@@ -23,10 +23,10 @@ from linop_hess.lq.accuracy import (
     UNSURE_PIVOT,
 )
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.hidden import strongest_coupling
 from linop_hess.lq.methods.base import Factorization
 from linop_hess.lq.methods.plan import METHODS, Plan
 from linop_hess.lq.methods.riccati import RiccatiFactorization
+from linop_hess.lq.pivots.hidden import strongest_coupling
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.pivots.rules import BoundedGrowth
 
@@ -89,7 +89,7 @@ class Factors:
     """Factors of H + εI in float64 for questions.
 
     Every method raises `SingularPivotError` if H + εI is singular to working precision, or ε = 0 and there are hidden controls, and
-    `MemoryError` if the factors do not fit.
+    `MemoryError` if the factors do not fit; `UnsupportedModelError` where a sum over batches lacks the stages that are asked about.
 
     Parameters
     ----------
@@ -221,5 +221,7 @@ class Factors:
         return rows
 
     def _require(self, name: str) -> None:
+        if why_not := self._plan.costs[name].why_not:
+            raise UnsupportedModelError(f'method "{name}" cannot be used here: {why_not}')
         what = f'factors of method "{name}" for {self.analysis.problem.size} parameters'
         require(2 * self._plan.costs[name].nbytes, what, self._plan.available)  # beside those of the solves

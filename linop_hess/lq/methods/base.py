@@ -216,6 +216,8 @@ class Method:
         What its factors may answer, of `EVERYTHING`; what they do answer they say themselves.
     is_automatic : bool
         Whether ``method="auto"`` may choose it.
+    of_matrix : bool
+        Whether it needs H alone, and no stages.
     """
 
     name: str
@@ -223,3 +225,4 @@ class Method:
     estimate: Callable[[Analysis], Cost]
     answers: frozenset[str]
     is_automatic: bool = True
+    of_matrix: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from linop_hess.lq.assembly import assemble, assembly_cost
 from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method, Tally
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.stages.base import common_samples
 
 # Calls of torch in an assembly: at all, and a stage.
 _CALLS = 120
@@ -60,11 +63,25 @@ def _assemble(analysis: Analysis) -> Tensor:
     return H
 
 
-def _assembly_cost(analysis: Analysis) -> tuple[float, float, float]:
-    """Flops of an assembly, its peak bytes, and the bytes it moves beside its products."""
-    problem = analysis.problem
+@dataclass(frozen=True)
+class _Counted:
+    """Flops of an assembly, its peak bytes, the bytes it moves beside its products, samples summed over in one, and calls of torch."""
+
+    flops: float
+    nbytes: float
+    moved: float
+    samples: int
+    calls: float
+
+
+def _counted(analysis: Analysis) -> _Counted:
+    """Count the assembly of a chain, or of a sum over parts as so many as its first one."""
+    problem, times = analysis.problem.typical_part()
+    apart = 0.0 if problem is analysis.problem else float(problem.nbytes)
+    samples, calls = common_samples(problem.blocks), float(_CALLS + times * _CALLS_PER_STAGE * problem.length)
     if problem.length <= _COUNTED_UP_TO:
-        return (*assembly_cost(problem), 0.0)
+        flops, nbytes = assembly_cost(problem)
+        return _Counted(times * flops, nbytes + apart, 0.0, samples, calls)
     # Counting all columns of a long chain takes longer than inverting it: every pair of controls once a sample, H and work space beside it.
     # Where states are wide, as with parameters that live in them, each stage multiplies and copies the columns of all controls before it.
     layout, item, N2 = problem.layout, problem.dtype.itemsize, float(problem.size) ** 2
@@ -73,8 +90,10 @@ def _assembly_cost(analysis: Analysis) -> tuple[float, float, float]:
     ]
     entries, added = np.array(of_stacks, dtype=float)[layout.order[:, 0]].T
     columns = np.cumsum(added)
-    flops = max(2.0 * analysis.samples * N2, 4.0 * float(columns @ entries))
-    return flops, 1.7 * N2 * item, 2.0 * item * float(columns @ layout.n_out)
+    flops = max(2.0 * samples * N2, 4.0 * float(columns @ entries))
+    return _Counted(
+        times * flops, 1.7 * N2 * item + apart, times * 2.0 * item * float(columns @ layout.n_out), samples, calls
+    )
 
 
 class DenseFactorization(Congruence):
@@ -152,14 +171,14 @@ def estimate(analysis: Analysis) -> Cost:
     """The assembly, and N³/3 flops; in memory that of the assembly or, where more, two copies of H beside H where that is kept."""
     problem, tally = analysis.problem, Tally(analysis.problem.dtype)
     N, item = float(problem.size), problem.dtype.itemsize
-    flops, nbytes, moved = analysis.once(_assembly_cost)
-    tally.calls(_CALLS + _CALLS_PER_STAGE * problem.length)
+    assembly = analysis.once(_counted)
+    tally.calls(assembly.calls)
     # Samples are what the products of an assembly sum over.
-    tally.kernel("gemm", flops, (analysis.samples * max(N, 1.0)) ** 0.5)
+    tally.kernel("gemm", assembly.flops, (assembly.samples * max(N, 1.0)) ** 0.5)
     tally.kernel("ldl", N**3 / 3, N)
-    tally.moved(item * 16 * N**2 + moved)
+    tally.moved(item * 16 * N**2 + assembly.moved)
     factoring = (3.0 if _is_kept(problem) else 2.0) * N**2 * item
-    return Cost(tally.flops, max(nbytes, factoring), tally.seconds)
+    return Cost(tally.flops, max(assembly.nbytes, factoring), tally.seconds)
 
 
-METHOD = Method("dense", factor, estimate, EVERYTHING)
+METHOD = Method("dense", factor, estimate, EVERYTHING, of_matrix=True)

@@ -22,8 +22,8 @@ from torch import Tensor
 from linop_hess.lq.accuracy import GROWTH_PARALLEL
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.condensed import Condensed
-from linop_hess.lq.hidden import Hidden
 from linop_hess.lq.pivots.delayed import PackedElimination
+from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.pivots.inertia import Inertia, hidden_inertia, inertia_of
 from linop_hess.lq.value.controls import CondensedControl
 from linop_hess.lq.value.dense import DenseValue
@@ -79,7 +79,7 @@ def periodic_stretch(kinds: np.ndarray) -> tuple[int, int, int]:
 
 def legs_of(analysis: Analysis) -> Parallel | None:
     """The legs of a chain in float64; None where it is not long, narrow and periodic enough."""
-    if len(analysis.order) < SHORTEST or not analysis.is_narrow:
+    if not analysis.is_narrow or len(analysis.order) < SHORTEST:
         return None
     start, stop, _ = periodic_stretch(analysis.order[:, 0])
     return Parallel(analysis) if stop - start >= _REPEATING * len(analysis.order) else None

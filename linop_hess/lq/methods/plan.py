@@ -68,8 +68,14 @@ class Plan(Shown):
 
 
 def estimates(analysis: Analysis) -> dict[str, Cost]:
-    """The cost of each method."""
-    return {name: method.estimate(analysis) for name, method in METHODS.items()}
+    """The cost of each method; of process 0 where there are several."""
+    why_not, processes = analysis.problem.why_no_chain, analysis.problem.processes
+    with processes.together("estimating costs"):
+        costs = {
+            name: Cost.impossible(why_not) if why_not and not method.of_matrix else method.estimate(analysis)
+            for name, method in METHODS.items()
+        }
+    return processes.from_first(costs)  # all must choose alike, however fast they were measured to be
 
 
 def make_plan(analysis: Analysis, damping: float) -> Plan:
@@ -84,8 +90,8 @@ def make_plan(analysis: Analysis, damping: float) -> Plan:
     -------
     Plan
     """
-    available = available_bytes()
     costs = analysis.at(damping).analysis.once(estimates)
+    available = int(-analysis.problem.processes.largest(-float(available_bytes())))  # the least of all processes
     able = [name for name, method in METHODS.items() if method.is_automatic and not costs[name].why_not]
     fitting = [name for name in able if costs[name].nbytes <= available]
     choice = min(fitting or able, key=lambda m: costs[m].seconds if fitting else costs[m].nbytes)

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.hidden import Hidden
 from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method, Tally
 from linop_hess.lq.methods.closed_loop import ClosedLoop
 from linop_hess.lq.methods.stage_factor import SegmentLoad, StageFactor, unwhiten, whiten
 from linop_hess.lq.pivots.delayed import Elimination, PackedElimination, WhitenedElimination, eliminate, obey, pivots_of
+from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.pivots.rules import PivotRule, SmallPivots
 from linop_hess.lq.segments import SegmentGroup, put_controls, split_load, state_load
 from linop_hess.lq.value.controls import Segment, segments_at

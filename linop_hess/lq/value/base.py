@@ -10,8 +10,8 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
-from linop_hess.lq.hidden import Hidden
 from linop_hess.lq.pivots.delayed import Elimination
+from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.stages.base import Stage
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.hidden import Hidden, hidden_controls
+from linop_hess.lq.pivots.hidden import Hidden, hidden_controls
 from linop_hess.lq.segments import SegmentGroup
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.row_space import RowSpace

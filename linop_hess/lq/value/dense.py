@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess.lq.hidden import Hidden
 from linop_hess.lq.pivots.delayed import Elimination
+from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.value.base import Control
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from linop_hess.lq.hidden import Hidden
 from linop_hess.lq.pivots.delayed import PackedElimination, eliminate
+from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.pivots.rules import BoundedGrowth
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.value.controls import CondensedControl

@@ -75,7 +75,7 @@ class Hidden:
 def strongest_coupling(analysis: Analysis) -> float:
     """Largest diagonal entry of Bᵀ(I − QQᵀ)B of any segment, in units of the states: |ε| times what elimination adds to a cost-to-go."""
     largest = 0.0
-    for group in analysis.groups:
+    for group in analysis.groups if analysis.hidden else ():
         if group.is_coupled:
             diagonal = group.space.hidden_gram().diagonal(dim1=1, dim2=2)
             largest = max(largest, float((diagonal * group.unit_in[..., 0].square()).max()))

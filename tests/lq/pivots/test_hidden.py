@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from linop_hess.lq.hidden import Hidden, hidden_controls, strongest_coupling
+from linop_hess.lq.pivots.hidden import Hidden, hidden_controls, strongest_coupling
 from tests.lq.methods.conformance import MIXED, SIZES, setting
 from tests.lq.problems import random_blocks
 
