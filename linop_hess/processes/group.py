@@ -228,45 +228,53 @@ class Processes:
             mine = None if error is None else (type(error).__name__, str(error))
             self._disagree(_Report(doing, dict(same), mine), error, advice)
         if differs:
-            raise _as_told(
-                ValueError(f"expected all processes to give the same numbers in {doing}, got others in some: {advice}")
-            )
+            with _known_to_all():
+                raise ValueError(
+                    f"expected all processes to give the same numbers in {doing}, got others in some: {advice}"
+                )
 
     def _disagree(self, mine: _Report, error: Exception | None, advice: str) -> NoReturn:
         assert self._wire is not None
-        reports: list[_Report] = self._wire.gather(mine)
-        raise _as_told(error or _explained(reports, advice))
+        with _known_to_all():
+            reports: list[_Report] = self._wire.gather(mine)
+            if error is not None:
+                raise error
+            _explain(reports, advice)
 
 
-def _explained(reports: list[_Report], advice: str) -> Exception:
-    """What is wrong, from what all processes say."""
+def _explain(reports: list[_Report], advice: str) -> NoReturn:
+    """Raise what is wrong, from what all processes say."""
     for rank, report in enumerate(reports):
         if report.error is not None:
             kind, message = report.error
             text = message if kind in _ALIKE else f"{kind}: {message}"
-            return _ALIKE.get(kind, ProcessError)(f"process {rank} of {len(reports)} failed in {report.doing}: {text}")
+            raise _ALIKE.get(kind, ProcessError)(f"process {rank} of {len(reports)} failed in {report.doing}: {text}")
     first = reports[0]
     for rank, report in enumerate(reports):
         if report.doing != first.doing:
-            return ProcessError(
+            raise ProcessError(
                 f"expected all processes to do the same, got process 0 in {first.doing} and process {rank} in {report.doing}: call the "
                 "same functions in the same order in all"
             )
         names = [name for name in {**first.same, **report.same} if first.same.get(name) != report.same.get(name)]
         if names:
-            return ValueError(
+            raise ValueError(
                 f"expected all processes to have the same in {first.doing}, got another {names[0]} in process {rank} than in process 0: "
                 f"{advice}"
             )
-    return ProcessError(
+    raise ProcessError(
         "expected all processes to be in the same step, got some that have done more: call the same functions in the same order in all"
     )
 
 
-def _as_told(error: Exception) -> Exception:
-    """Mark an error that all processes know of."""
-    error._told_to_all = True  # type: ignore[attr-defined]
-    return error
+@contextmanager
+def _known_to_all() -> Iterator[None]:
+    """Mark errors that all processes raise together."""
+    try:
+        yield
+    except Exception as error:
+        error._told_to_all = True  # type: ignore[attr-defined]
+        raise
 
 
 def _is_told(error: Exception) -> bool:
