@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from linop_hess.errors import ProcessError
+
+# How long to ask whether a message has come before sleeping until it has.
+_POLL_SECONDS = 0.05
+
+_give_way: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 WORLD = "world"
 """All processes of torch.distributed."""
@@ -58,13 +65,13 @@ class Wire:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over processes, the same on all to the last bit, in the memory of `tensor` where that is contiguous."""
         message = self._as_message(tensor)
-        self._call(lambda: dist.all_reduce(message, group=self.group), message)
+        self._call(lambda: dist.all_reduce(message, group=self.group, async_op=True), message)
         return message if message.device == tensor.device else message.to(tensor.device)
 
     def maximum(self, numbers: list[float]) -> list[float]:
         """The largest over processes, entry by entry."""
         message = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        self._call(lambda: dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group), message)
+        self._call(lambda: dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group, async_op=True), message)
         return list(map(float, message.cpu()))
 
     def gather(self, value: Any) -> list[Any]:
@@ -72,11 +79,11 @@ class Wire:
         mine = _packed(value, self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
         size = torch.tensor([mine.numel()], device=self.device)
-        self._call(lambda: dist.all_gather(sizes, size, group=self.group), size)
+        self._call(lambda: dist.all_gather(sizes, size, group=self.group, async_op=True), size)
         longest = max(map(int, sizes))
         padded = torch.cat([mine, mine.new_zeros(longest - mine.numel())])
         found = [torch.empty_like(padded) for _ in range(self.size)]
-        self._call(lambda: dist.all_gather(found, padded, group=self.group), padded)
+        self._call(lambda: dist.all_gather(found, padded, group=self.group, async_op=True), padded)
         return [_unpacked(one[: int(length)]) for one, length in zip(found, sizes, strict=True)]
 
     def from_first(self, value: Any) -> Any:
@@ -84,9 +91,9 @@ class Wire:
         source = dist.get_global_rank(self.group, 0)
         mine = _packed(value, self.device) if self.rank == 0 else torch.empty(0, dtype=torch.uint8, device=self.device)
         size = torch.tensor([mine.numel()], device=self.device)
-        self._call(lambda: dist.broadcast(size, source, group=self.group), size)
+        self._call(lambda: dist.broadcast(size, source, group=self.group, async_op=True), size)
         message = mine if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        self._call(lambda: dist.broadcast(message, source, group=self.group), message)
+        self._call(lambda: dist.broadcast(message, source, group=self.group, async_op=True), message)
         return value if self.rank == 0 else _unpacked(message)
 
     def _as_message(self, tensor: Tensor) -> Tensor:
@@ -102,13 +109,27 @@ class Wire:
         self.messages += 1
         self.numbers += message.numel()
         try:
-            collective()
+            work = collective()
+            if message.device.type == "cpu":
+                _poll(work)
+            work.wait()
         except RuntimeError as error:
             raise ProcessError(
                 f"expected an answer of all {self.size} processes, got none of some ({str(error).splitlines()[0]}): a process has "
                 "ended, or was elsewhere for longer than the timeout of the group; end this one too and start all again, and give a "
                 "longer timeout to init_process_group where one has so much more to do than others"
             ) from error
+
+
+def _poll(work: Any) -> None:
+    """Give way to the threads that send and receive until a collective is done, for a while.
+
+    Where there are as many processes as cores, one that sleeps until it is woken lets them wait for a whole slice of another's time: with
+    4 ms of work before each sum of 3,658 numbers, 7.0 ms a sum of two processes on two cores instead of 4.6.
+    """
+    end = time.perf_counter() + _POLL_SECONDS
+    while not work.is_completed() and time.perf_counter() < end:
+        _give_way()
 
 
 def _as_group(group: Any) -> Any:
