@@ -55,3 +55,7 @@ class SingularPivotError(np.linalg.LinAlgError):
     def __init__(self, stage: int | None = None) -> None:
         super().__init__("singular pivot")
         self.stage = stage
+
+
+class ProcessError(RuntimeError):
+    """A process of a group has ended, does not answer, does something else than the others, or failed in a way of its own."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, overload
@@ -19,8 +18,7 @@ from linop_hess.autograd.untouched import exclusively, untouched_randomness, wit
 from linop_hess.curvature import ChainCurvature, HasHessian
 from linop_hess.graph.build import Chain, build_chain, refuse_inside
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
-from linop_hess.graph.verification import PrimitiveNorms, Reference, Rounded
-from linop_hess.lq.accuracy import BACKWARD_CONSTANTS, ROUNDINGS, VERIFIED
+from linop_hess.graph.verification import Reference, compare
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.problem import Problem
 from linop_hess.operators import pieces
@@ -29,6 +27,7 @@ from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import Named, ParameterTable
 from linop_hess.operators.permutation import Permutation
 from linop_hess.per_sample import SampleGradients
+from linop_hess.processes import Processes
 from linop_hess.stored import Storable
 from linop_hess.streamed import StreamedLinearization
 from linop_hess.tables import StageTable
@@ -62,6 +61,23 @@ def linearize(
     differentiation: str = ...,
     reduction: str | None = ...,
     weight_fn: Callable[[Any, Any], Any] | None = ...,
+    group: Any = ...,
+) -> StreamedLinearization: ...
+@overload
+def linearize(
+    model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    *,
+    params: str | Iterable[str] | Mapping[str, Tensor] | None = ...,
+    verify: bool | None = ...,
+    nonsmooth: str = ...,
+    sharpness: float | None = ...,
+    differentiation: str = ...,
+    reduction: str | None = ...,
+    weight_fn: Callable[[Any, Any], Any] | None = ...,
+    group: Any,
 ) -> StreamedLinearization: ...
 def linearize(
     model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
@@ -76,6 +92,7 @@ def linearize(
     differentiation: str = "autograd",
     reduction: str | None = None,
     weight_fn: Callable[[Any, Any], Any] | None = None,
+    group: Any = None,
 ) -> Linearization | StreamedLinearization:
     """Compute first and second derivatives of loss_fn(model(inputs), targets), operation by operation.
 
@@ -109,16 +126,18 @@ def linearize(
     differentiation : {"autograd", "finite"}, optional
         "finite": an operation that has no second derivative in torch, as `torch.cdist`, gets its own by differences of its first
         derivatives, with about ten digits in float64; all others stay exact. Its stage's name says "by differences".
-
     reduction : {"sum", "mean"}, optional
         Of several batches: how `loss_fn` combines the samples of one, where its own `reduction` does not tell; as in `linop_hess.Hessian`.
     weight_fn : callable, optional
         Of several batches: what the mean of a batch divides by, ``weight_fn(inputs, targets)``; as in `linop_hess.Hessian`.
+    group : ProcessGroup, DeviceMesh of one dimension, or "world", optional
+        Each process of it gives samples of its own, in one batch or in several, and has the linearization of all; as in
+        `linop_hess.Hessian`.
 
     Returns
     -------
     Linearization or StreamedLinearization
-        The second of several batches. A snapshot: later changes of the model do not change it.
+        The second of several batches, or processes. A snapshot: later changes of the model do not change it.
 
     Raises
     ------
@@ -135,35 +154,25 @@ def linearize(
         batches can be gone through only once.
     MemoryError
         If the derivatives of an operation, or the states between operations, do not fit; nothing has been allocated.
+    ProcessError
+        If a process of the group ended, does not answer in time, or does something else than the others.
     """
-    several = are_batches(inputs, targets)
-    if not several and (reduction is not None or weight_fn is not None):
-        raise ValueError(
-            "expected reduction and weight_fn with several batches, got them with one, of which nothing is weighted: leave them out"
-        )
-    second = SecondDerivatives.of(nonsmooth, sharpness, differentiation)
+    processes = Processes.of(group)
     with exclusively(model, loss_fn):
-        module, names = _selected(model, params)
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
-        if several:
+        with processes.together("linearize"):
+            several, second, module, names = _checked(
+                model, loss_fn, inputs, targets, params, (nonsmooth, sharpness, differentiation)
+            )
+            if not (several or processes.are_several) and (reduction is not None or weight_fn is not None):
+                raise ValueError(
+                    "expected reduction and weight_fn with several batches, got them with one, of which nothing is weighted: leave them out"
+                )
+        if several or group is not None:
+            batches = inputs if several else [(inputs, targets)]
             return StreamedLinearization(
-                module, loss_fn, inputs, tuple(names), second, reduction=reduction, weight_fn=weight_fn
+                module, loss_fn, batches, names, second, reduction=reduction, weight_fn=weight_fn, processes=processes
             )
         return _of_one_batch(module, loss_fn, inputs, targets, names, verify, second)
-
-
-def _selected(
-    model: nn.Module | Callable[..., Any], params: str | Iterable[str] | Mapping[str, Tensor] | None
-) -> tuple[nn.Module, list[str]]:
-    """The model as a module, and the names of the parameters to differentiate."""
-    if not isinstance(model, nn.Module):
-        model, params = as_module(model, params), None
-    if isinstance(params, Mapping):
-        raise TypeError(
-            "expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model"
-        )
-    return model, select_parameters(model, params)
 
 
 def _of_one_batch(
@@ -175,9 +184,6 @@ def _of_one_batch(
     verify: bool | None,
     second: SecondDerivatives,
 ) -> Linearization:
-    for what, value in (("inputs", inputs), ("targets", targets)):
-        refuse_sparse(value, what)
-        refuse_empty(value, what)
     parameter = model.get_parameter(names[0])
     device = parameter.device
     with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device), without_collector():
@@ -188,6 +194,28 @@ def _of_one_batch(
     if verify or (verify is None and set(chain.unverified) - set(chain.differenced)):
         lin.verify()
     return lin
+
+
+def _checked(
+    model: Any, loss_fn: Any, inputs: Any, targets: Any, params: Any, how: tuple[str, float | None, str]
+) -> tuple[bool, SecondDerivatives, nn.Module, tuple[str, ...]]:
+    """Whether there are several batches, how to differentiate, the model as a module, and the names of the chosen parameters."""
+    several = are_batches(inputs, targets)
+    second = SecondDerivatives.of(*how)
+    if not isinstance(model, nn.Module):
+        model, params = as_module(model, params), None
+    if isinstance(params, Mapping):
+        raise TypeError(
+            "expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model"
+        )
+    names = select_parameters(model, params)
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
+    if not several:
+        for what, value in (("inputs", inputs), ("targets", targets)):
+            refuse_sparse(value, what)
+            refuse_empty(value, what)
+    return several, second, model, tuple(names)
 
 
 class Linearization(Named, HasHessian, Storable, SampleGradients):
@@ -353,36 +381,14 @@ class Linearization(Named, HasHessian, Storable, SampleGradients):
             raise ValueError(f"probes must be at least 1, got {probes}")
         if self._reference is None:
             raise RuntimeError("this linearization was stored without its model, so it cannot be compared with it")
-        with exclusively(self._reference.model, self._reference.loss_fn):
-            return self._verified(self._reference, probes)
-
-    def _verified(self, compared: Reference, probes: int) -> float:
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64, device="cpu")
         v = v.to(self.problem.dtype).to(self.problem.device)
-        with untouched_randomness(self.problem.device), PrimitiveNorms():
-            reference = compared.hessian()
-            theirs = reference @ v
-            moved = reference.moved_by_rounding(v, theirs)
-            sizes = [p.numel() for p in reference.parameters]
-        gap = self.H @ v - theirs
-        scale, worst = float(theirs.abs().max()), float(gap.abs().max())
-        unit = reference.coarsest_eps
-        if reference.differentiation == "finite":
-            unit = max(unit, reference.differences_gap, BACKWARD_CONSTANTS)
-        is_rounding = _is_rounding(gap, theirs, moved, sizes, unit)
-        for seed in range(0 if is_rounding else ROUNDINGS):
-            # What the parameters' last digits do not explain those of all that is computed from them may.
-            with (
-                suppress(ValueError),  # NaN: at the edge of where it is differentiable
-                untouched_randomness(self.problem.device),
-                PrimitiveNorms(),
-                Rounded(seed),
-            ):
-                moved = torch.maximum(moved.abs(), reference.moved_by_rounding(v, theirs).abs())
-        if is_rounding or _is_rounding(gap, theirs, moved, sizes, unit):
+        with exclusively(self._reference.model, self._reference.loss_fn):
+            gap, scale, is_rounding = compare(self.H, self._reference, v)
+        worst = float(gap.max())
+        if is_rounding:
             return worst / scale if scale else 0.0
-        gap = gap.abs()
         raise ArithmeticError(
             f"the Hessian differs from double backward by {worst:.1e} of {scale:.1e}; suspected: {self._suspects(gap)}. "
             "Do not use this linearization; rewrite those layers in primitive operations"
@@ -403,17 +409,3 @@ class Linearization(Named, HasHessian, Storable, SampleGradients):
         """Pickle without the model, which may not pickle, and without operators; everything but `verify` survives."""
         kept = ("problem", "analysis", "loss", "parameter_table", "_chain")
         return {**{name: self.__dict__[name] for name in kept}, "_reference": None}
-
-
-def _is_rounding(gap: Tensor, products: Tensor, moved: Tensor, sizes: Sequence[int], unit: float) -> bool:
-    """Whether a gap between products is within what rounding explains, in each parameter's entries; all of shape (N, k)."""
-    if (
-        gap.is_cuda
-        and gap.dtype == torch.float32
-        and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
-    ):
-        unit = max(unit, 2.0**-11)  # products in TensorFloat-32 have ten bits
-    floor = unit * torch.linalg.vector_norm(products, dim=0)
-    pieces = zip(gap.split(sizes), moved.split(sizes), strict=True)
-    norms = ((torch.linalg.vector_norm(g, dim=0), torch.linalg.vector_norm(m, dim=0)) for g, m in pieces)
-    return all(bool((seen <= VERIFIED * (explained + floor)).all()) for seen, explained in norms)

@@ -24,6 +24,7 @@ from linop_hess.lq.problem import Problem
 from linop_hess.lq.summed import SummedProblem
 from linop_hess.operators.convert import plain_arithmetic
 from linop_hess.operators.parameters import Named
+from linop_hess.processes import ALONE, Processes
 from linop_hess.tables import Cuts
 
 _OF_STAGES = frozenset(
@@ -44,7 +45,9 @@ class StreamedLinearization(Named, HasHessian):
     names : tuple of str
         The parameters, in the order of the flat vectors, which is that of `model.named_parameters()`.
     batches : int
-        How many there are.
+        How many there are, in this process.
+    processes : Processes
+        Those that the samples are spread over.
     problem : lq.SummedProblem
         The sum over batches behind every answer.
     parameter_table : ParameterTable
@@ -63,16 +66,20 @@ class StreamedLinearization(Named, HasHessian):
         *,
         reduction: str | None = None,
         weight_fn: Callable[[Any, Any], Any] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self._second = second
         self._risk: dict[str, Any] = {"params": names, "reduction": reduction, "weight_fn": weight_fn}
         self._risk |= {"nonsmooth": second.nonsmooth, "sharpness": second.sharpness, "retain_graph": False}
-        self._data = SameBatches(batches)
+        self._risk["group"] = processes
+        with processes.together("reading batches"):
+            self._data = SameBatches(batches)
         how = "finite" if second.finite else "autograd"
         with PrimitiveNorms():
             self._hessian = Hessian(model, loss_fn, self._data, differentiation=how, **self._risk)
         self.loss = self._hessian.loss
         self.batches = self._hessian.batches.count
+        self.processes = processes
         self.parameter_table = self._hessian.parameter_table
         self.problem = self._summed(self._hessian, lambda chain: chain.problem)
         self.analysis = Analysis(self.problem)
@@ -104,6 +111,7 @@ class StreamedLinearization(Named, HasHessian):
             table.dtype,
             table.device,
             product=product,
+            processes=self._hessian.processes,
             names=list(modules),
         )
 

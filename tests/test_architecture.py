@@ -22,6 +22,7 @@ FLOORS = [
     "_display",
     "_memory",
     "_validate",
+    "processes",
     "_machine",
     "lq.accuracy",
     "lq.wiring",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from linop_hess.autograd.batches import sample_count
+from linop_hess.autograd.batches import Batches, are_ignored, sample_count
+from linop_hess.autograd.calling import as_data
 from linop_hess.autograd.differentiate import differentiate
+from linop_hess.processes import Processes
 
 Loss = Callable[[Any, Any], Tensor]
+
+# So many samples of process 0 are compared with the first batch of each; more where the loss of fewer is not finite.
+_FEW = (8, 64, 512)
+
+# Samples that take more bytes than these are not sent.
+_MOST_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Additivity:
             weight_fn is not None,
             eps,
         )
+        self._first: Part | None = None
         self._before: Part | None = None
         self.worst = 0.0
         self.worst_targets: list[Any] = []
@@ -83,10 +93,82 @@ class Additivity:
         """Compare the next batch with the one before; keep the worst gap."""
         part = replace(part, output=pytree.tree_map(_detached, part.output))
         before, self._before = self._before, part
-        if before is not None:
-            gap = self._gap(before, part)
-            if gap > self.worst:
-                self.worst, self.worst_targets = gap, [before.targets, part.targets]
+        if before is None:
+            self._first = part
+        else:
+            self._compare(before, part)
+
+    def _compare(self, before: Part, part: Part) -> None:
+        gap = self._gap(before, part)
+        if gap > self.worst:
+            self.worst, self.worst_targets = gap, [before.targets, part.targets]
+
+    def from_first(self, processes: Processes, device: torch.device) -> Part | None:
+        """A few samples of the first batch of process 0, in all processes; None where they cannot be told apart or sent."""
+        packed = processes.from_first(self._packed_few() if processes.rank == 0 else b"")
+        if not packed:
+            return None
+        few: Part = pickle.loads(packed)
+        inputs, targets, output = as_data((few.inputs, few.targets, few.output), device)
+        return Part(inputs, targets, output, few.weight)
+
+    def beside(self, few: Part | None) -> Tensor:
+        """Compare the first batch with samples of process 0; return the loss of these and its derivatives, as this process has them."""
+        if few is None:
+            return torch.zeros(1, dtype=torch.float64)
+        if self._first is not None:
+            self._compare(few, replace(self._first, weight=self._weight(self._first.inputs, self._first.targets)))
+        try:
+            value, derivatives = _derivatives(self._loss, self._model(few.inputs), few.targets)
+        except (RuntimeError, ValueError, TypeError, IndexError):  # a model may take batches of one size alone
+            return torch.zeros(1, dtype=torch.float64)
+        flat = [tensor.detach().double().reshape(-1).cpu() for tensor in derivatives]
+        return torch.cat([torch.tensor([value], dtype=torch.float64), *flat])
+
+    def _packed_few(self) -> bytes:
+        part = self._first
+        for count in _FEW if part is not None else ():
+            assert part is not None
+            try:
+                inputs, targets, output = _cut((part.inputs, part.targets, part.output), part.count, slice(None, count))
+                self._loss(output, targets)
+                weight = self._weight(inputs, targets)
+                inputs, targets, output = pytree.tree_map(_on_host, (inputs, targets, output))
+                packed = pickle.dumps(Part(inputs, targets, output, weight))
+                if weight and len(packed) <= _MOST_BYTES:
+                    return packed
+            except Exception:  # whatever samples are that cannot be cut or pickled, they are not compared
+                continue
+        return b""
+
+    def require(self, batches: Batches, loss_fn: Callable[..., Any]) -> None:
+        """Raise where the loss of two batches put together was not the weighted sum of theirs.
+
+        Raises
+        ------
+        ValueError
+            Saying what to pass.
+        """
+        if not self.worst:
+            return
+        gap = f"{self.worst:.1e}"
+        if batches.reduction == "sum":
+            raise ValueError(
+                "expected a loss that sums over samples, so that the loss of two batches put together is the sum of theirs, got "
+                f'one that is off that by {gap}: pass reduction="mean" if it averages, or all data as one batch'
+            )
+        if batches.has_weights:
+            raise ValueError(
+                "expected weight_fn to return what the mean of a batch divides by, so that the loss of two batches put together "
+                f"is the weighted mean of theirs, got weights with which it is off that by {gap}: return such weights, or use a "
+                'loss that sums with reduction="sum" and scale the operator'
+            )
+        raise ValueError(
+            "expected a loss that averages over samples, so that the loss of two batches put together is the mean of theirs by "
+            f"numbers of samples, got one that is off that by {gap}{_cause(loss_fn, self.worst_targets)}: pass weight_fn, which gives "
+            "what the mean of a batch divides by (of masked targets how many are not, the sum of the weights of a weighted mean), "
+            'or use a loss that sums with reduction="sum" and scale the operator'
+        )
 
     def _gap(self, before: Part, part: Part) -> float:
         """0 where the gap is no more than rounding, and where nothing can be compared."""
@@ -122,9 +204,11 @@ class Additivity:
         halves = []
         for at in (slice(None, half), slice(half, None)):
             output, targets, inputs = _cut((part.output, part.targets, part.inputs), part.count, at)
-            weight = 1.0 if self._weight_fn is None else self._weight_fn(inputs, targets)
-            halves.append(Part(inputs, targets, output, weight))
+            halves.append(Part(inputs, targets, output, self._weight(inputs, targets)))
         return self._of_outputs(halves, (part.output, part.targets))
+
+    def _weight(self, inputs: Any, targets: Any) -> float:
+        return 1.0 if self._weight_fn is None else self._weight_fn(inputs, targets)
 
     def _compared(self, parts: Sequence[Part], found: Sequence[Any], whole: Any) -> float:
         total = sum(part.weight for part in parts) if self._mean else 1.0
@@ -148,6 +232,19 @@ class Additivity:
 
 def _joined_pair(a: Part, b: Part) -> tuple[Any, Any]:
     return _joined((a.output, a.targets), (b.output, b.targets), a.count, b.count)
+
+
+def _cause(loss_fn: Callable[..., Any], targets: list[Any]) -> str:
+    ignored = [are_ignored(loss_fn, each) for each in targets]
+    if any(each is not None and bool(each.any()) for each in ignored):
+        return f" (there are targets with ignore_index={loss_fn.ignore_index})"  # type: ignore[attr-defined]
+    return " (a class-weighted loss)" if getattr(loss_fn, "weight", None) is not None else ""
+
+
+def _on_host(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().cpu().clone().requires_grad_(leaf.requires_grad)  # a view would take all its memory along
 
 
 def _detached(leaf: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 from linop_hess.autograd.calling import refuse_empty, takes_parameters
+from linop_hess.processes import ALONE, Processes
+from linop_hess.processes.fingerprint import fingerprint
 
 Progress = bool | Callable[[int], object] | None
 """True for a progress bar, or what to call with the number of batches done in this pass."""
@@ -43,11 +45,15 @@ class Batches:
         True shows a progress bar over batches, where there is a terminal; a callable is called with the number of batches done.
     weight_fn : callable, optional
         ``weight_fn(inputs, targets)`` is what the mean of a batch divides by.
+    processes : Processes
+        Those that the samples are spread over; these batches are one's.
 
     Attributes
     ----------
     count : int
-        The number of batches.
+        The number of batches of this process.
+    samples : float
+        The sum of the weights of all processes, once they have joined.
 
     Raises
     ------
@@ -66,9 +72,11 @@ class Batches:
         reduction: str | None = None,
         progress: Progress = False,
         weight_fn: Callable[[Any, Any], Any] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         _check_progress(progress)
-        self.progress = progress
+        self.processes = processes
+        self.progress = progress if callable(progress) or not processes.rank else False
         self.data: Iterable[Any] = _as_iterable(data)
         stated = _stated_reduction(loss_fn)
         if reduction not in (None, "sum", "mean"):
@@ -86,27 +94,65 @@ class Batches:
         self.reduction = reduction or stated or ("mean" if weight_fn is not None else None)
         self._weight_fn = weight_fn
         self.count = 0
-        self.samples: float = 0
+        self.samples = self._own_samples = 0.0
         self._survey(loss_fn)
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there is another batch, in this process or in another."""
+        return self.count > 1 or self.processes.are_several
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether `weight_fn` gives what means divide by."""
+        return self._weight_fn is not None
+
+    @property
+    def _are_weighted(self) -> bool:
+        return self.are_several and self.reduction == "mean"
+
+    def in_common(self) -> dict[str, Any]:
+        """What all processes must have in common, by name."""
+        same = {"reduction of the loss": self.reduction, "weight_fn": fingerprint(self._weight_fn)}
+        if self._are_weighted and self._weight_fn is None:
+            same["shape of a sample's targets"] = str(self._shape)
+        return same
+
+    def join(self) -> None:
+        """Sum the weights of all processes' batches.
+
+        Raises
+        ------
+        ValueError
+            If they are all zero.
+        """
+        if not self._are_weighted:
+            return
+        own = torch.tensor([self._own_samples], dtype=torch.float64)
+        self.samples = float(self.processes.summed("the weights of batches", lambda: own))
+        if not self.samples:
+            raise ValueError(
+                "expected weights of which one at least is positive, got zeros only: see what weight_fn returns"
+            )
 
     def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
         """Yield ``(inputs, targets, weight)`` for each batch."""
-        weighted = self.count > 1 and self.reduction == "mean"
         batches, samples = 0, 0.0
         for batch in self.data:
             inputs, targets = _as_pair(batch)
             weight = 1.0
-            if weighted:
+            if self._are_weighted:
                 size = self.weight_of(inputs, targets)
                 samples += size
                 weight = size / self.samples
             batches += 1
             if weight:
                 yield inputs, targets, weight
-        if batches != self.count or (weighted and not math.isclose(samples, self.samples, rel_tol=1e-6)):
+        changed = self._are_weighted and not math.isclose(samples, self._own_samples, rel_tol=1e-6)
+        if batches != self.count or changed:
             raise ValueError(
                 f"expected the {self.count} batches that the data gave when the operator was built, got {batches} "
-                f"(samples: {self.samples} and {samples}): pass data that are the same on every pass"
+                f"(samples: {self._own_samples:g} and {samples:g}): pass data that are the same on every pass"
             )
 
     def weight_of(self, inputs: Any, targets: Any) -> float:
@@ -146,23 +192,21 @@ class Batches:
         if first is None:
             raise ValueError(f"expected at least one batch, got no batch: {_ONE_BATCH}")
         self.count = 1
-        trailing = _sample_shape(first[1])
+        self._shape = _sample_shape(first[1])
+        if self.are_several:
+            self._start_weights(loss_fn, *first)
         for inputs, targets in pairs:
-            if self.count == 1:
+            if self.count == 1 and not self.are_several:
                 self._start_weights(loss_fn, *first)
             self.count += 1
             if self.reduction == "mean":
                 self._add_weight(loss_fn, inputs, targets)
-                if self._weight_fn is None and _sample_shape(targets) != trailing:
+                if self._weight_fn is None and _sample_shape(targets) != self._shape:
                     raise ValueError(
                         "expected targets that differ in their number alone, or their mean is ambiguous, got samples of shapes "
-                        f"{trailing} and {_sample_shape(targets)}: pass weight_fn, which gives what the mean of a batch divides by, "
+                        f"{self._shape} and {_sample_shape(targets)}: pass weight_fn, which gives what the mean of a batch divides by, "
                         'or use a loss with reduction="sum"'
                     )
-        if self.count > 1 and self.reduction == "mean" and not self.samples:
-            raise ValueError(
-                "expected weights of which one at least is positive, got zeros only: see what weight_fn returns"
-            )
 
     def _start_weights(self, loss_fn: Callable[..., Any], inputs: Any, targets: Any) -> None:
         if self.reduction is None:
@@ -180,38 +224,12 @@ class Batches:
 
     def _add_weight(self, loss_fn: Callable[..., Any], inputs: Any, targets: Any) -> None:
         weight = self.weight_of(inputs, targets)
-        self.samples += weight
+        self._own_samples += weight
         if weight and _are_all_ignored(loss_fn, targets):
             raise ValueError(
                 f"expected targets in each batch without ignore_index={loss_fn.ignore_index}, got a batch of none others, whose "  # type: ignore[attr-defined]
                 "mean is NaN: leave it out, or pass weight_fn, which gives the number of the others"
             )
-
-    def refuse(self, loss_fn: Callable[..., Any], targets: list[Any], gap: float) -> NoReturn:
-        """Raise for batches whose losses, put together, are not the weighted sum of theirs.
-
-        Raises
-        ------
-        ValueError
-            Saying what to pass.
-        """
-        if self.reduction == "sum":
-            raise ValueError(
-                "expected a loss that sums over samples, so that the loss of two batches put together is the sum of theirs, got "
-                f'one that is off that by {gap:.1e}: pass reduction="mean" if it averages, or all data as one batch'
-            )
-        if self._weight_fn is not None:
-            raise ValueError(
-                "expected weight_fn to return what the mean of a batch divides by, so that the loss of two batches put together "
-                f"is the weighted mean of theirs, got weights with which it is off that by {gap:.1e}: return such weights, or use a "
-                'loss that sums with reduction="sum" and scale the operator'
-            )
-        raise ValueError(
-            "expected a loss that averages over samples, so that the loss of two batches put together is the mean of theirs by "
-            f"numbers of samples, got one that is off that by {gap:.1e}{_cause(loss_fn, targets)}: pass weight_fn, which gives "
-            "what the mean of a batch divides by (of masked targets how many are not, the sum of the weights of a weighted mean), "
-            'or use a loss that sums with reduction="sum" and scale the operator'
-        )
 
 
 class SameBatches:
@@ -339,7 +357,8 @@ def _sample_shape(targets: Any) -> tuple[int, ...] | list[tuple[int, ...]]:
     return shapes[0] if isinstance(targets, Tensor) else shapes
 
 
-def _are_ignored(loss_fn: Callable[..., Any], targets: Any) -> Tensor | None:
+def are_ignored(loss_fn: Callable[..., Any], targets: Any) -> Tensor | None:
+    """Which targets a loss leaves out by its `ignore_index`; None where it has none."""
     ignored = getattr(loss_fn, "ignore_index", None)
     if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
         return None
@@ -347,15 +366,8 @@ def _are_ignored(loss_fn: Callable[..., Any], targets: Any) -> Tensor | None:
 
 
 def _are_all_ignored(loss_fn: Callable[..., Any], targets: Any) -> bool:
-    ignored = _are_ignored(loss_fn, targets)
+    ignored = are_ignored(loss_fn, targets)
     return ignored is not None and bool(ignored.all())
-
-
-def _cause(loss_fn: Callable[..., Any], targets: list[Any]) -> str:
-    ignored = [_are_ignored(loss_fn, each) for each in targets]
-    if any(each is not None and bool(each.any()) for each in ignored):
-        return f" (there are targets with ignore_index={loss_fn.ignore_index})"  # type: ignore[attr-defined]
-    return " (a class-weighted loss)" if getattr(loss_fn, "weight", None) is not None else ""
 
 
 def _check_progress(progress: Any) -> None:

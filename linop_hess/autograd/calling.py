@@ -24,7 +24,12 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 # What torch says where a loss differentiates an output by tensors that it was not computed from.
 _NOT_A_FUNCTION_OF = ("not have been used in the graph", "Tensors does not require grad")
 
-_SHARDED = ("FullyShardedDataParallel", "PipelineStage")
+# By name: some torches are built without them. The second is the base of what `fully_shard` makes.
+_SHARDED = {"FullyShardedDataParallel", "FSDPModule", "PipelineStage"}
+_UNSHARDED = (
+    "a plain copy of it with all parameters in each process, loaded from torch.distributed.checkpoint.state_dict.get_model_state_dict(…, "
+    "options=StateDictOptions(full_state_dict=True)), and group= where the samples are spread over processes"
+)
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
@@ -132,8 +137,12 @@ def refuse_unusable_model(model: nn.Module) -> None:
             plain.add(type(module))
         for own in (module._parameters, module._buffers):
             for key, tensor in own.items():
+                name = f"{path}.{key}" if path else key
+                if tensor is not None and "DTensor" in _names(type(tensor)):
+                    raise UnsupportedModelError(
+                        f"expected a plain torch model, got {name!r}, a DTensor, of which each process has a part: pass {_UNSHARDED}"
+                    )
                 if tensor is not None and tensor.is_meta:
-                    name = f"{path}.{key}" if path else key
                     raise ValueError(
                         f"expected a model with data, got {name!r} on the meta device, which holds none: load the weights, as by "
                         "model.to_empty(device=...) and load_state_dict(...)"
@@ -144,14 +153,18 @@ def _instead_of(module: nn.Module, where: str) -> str | None:
     """What to pass instead of a wrapped module; None where it is plain."""
     kind = type(module).__name__
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return f"{where}.module, the model inside"
-    if kind in _SHARDED:
-        return "the model before it was sharded, with all parameters on one device"
+        return f"{where}.module, the model inside, and group= where the samples are spread over processes"
+    if _SHARDED & _names(type(module)):
+        return _UNSHARDED
     if kind == "OptimizedModule" and hasattr(module, "_orig_mod"):
         return f"{where}._orig_mod, the uncompiled model (torch.compile gives no second derivatives)"
     if isinstance(module, torch.jit.ScriptModule):
         return "the model before torch.jit.script or torch.jit.trace (a scripted one cannot be looked into)"
     return None
+
+
+def _names(kind: type) -> set[str]:
+    return {base.__name__ for base in kind.__mro__}
 
 
 def refuse_sparse(value: Any, what: str) -> None:

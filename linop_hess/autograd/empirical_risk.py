@@ -36,8 +36,11 @@ from linop_hess.autograd.untouched import exclusively
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators.block import NamedOperator
 from linop_hess.operators.convert import all_finite, plain_arithmetic
+from linop_hess.operators.operand import Fold
 from linop_hess.operators.operator import Operator, damped
 from linop_hess.operators.parameters import ParameterTable
+from linop_hess.processes import Processes
+from linop_hess.processes.fingerprint import fingerprint, of_model
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class RiskCurvature(NamedOperator):
         Their names and shapes.
     coarsest_eps : float
         Unit of rounding of the coarsest dtype that is computed in, where model or loss cast to another.
+    processes : Processes
+        Those that the samples are spread over.
     """
 
     symmetric = True
@@ -85,33 +90,55 @@ class RiskCurvature(NamedOperator):
         nonsmooth: str = "generalized",
         sharpness: float | None = None,
         weight_fn: Callable[[Any, Any], Any] | None = None,
+        group: Any = None,
     ) -> None:
-        require_loss_fn(loss_fn)
-        self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
-        with exclusively(model, loss_fn):  # no other thread's tensors stand in for theirs
-            names = select_parameters(model, params)
-            self.batches = Batches(data, loss_fn, reduction, progress, weight_fn)
-            with torch.inference_mode(False):
-                self.model = frozen_copy(model)
-            self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
-        named = dict(self.model.named_parameters())
-        self.parameters = [named[name].requires_grad_() for name in names]
-        self.parameter_table = ParameterTable.of_tensors(dict(zip(names, self.parameters, strict=True)))
-        size = self.parameter_table.size
-        super().__init__((size, size), self.parameters[0].dtype, self.parameters[0].device)
-        self._recordings = Recordings(self.device, check_deterministic if retain_graph is None else retain_graph)
+        self.processes = Processes.of(group)
+        options = {"reduction": reduction, "nonsmooth": nonsmooth, "sharpness": sharpness}
+        options |= {"check_deterministic": check_deterministic, "check_symmetric": check_symmetric}
+        with self.processes.together(
+            f"making {type(self).__name__}", lambda: options | self._in_common(), "give the same to all"
+        ):
+            require_loss_fn(loss_fn)
+            self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
+            with exclusively(model, loss_fn):  # no other thread's tensors stand in for theirs
+                names = select_parameters(model, params)
+                self.batches = Batches(data, loss_fn, reduction, progress, weight_fn, self.processes)
+                with torch.inference_mode(False):
+                    self.model = frozen_copy(model)
+                self.loss_fn = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
+            named = dict(self.model.named_parameters())
+            self.parameters = [named[name].requires_grad_() for name in names]
+            self.parameter_table = ParameterTable.of_tensors(dict(zip(names, self.parameters, strict=True)))
+            size = self.parameter_table.size
+            super().__init__((size, size), self.parameters[0].dtype, self.parameters[0].device)
+            self._recordings = Recordings(self.device, check_deterministic if retain_graph is None else retain_graph)
+        self.batches.join()
         self.coarsest_eps = torch.finfo(self.torch_dtype).eps
         with plain_arithmetic(self.device):
             before = buffers_of(self.model)
-            additivity = self._additivity() if self.batches.count > 1 else None
+            additivity = self._additivity() if self.batches.are_several else None
             self.loss, self._gradient, scale = self._evaluate(first=True, additivity=additivity)
+            self.coarsest_eps = self.processes.largest(self.coarsest_eps)
             if check_deterministic:
                 self._check_deterministic(before, scale)
-            self._require_additive(additivity)
+            if self.processes.are_several and additivity is not None:
+                self._compare_with_first(additivity, check_deterministic)
+            if additivity is not None:
+                with self.processes.together("comparing the loss of batches put together with the sum of theirs"):
+                    additivity.require(self.batches, self.loss_fn)
             if nonsmooth == "error":
                 self._refuse_kinks()
             if check_symmetric:
                 self._check_symmetric(scale)
+
+    def _in_common(self) -> dict[str, Any]:
+        """Fingerprints of what all processes must have in common, by name."""
+        return {
+            "choice of params": fingerprint(list(self.names)),
+            **of_model(self.model),
+            "loss_fn": fingerprint(self.loss_fn),
+            **self.batches.in_common(),
+        }
 
     @property
     def gradient(self) -> np.ndarray:
@@ -167,10 +194,11 @@ class RiskCurvature(NamedOperator):
         return loss, *watch.corrections(loss, self.sharpness)
 
     def _refuse_kinks(self) -> None:
-        for inputs, targets, _ in self.batches.tracked("kinks"):
-            with RiskCurvature._differentiable(self):  # unfused kernels show what they do
-                loss, watch = self._watched(self._computation(*as_data((inputs, targets), self.device)))
-                watch.refuse(loss)
+        with self.processes.together("looking for kinks"):
+            for inputs, targets, _ in self.batches.tracked("kinks"):
+                with RiskCurvature._differentiable(self):  # unfused kernels show what they do
+                    loss, watch = self._watched(self._computation(*as_data((inputs, targets), self.device)))
+                    watch.refuse(loss)
 
     def _watched(self, computation: Computation) -> tuple[Tensor, KinkWatch]:
         watch = KinkWatch(computation.sources, self.model)
@@ -185,13 +213,24 @@ class RiskCurvature(NamedOperator):
     def _differentiable(self) -> Any:
         return twice_differentiable("the model and the loss", self.device, self.model)
 
+    def _multiply(self, x: Any, fold: Fold, *, adjoint: bool = False) -> Any:
+        with self.processes.telling(f"a product of {type(self).__name__}"):
+            return super()._multiply(x, fold, adjoint=adjoint)
+
     def _apply(self, X: Tensor) -> Tensor:
         return self._products(X, self._recordings)
 
     def _products(self, X: Tensor, recordings: Recordings) -> Tensor:
+        title = f"{type(self).__name__} @ {X.shape[1]} columns"
+        # A row a column, as recordings give them.
+        total = self.processes.summed(title, lambda: self._own_products(X, recordings, title).T, alike=X).T
+        self._require_finite(total, "a product")
+        return total
+
+    def _own_products(self, X: Tensor, recordings: Recordings, title: str) -> Tensor:
+        """The products of this process's samples."""
         total: Tensor | None = None
-        batches = self.batches.tracked(f"{type(self).__name__} @ {X.shape[1]} columns")
-        for index, (inputs, targets, weight) in enumerate(batches):
+        for index, (inputs, targets, weight) in enumerate(self.batches.tracked(title)):
             recording = recordings.recording(index, (inputs, targets), self._record_batch)
             try:
                 part = recording(X)
@@ -201,9 +240,7 @@ class RiskCurvature(NamedOperator):
             if weight != 1.0:
                 part *= weight
             total = part if total is None else total.add_(part)
-        assert total is not None  # there is a batch at least
-        self._require_finite(total, "a product")
-        return total
+        return torch.zeros_like(X) if total is None else total  # the weights of one process may all be zero
 
     def _refuse_graph(self, loss: Tensor) -> None:
         """Raise where the graph of a loss is not one to differentiate twice, or has parameters of its own."""
@@ -227,13 +264,14 @@ class RiskCurvature(NamedOperator):
 
     def _check_deterministic(self, before: dict[str, Tensor], scale: float) -> None:
         """Raise where the first evaluation changed a buffer, or a second one gives other values."""
-        changed = changed_buffers(self.model, before)
-        if changed:
-            raise UnsupportedModelError(
-                "expected a loss that is a fixed function of the parameters, got a model whose evaluation changes its "
-                f"buffer {changed[0]!r}, as BatchNorm does in training mode: call model.eval() first, or pass "
-                "check_deterministic=False to take it as it is"
-            )
+        with self.processes.together("looking for changed buffers"):
+            changed = changed_buffers(self.model, before)
+            if changed:
+                raise UnsupportedModelError(
+                    "expected a loss that is a fixed function of the parameters, got a model whose evaluation changes its "
+                    f"buffer {changed[0]!r}, as BatchNorm does in training mode: call model.eval() first, or pass "
+                    "check_deterministic=False to take it as it is"
+                )
         again, gradient, _ = self._evaluate()
         tolerance = torch.finfo(self.torch_dtype).eps ** 0.5
         moved = float(torch.linalg.vector_norm(gradient - self._gradient))
@@ -298,6 +336,20 @@ class RiskCurvature(NamedOperator):
         The first time the graph of the loss is looked at: it must be twice differentiable and use no parameters but
         the model's.
         """
+        sums = self.processes.summed("loss and gradient", lambda: self._own_evaluation(first, additivity))
+        total, scale, used = sums[:3].tolist()
+        if not used:
+            raise ValueError(
+                "expected a loss that depends on the parameters, got one that does not depend on any of the chosen "
+                f"({', '.join(self.names[:4])}, …): see that neither model nor loss detaches its tensors, and that "
+                "`params` names the right ones"
+            )
+        gradient = sums[3:].to(self.torch_dtype)
+        self._require_finite(gradient, "the gradient")
+        return total, gradient, scale
+
+    def _own_evaluation(self, first: bool, additivity: Additivity | None) -> Tensor:
+        """What this process's samples add: loss, norms, whether it depends on the parameters, gradient; in one tensor."""
         total, scale, used = 0.0, 0.0, False
         gradient = torch.zeros(self.shape[0], dtype=self.torch_dtype, device=self.device)
         for inputs, targets, weight in self.batches.tracked("loss and gradient"):
@@ -316,23 +368,20 @@ class RiskCurvature(NamedOperator):
             total += weight * float(loss.detach())
             gradient += part
             scale += float(torch.linalg.vector_norm(part))
-        if not used:
-            raise ValueError(
-                "expected a loss that depends on the parameters, got one that does not depend on any of the chosen "
-                f"({', '.join(self.names[:4])}, …): see that neither model nor loss detaches its tensors, and that "
-                "`params` names the right ones"
-            )
-        self._require_finite(gradient, "the gradient")
-        return total, gradient, scale
+        return torch.cat([torch.tensor([total, scale, float(used)], dtype=torch.float64), gradient.double().cpu()])
+
+    def _compare_with_first(self, additivity: Additivity, is_fixed: bool) -> None:
+        """Compare with a few samples of process 0: the first batch, put together with them, and what model and loss give for them."""
+        few = additivity.from_first(self.processes, self.device)
+        with self.processes.together("comparing losses"), self._differentiable():
+            seen = additivity.beside(few)
+        if is_fixed:
+            advice = "give the same model and loss to all"
+            self.processes.close("the loss of samples of process 0", seen, self.coarsest_eps, advice)
 
     def _additivity(self) -> Additivity:
         weight_fn = self.batches.weight_of if self.batches.reduction == "mean" else None
         return Additivity(self._loss, self._output, weight_fn, torch.finfo(self.torch_dtype).eps)
-
-    def _require_additive(self, additivity: Additivity | None) -> None:
-        """Raise where the loss of two batches put together was not the weighted sum of theirs."""
-        if additivity is not None and additivity.worst:
-            self.batches.refuse(self.loss_fn, additivity.worst_targets, additivity.worst)
 
     def _require_finite(self, flat: Tensor, what: str) -> None:
         if all_finite(flat):

@@ -17,6 +17,7 @@ from linop_hess.autograd.finite import Differenced, checked_differentiation, ste
 from linop_hess.autograd.recording import Product, Recording
 from linop_hess.autograd.snapshot import frozen_copy
 from linop_hess.errors import UnsupportedModelError
+from linop_hess.processes import Processes
 
 
 class Hessian(RiskCurvature):
@@ -82,6 +83,9 @@ class Hessian(RiskCurvature):
         ``weight_fn(inputs, targets)`` returns what the mean of a batch divides by, a number: of masked targets how many are not
         masked, the sum of the weights of a weighted mean, the number of tokens of sequences. By default the number of samples.
         For losses that average, over several batches.
+    group : ProcessGroup, DeviceMesh of one dimension, or "world", optional
+        Of torch.distributed: each of its processes gives samples of its own as `data`, as many as it has, and the operator is that of
+        all of them, the same to the last bit in all. All make it, and multiply by it, together. See docs/batches.md.
 
     Attributes
     ----------
@@ -95,6 +99,8 @@ class Hessian(RiskCurvature):
         The number of batches whose graphs are kept at present.
     differences_gap : float
         By how much, relatively, products by differences were seen to move when the step is halved; 0 with autograd.
+    processes : Processes
+        Those that the samples are spread over: `rank`, `size`, and how many messages there were.
 
     Raises
     ------
@@ -114,6 +120,10 @@ class Hessian(RiskCurvature):
         no tensor.
     ImportError
         If `progress` is True and tqdm is not installed.
+    ProcessError
+        If a process of the group ended, does not answer within the group's timeout, or does something else than the others. An error
+        in one process is one in all. What is not alike in all (parameters, buffers, loss, options, number of columns, vectors) is a
+        ValueError.
 
     Notes
     -----
@@ -157,8 +167,11 @@ class Hessian(RiskCurvature):
         sharpness: float | None = None,
         differentiation: str = "autograd",
         weight_fn: Callable[[Any, Any], Any] | None = None,
+        group: Any = None,
     ) -> None:
-        self._is_finite = checked_differentiation(differentiation, nonsmooth)
+        processes = Processes.of(group)
+        with processes.together("making Hessian", lambda: {"differentiation": differentiation}, "give the same to all"):
+            self._is_finite = checked_differentiation(differentiation, nonsmooth)
         self.differentiation = differentiation
         self.differences_gap = 0.0
         self._shrink = 1.0
@@ -175,6 +188,7 @@ class Hessian(RiskCurvature):
             nonsmooth=nonsmooth,
             sharpness=sharpness,
             weight_fn=weight_fn,
+            group=processes,
         )
 
     def _computation(self, inputs: Any, targets: Any) -> Computation:

@@ -21,6 +21,8 @@ from linop_hess.errors import FactorizationError
 from linop_hess.krylov.record import Comparison, Record
 from linop_hess.linearization import Linearization, linearize
 from linop_hess.operators.inverse import MethodName
+from linop_hess.processes import Processes
+from linop_hess.streamed import StreamedLinearization
 
 METHODS: tuple[MethodName, ...] = ("banded", "riccati", "dense", "ldu")
 LDU_SECONDS = 60.0
@@ -57,6 +59,7 @@ def compare_solvers(
     rtol: float = 1e-10,
     maxiter: int = 300,
     progress: Progress | None = None,
+    group: Any = None,
 ) -> Outcome:
     """Solve (H + damping·I) x = gradient by every method and judge each by the same autograd products.
 
@@ -70,17 +73,28 @@ def compare_solvers(
         For the Krylov solvers; gmres never restarts.
     progress : callable, optional
         See `Progress`.
+    group : optional
+        Of processes, all of which call this with the same problem; each takes a part of its samples, as even as can be. As in
+        `linop_hess.Hessian`.
 
     Returns
     -------
     Outcome
+
+    Raises
+    ------
+    ValueError
+        If there are fewer samples than processes.
     """
-    judge = Hessian(problem.model, problem.loss_fn, [(problem.inputs, problem.targets)]).damped(damping)
+    processes = Processes(group)
+    problem = _shard(problem, processes)
+    data = [(problem.inputs, problem.targets)]
+    judge = Hessian(problem.model, problem.loss_fn, data, group=group).damped(damping)
     # The first calls pay for torch's and LAPACK's own set-up, which is no method's.
     with suppress(FactorizationError, MemoryError):
-        _linearize(problem).inverse(damping).solve(np.ones(judge.shape[0]))
+        _linearize(problem, group).inverse(damping).solve(np.ones(judge.shape[0]))
     begin = time.perf_counter()
-    lin = _linearize(problem)
+    lin = _linearize(problem, group)
     linearizing = time.perf_counter() - begin
     g = np.asarray(lin.gradient)
     norm = _norm(judge)
@@ -121,8 +135,8 @@ def compare_solvers(
         else:
             records.append(outcome)
     why_not = _dense_does_not_fit(len(g))
-    if why_not:
-        skipped["dense LU"] = why_not
+    if not processes.all_of(not why_not):
+        skipped["dense LU"] = why_not or "does not fit in another process"
     else:
         with _bar(progress, "dense LU", len(g)) as step:
             try:
@@ -133,12 +147,25 @@ def compare_solvers(
     return Outcome(Comparison(judged), len(g), float(lin.loss), float(np.linalg.norm(g)), norm, skipped)
 
 
-def _linearize(problem: Problem) -> Linearization:
-    return linearize(problem.model, problem.loss_fn, problem.inputs, problem.targets)
+def _shard(problem: Problem, processes: Processes) -> Problem:
+    """The samples of this process."""
+    if len(problem.targets) < processes.size:
+        raise ValueError(
+            f"expected as many images as processes at least, got {len(problem.targets)} for {processes.size}: pass a larger --batch, or "
+            "start fewer processes"
+        )
+    parts = (tensor.tensor_split(processes.size)[processes.rank] for tensor in (problem.inputs, problem.targets))
+    return Problem(problem.model, problem.loss_fn, *parts)
+
+
+def _linearize(problem: Problem, group: Any) -> Linearization | StreamedLinearization:
+    if group is None:
+        return linearize(problem.model, problem.loss_fn, problem.inputs, problem.targets)
+    return linearize(problem.model, problem.loss_fn, problem.inputs, problem.targets, group=group)
 
 
 def _direct(
-    lin: Linearization,
+    lin: Linearization | StreamedLinearization,
     judge: LinearOperator,
     g: np.ndarray,
     damping: float,

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import scipy
 import torch
+from torch import distributed as dist
 
 from linop_hess import __version__, plot
 from linop_hess.cli.compare import Outcome, compare_solvers
@@ -51,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(arguments, size) is None:
             setattr(arguments, size, getattr(family, size) or None)
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=arguments.out):  # permissions do not tell: a disk may be mounted read-only
-            pass
+        if _is_first():
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=arguments.out):  # permissions do not tell: a disk may be mounted read-only
+                pass
     except OSError as error:
         parser.error(
             f"argument --out: expected a folder that can be made and written to, got {str(arguments.out)!r}: "
@@ -62,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.command(arguments))
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
+        if _is_first():
+            print("\ninterrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -76,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         help="compare Krylov and direct solvers of one Newton system",
         description="Solve (H + damping I) x = gradient for a small classifier of scikit-learn's digits (8 x 8 pixels) by "
-        "Krylov solvers, preconditioned ones, and the exact inverse. Prints a table, writes convergence.png and results.json.",
+        "Krylov solvers, preconditioned ones, and the exact inverse. Prints a table, writes convergence.png and results.json. "
+        "Under torchrun (torchrun --nproc-per-node 2 -m linop_hess compare ...) each process takes a part of the images.",
         epilog=_families(),
         formatter_class=_Help,
     )
@@ -171,12 +177,31 @@ def _compare(arguments: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
-        return _run(arguments)
+        with _joined() as group:
+            return _run(arguments, group)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _joined() -> Iterator[str | None]:
+    """Yield the group of the processes that torchrun started; None where this one is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        yield None
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield "world"
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(arguments: argparse.Namespace, group: str | None) -> int:
     begin = time.perf_counter()
     problem = digits_problem(
         arguments.depth, arguments.width, arguments.batch,
@@ -187,8 +212,11 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.damping,
         rtol=arguments.rtol,
         maxiter=arguments.maxiter,
-        progress=None if arguments.no_progress else _bar,
+        progress=None if arguments.no_progress or not _is_first() else _bar,
+        group=group,
     )
+    if not _is_first():
+        return 0
     print(_headline(arguments, outcome))
     print()
     print(outcome.comparison)
@@ -212,13 +240,17 @@ def _headline(arguments: argparse.Namespace, outcome: Outcome) -> str:
     family, activation = FAMILIES[arguments.model], f"{arguments.activation}, " if arguments.activation else ""
     return (
         f"digits, {arguments.model}, depth {arguments.depth} ({family.layers}), width {arguments.width} ({family.units}), {activation}"
-        f"{arguments.batch} images, {arguments.train_steps} training steps, seed {arguments.seed}\n"
+        f"{arguments.batch} images, {arguments.train_steps} training steps, seed {arguments.seed}{_together()}\n"
         f"{outcome.parameters:,} parameters, loss {outcome.loss:.4g}, "
         f"|gradient| {outcome.gradient_norm:.3g}\n"
         f"solving (H + {arguments.damping:g} I) x = gradient, |H + {arguments.damping:g} I| about "
         f"{outcome.hessian_norm:.3g}\n"
         f"A = that matrix by Pearlmutter products, which also measure every row's true residual"
     )
+
+
+def _together() -> str:
+    return f", in {dist.get_world_size()} processes" if dist.is_initialized() else ""
 
 
 def _draw(arguments: argparse.Namespace, outcome: Outcome, path: Path) -> None:
@@ -241,6 +273,7 @@ def _results(arguments: argparse.Namespace, outcome: Outcome, seconds: float) ->
         "machine": {
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
+            "processes": dist.get_world_size() if dist.is_initialized() else 1,
             "python": platform.python_version(),
             "linop_hess": __version__,
             "torch": torch.__version__,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, cast
 
 import torch
@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from linop_hess.autograd.calling import as_data, as_module, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.autograd.hessian import Hessian
-from linop_hess.autograd.untouched import StandIns
+from linop_hess.autograd.untouched import StandIns, untouched_randomness
 from linop_hess.graph.rules.elementwise import scale_shift
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.rules.reductions import normalize
+from linop_hess.lq.accuracy import BACKWARD_CONSTANTS, ROUNDINGS, VERIFIED
+from linop_hess.operators.operator import Operator
 
 
 class Reference:
@@ -165,3 +167,58 @@ def _version(tensor: Tensor) -> int:
     if not tensor.is_inference():
         return tensor._version
     return hash(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def compare(H: Operator, source: Reference, v: Tensor) -> tuple[Tensor, float, bool]:
+    """Compare products of an operator with those by double backward.
+
+    Parameters
+    ----------
+    H : Operator
+    source : Reference
+    v : Tensor, shape (N, k)
+
+    Returns
+    -------
+    gap : Tensor, shape (N, k)
+        By how much they differ, entry by entry.
+    scale : float
+        The largest entry of the products.
+    is_rounding : bool
+        Whether rounding explains that.
+    """
+    with untouched_randomness(v.device), PrimitiveNorms():
+        reference = source.hessian()
+        theirs = reference @ v
+        moved = reference.moved_by_rounding(v, theirs)
+        sizes = [p.numel() for p in reference.parameters]
+    gap = H @ v - theirs
+    unit = reference.coarsest_eps
+    if reference.differentiation == "finite":
+        unit = max(unit, reference.differences_gap, BACKWARD_CONSTANTS)
+    is_rounding = _is_rounding(gap, theirs, moved, sizes, unit)
+    for seed in range(0 if is_rounding else ROUNDINGS):
+        # What the parameters' last digits do not explain those of all that is computed from them may.
+        with (
+            suppress(ValueError),  # NaN: at the edge of where it is differentiable
+            untouched_randomness(v.device),
+            PrimitiveNorms(),
+            Rounded(seed),
+        ):
+            moved = torch.maximum(moved.abs(), reference.moved_by_rounding(v, theirs).abs())
+    is_rounding = is_rounding or _is_rounding(gap, theirs, moved, sizes, unit)
+    return gap.abs(), float(theirs.abs().max()), is_rounding
+
+
+def _is_rounding(gap: Tensor, products: Tensor, moved: Tensor, sizes: Sequence[int], unit: float) -> bool:
+    """Whether a gap between products is within what rounding explains, in each parameter's entries; all of shape (N, k)."""
+    if (
+        gap.is_cuda
+        and gap.dtype == torch.float32
+        and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    ):
+        unit = max(unit, 2.0**-11)  # products in TensorFloat-32 have ten bits
+    floor = unit * torch.linalg.vector_norm(products, dim=0)
+    pieces = zip(gap.split(sizes), moved.split(sizes), strict=True)
+    norms = ((torch.linalg.vector_norm(g, dim=0), torch.linalg.vector_norm(m, dim=0)) for g, m in pieces)
+    return all(bool((seen <= VERIFIED * (explained + floor)).all()) for seen, explained in norms)

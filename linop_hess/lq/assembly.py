@@ -44,12 +44,16 @@ def assemble(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
     Tensor
         H without damping.
     """
-    like = torch.zeros(0, dtype=dtype or problem.dtype, device=problem.device)
-    total = _Total(zeros((problem.size, problem.size), like))
+    return problem.processes.summed_symmetric("a dense matrix", lambda: _of_parts(problem, dtype or problem.dtype))
+
+
+def _of_parts(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """The sum over the parts of this process."""
+    total = _Total(zeros((problem.size, problem.size), torch.zeros(0, dtype=dtype, device=problem.device)))
     if problem.size:
         for part, weight in problem.parts():
             total.add(part if part.dtype == total.H.dtype else part.to(total.H.dtype), weight)
-    return problem.reduced(total.finish())
+    return total.finish()
 
 
 class _Total:

@@ -23,6 +23,7 @@ from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.sweeps import Sweep
 from linop_hess.lq.transition import Transition
+from linop_hess.processes import ALONE, Processes
 
 
 class Problem:
@@ -140,6 +141,9 @@ class Problem:
     why_no_chain: str = ""
     """Of a problem that has no stages of its own, as a sum over batches: why, as messages say it."""
 
+    processes: Processes = ALONE
+    """Of a sum over parts: those that have some each."""
+
     def parts(self) -> Iterator[tuple[Problem, float]]:
         """Yield the chains whose Hessians, weighted, H is the sum of: itself, here; see `lq.SummedProblem`."""
         yield self, 1.0
@@ -147,10 +151,6 @@ class Problem:
     def typical_part(self) -> tuple[Problem, int]:
         """Return a chain and how many about its size there are, for estimates."""
         return self, 1
-
-    def reduced(self, local: Tensor) -> Tensor:
-        """Return what this process has of a sum over parts, summed over all processes: itself, here."""
-        return local
 
     def name(self, l: int) -> str:
         """What to call stage l (0-based) in a message."""

@@ -1,7 +1,7 @@
 """Problems that are sums over parts made one at a time: H = Σ_b w_b H_b over batches, which need not fit into memory together.
 
 What needs H alone works as on a chain: products, norms, the dense matrix, its factors, certificates. There are no stages of the whole:
-each part has a chain of its own, which exists while it is worked on. Where several processes have parts each, `reduce` sums over them.
+each part has a chain of its own, which exists while it is worked on. Where several processes have parts each, sums are those over all.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.layout import Layout
 from linop_hess.lq.problem import Problem
+from linop_hess.processes import ALONE, Processes
 
 Parts = Callable[[], Iterable[tuple[Problem, float]]]
 """Makes the parts, with their weights, one after the other; called once a pass."""
@@ -48,10 +49,10 @@ class SummedProblem(Problem):
     dtype : torch.dtype
     device : torch.device
     product : callable, optional
-        ``product(x)`` gives Σ_b w_b H_b x of this process's parts, for x of shape (N, k), as fresh memory; by default the parts multiply,
-        made anew for each product.
-    reduce : callable, optional
-        ``reduce(tensor)`` returns the sum over all processes, the same in all of them; it may work in place. By default there is one.
+        ``product(x)`` gives Σ_b w_b H_b x of the parts of all processes, for x of shape (N, k), as fresh memory; by default the parts
+        multiply, made anew for each product.
+    processes : Processes
+        Those that have parts; all ask the same questions in the same order. By default this one alone.
     names : sequence, optional
         Of the groups.
 
@@ -75,12 +76,12 @@ class SummedProblem(Problem):
         device: torch.device,
         *,
         product: Callable[[Tensor], Tensor] | None = None,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        processes: Processes = ALONE,
         names: Sequence[object] | None = None,
     ) -> None:
         self._parts, self.count = parts, count
         self._dtype, self._device = dtype, device
-        self._product, self._reduce = product, reduce
+        self._product, self.processes = product, processes
         self._groups, self.names = groups, names
         self.diagonal, self.of_loss = None, frozenset()
         order = np.array([(g, 0) for g in range(len(groups))])
@@ -138,18 +139,19 @@ class SummedProblem(Problem):
         """Make the first part, and tell how many there are."""
         return next(iter(self.parts()))[0], self.count
 
-    def reduced(self, local: Tensor) -> Tensor:
-        return local if self._reduce is None else self._reduce(local)
-
     def hessian_product(self, x: Tensor, damping: float = 0.0) -> Tensor:
-        out = self.reduced(self._by_parts(x) if self._product is None else self._product(x))
+        summed = self._product or self._by_parts
+        out = summed(x)
         return out.add_(x, alpha=damping) if damping else out
 
     def _by_parts(self, x: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for part, weight in self.parts():
-            out.add_(part.hessian_product(x), alpha=weight)
-        return out
+        def local() -> Tensor:
+            out = torch.zeros_like(x)
+            for part, weight in self.parts():
+                out.add_(part.hessian_product(x), alpha=weight)
+            return out
+
+        return self.processes.summed(f"a product of a sum over batches with {x.shape[1]} columns", local, alike=x)
 
     def to(self, dtype: torch.dtype) -> SummedProblem:
         """Return the sum in another precision; its parts are made as before, then converted."""
@@ -163,5 +165,5 @@ class SummedProblem(Problem):
             return ((change(part), weight) for part, weight in self.parts())
 
         return SummedProblem(
-            changed, self.count, self._groups, dtype, self._device, reduce=self._reduce, names=self.names
+            changed, self.count, self._groups, dtype, self._device, processes=self.processes, names=self.names
         )

@@ -10,6 +10,7 @@ from linop_hess import lq
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.assembly import assemble
 from linop_hess.lq.summed import SummedProblem
+from linop_hess.processes import Processes
 from tests.lq.problems import Blocks, random_blocks
 
 WEIGHTS = [0.5, 0.5, 0.25]
@@ -109,19 +110,23 @@ def test_gauss_newton_is_that_of_each_part():
     assert float((mine - theirs).abs().max()) < 1e-14 * float(theirs.abs().max())
 
 
-def test_reduce_sums_products_and_matrices_over_processes():
-    """Two halves of the parts, as two processes have them; the other's share is handed over by the hook."""
+def test_products_and_matrices_are_summed_over_processes():
+    """Two halves of the parts, as two processes have them; the other's share is added in the place of messages."""
     problems, H = parts_of()
     halves = [list(zip(problems, WEIGHTS, strict=True))[:1], list(zip(problems, WEIGHTS, strict=True))[1:]]
     x, seen = torch.ones(7, 1, dtype=torch.float64), []
     shares = [summed(lambda half=half: iter(half)) for half in halves]
 
-    def reduce(local: torch.Tensor) -> torch.Tensor:
-        seen.append(tuple(local.shape))
-        other = shares[1]
-        return local + (assemble(other, local.dtype) if local.shape == (7, 7) else other.hessian_product(x))
+    class Two(Processes):
+        def summed(self, doing, local, *, alike=None):
+            seen.append(tuple(local().shape))
+            return local() + shares[1].hessian_product(alike)
 
-    both = summed(lambda: iter(halves[0]), reduce=reduce)
+        def summed_symmetric(self, doing, local):
+            seen.append(tuple(local().shape))
+            return local() + assemble(shares[1], local().dtype)
+
+    both = summed(lambda: iter(halves[0]), processes=Two())
     assert np.abs(both.hessian_product(x, 0.1).numpy()[:, 0] - (H + 0.1 * np.eye(7)).sum(1)).max() < 1e-13
     assert np.abs(assemble(both).numpy() - H).max() < 1e-13
     assert seen == [(7, 1), (7, 7)]  # of N, not of samples

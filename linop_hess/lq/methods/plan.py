@@ -86,13 +86,15 @@ class Plan(Shown):
 
 
 def estimates(analysis: Analysis) -> dict[str, Cost]:
-    """The cost of each method that does not iterate, which is the same at any damping."""
-    why_not = analysis.problem.why_no_chain
-    return {
-        name: Cost.impossible(why_not) if why_not and not method.of_matrix else method.estimate(analysis)
-        for name, method in METHODS.items()
-        if method.estimate is not None
-    }
+    """The cost of each method that does not iterate, which is the same at any damping; of process 0 where there are several."""
+    why_not, processes = analysis.problem.why_no_chain, analysis.problem.processes
+    with processes.together("estimating costs"):
+        costs = {
+            name: Cost.impossible(why_not) if why_not and not method.of_matrix else method.estimate(analysis)
+            for name, method in METHODS.items()
+            if method.estimate is not None
+        }
+    return processes.from_first(costs)  # all must choose alike, however fast they were measured to be
 
 
 def make_plan(
@@ -119,7 +121,7 @@ def make_plan(
     -------
     Plan
     """
-    available = available_bytes()
+    available = int(-analysis.problem.processes.largest(-float(available_bytes())))  # the least of all processes
     change = analysis.at(damping)
     costs = dict(change.analysis.once(estimates))
     if isinstance(damping, complex):

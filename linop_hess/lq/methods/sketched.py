@@ -30,7 +30,6 @@ from linop_hess.lq.methods.stage_factor import SegmentLoad, StageFactor, unwhite
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.value.sample_low_rank import Coupling, MappedElimination, SampleLowRankValue, Span, White
 
-
 # Products with H that one with M⁻¹ takes as long as, of the samples that it is made of: three sweeps forward and three back, in float32.
 _APPLIED = 1.5
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.accuracy import SKETCH_KEPT
-from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.pivots.delayed import Pivots
+from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.sweeps import Sweep, pulled_back, times_blocks
 
