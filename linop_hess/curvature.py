@@ -54,9 +54,7 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
         """
         return damped(self, finite_real(damping, "damping"))
 
-    def plan(
-        self, damping: float = 1.0, *, right_hand_sides: int = 1, tolerance: float | None = None
-    ) -> NetworkPlan:
+    def plan(self, damping: float = 1.0, *, right_hand_sides: int = 1, tolerance: float | None = None) -> NetworkPlan:
         """Flops, bytes and modelled time of each method, the choice of ``method="auto"``, and the widest cuts; print it.
 
         Only iterations depend on the damping, and are estimated: see docs/batches.md.

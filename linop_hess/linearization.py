@@ -236,9 +236,7 @@ class Linearization(Named, Storable, SampleGradients):
         """The stages, a row each: name in the model, operation, sizes, samples, live entries after it, and where derivatives come from."""
         return StageTable(self.problem)
 
-    def plan(
-        self, damping: float = 1.0, *, right_hand_sides: int = 1, tolerance: float | None = None
-    ) -> NetworkPlan:
+    def plan(self, damping: float = 1.0, *, right_hand_sides: int = 1, tolerance: float | None = None) -> NetworkPlan:
         """Cost of each method, the widest cuts and what lives there; see `ChainCurvature.plan`."""
         return self.H.plan(damping, right_hand_sides=right_hand_sides, tolerance=tolerance)
 

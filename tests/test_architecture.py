@@ -39,6 +39,8 @@ FLOORS = [
     "lq.hidden",
     "lq.pivots",
     "lq.value",
+    "lq.methods.base",
+    "lq.iterative",
     "lq.methods",
     "lq.inverse",
     "lq",

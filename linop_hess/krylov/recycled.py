@@ -51,7 +51,9 @@ class RecycledSpace:
             If the solver is another, or the space is one of vectors of another length.
         """
         if solver != "gcrotmk":
-            raise ValueError(f'expected no recycled space for {solver}, an option of gcrotmk: take "gcrotmk", or leave it out')
+            raise ValueError(
+                f'expected no recycled space for {solver}, an option of gcrotmk: take "gcrotmk", or leave it out'
+            )
         if self._pairs and self._pairs[0][1].shape != (n,):
             raise ValueError(
                 f"expected a recycled space of vectors of length {n}, got {self._pairs[0][1].shape[0]}: make a new RecycledSpace"

@@ -21,8 +21,7 @@ from torch import Tensor
 from linop_hess.lq.layout import Layout, Slots
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
-from linop_hess.lq.sweeps import Sweep
-from linop_hess.lq.transition import Transition
+from linop_hess.lq.transition import Sweep, Transition
 
 
 class Problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, cast, overload
 
@@ -16,13 +15,12 @@ from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.factors import SegmentReport
 from linop_hess.lq.inverse.inverse import Inverse
 from linop_hess.lq.inverse.solution import Solution
-from linop_hess.lq.iterative.options import SketchOptions, sketch_options
+from linop_hess.lq.iterative.options import sketch_options
 from linop_hess.lq.methods.sketched import SketchReport
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
-from linop_hess.operators.block import NamedOperator
+from linop_hess.operators.block import NamedOperator, PositiveOperator
 from linop_hess.operators.convert import Arrays, as_tensor, handed, require_arrays, to_numpy
-from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import ParameterTable
 
 MethodName = Literal["auto", "banded", "riccati", "dense", "woodbury", "sketched", "iterative", "ldu"]
@@ -390,33 +388,12 @@ class HessianInverse(NamedOperator):
         """
         solver = self._inverse.solver
         method = cast(MethodName, solver.requested)
-        asked = solver.sketch or SketchOptions()
         return HessianInverse(
             solver.analysis,
             damping,
             method,
             tolerance=solver.tolerance,
             table=self.parameter_table,
-            rank=asked.rank,
-            tol=asked.tol,
-            core=asked.core,
             right_hand_sides=solver.right_hand_sides,
+            **{name: getattr(solver.sketch, name) for name in ("rank", "tol", "core")},
         )
-
-
-class PositiveOperator(Operator):
-    """The positive definite operator of `HessianInverse.positive`."""
-
-    symmetric = True
-
-    def __init__(self, inverse: HessianInverse, product: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(inverse.shape, inverse.torch_dtype, inverse.device)
-        self._inverse, self._product = inverse, product
-        self.formula = f"positive part of the {inverse.formula}"
-
-    def __reduce__(self) -> tuple[Callable[[HessianInverse], PositiveOperator], tuple[HessianInverse]]:
-        """Pickle the inverse."""
-        return HessianInverse.positive, (self._inverse,)
-
-    def _apply(self, X: Tensor) -> Tensor:
-        return self._product(X)

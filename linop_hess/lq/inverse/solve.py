@@ -29,6 +29,7 @@ from linop_hess.lq.accuracy import (
     default_tolerance,
 )
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.counting import damping_that_works
 from linop_hess.lq.inverse.right_hand_side import checked, times_power_of_two, to_size_one
 from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.inverse.structured import StructuredSolver
@@ -133,8 +134,9 @@ class Solver:
 
     def __reduce__(self) -> tuple[Callable[..., Solver], tuple[Any, ...]]:
         """Pickle problem, damping and method, no factors: they are made again when it is loaded."""
-        options = self.max_refinements, self.sketch, self.right_hand_sides
-        return _again, (self.analysis, self.damping, self.requested, self.tolerance, *options)
+        names = ("tolerance", "max_refinements", "sketch", "right_hand_sides")
+        options = {name: getattr(self, name) for name in names}
+        return _again, (self.analysis, self.damping, self.requested, options)
 
     def _climb(self) -> None:
         """Factor by the next method of the ladder that does not meet a singular pivot."""
@@ -320,7 +322,7 @@ class Solver:
     def _fail_to_converge(self, tolerance: float, error: float, residual: float, iterations: int) -> None:
         remedy = 'a larger damping, or method "dense" or "sketched"'
         if self.method == "sketched":
-            remedy = "a larger rank, a larger core, a larger damping, or method \"dense\""
+            remedy = 'a larger rank, a larger core, a larger damping, or method "dense"'
         raise FactorizationError(
             f"H + damping·I with damping={self.damping:g} could not be solved to a backward error of {tolerance:.0e} by method "
             f"{self.method!r}: after {iterations} iterations of GMRES the relative residual is {residual:.1e}, the backward error "
@@ -385,50 +387,10 @@ class Solver:
         )
 
 
-def damping_that_works(analysis: Analysis, damping: float, factor: Factor, tolerance: float) -> float | None:
-    """Try dampings growing by decades from one that failed, each with a random right-hand side; None if none works."""
-    problem, norm = analysis.problem, analysis.norm
-    unit = np.finfo(problem.numpy_dtype).eps * (norm if norm > 0 else 1.0)
-    generator = torch.Generator().manual_seed(0)
-    g = torch.randn(problem.size, 1, generator=generator, dtype=torch.float64, device="cpu")
-    g = g.to(problem.dtype).to(problem.device)
-    # What is advised must have worked: two steps of refinement and the backward error, as in a solve, but for its own norm.
-    for power in range(2, 17, 2):
-        trial = float(f"{max(abs(damping), unit) * 10.0**power:.0e}")
-        change = analysis.at(trial)
-        try:
-            factors = factor(change.analysis, change.damping)
-        except SingularPivotError:
-            continue
-        x = change.solve(factors, g).to(g.dtype)
-        for _ in range(2):
-            x = x + change.solve(factors, g - problem.hessian_product(x, trial)).to(g.dtype)
-        r = g - problem.hessian_product(x, trial)
-        if float(r.norm()) <= tolerance * (norm * float(x.norm()) + float(g.norm())):
-            return trial
-    return None
-
-
-def _again(
-    analysis: Analysis,
-    damping: float,
-    method: str,
-    tolerance: float,
-    max_refinements: int,
-    sketch: SketchOptions | None,
-    right_hand_sides: int,
-) -> Solver:
+def _again(analysis: Analysis, damping: float, method: str, options: dict[str, Any]) -> Solver:
     """Factor anew, when unpickled."""
     with torch.no_grad():
-        return Solver(
-            analysis,
-            damping,
-            method,
-            tolerance=tolerance,
-            max_refinements=max_refinements,
-            sketch=sketch,
-            right_hand_sides=right_hand_sides,
-        )
+        return Solver(analysis, damping, method, **options)
 
 
 def _norms(columns: Tensor) -> Tensor:

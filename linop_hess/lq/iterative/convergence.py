@@ -53,9 +53,7 @@ def expected_iterations(analysis: Analysis, damping: float, tolerance: float, di
     if not size or not found.nodes.numel():
         return float(N)
     digits = math.log(1.0 / tolerance)
-    least = min(
-        max(0.0, found.count_beyond(c * size) - directions) + digits / math.log(1.0 / c) for c in _RADII
-    )
+    least = min(max(0.0, found.count_beyond(c * size) - directions) + digits / math.log(1.0 / c) for c in _RADII)
     lowest, highest = float(found.nodes.min()) + damping, float(found.nodes.max()) + damping
     if lowest > 0.0 and not directions:
         least = min(least, 0.5 * math.sqrt(highest / lowest) * (digits + math.log(2.0)))

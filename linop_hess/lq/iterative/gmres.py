@@ -160,7 +160,7 @@ class _LeastSquares:
         return np.abs(self._turned[:, j + 1])
 
     def solution(self) -> np.ndarray:
-        """y of each, (k, j)."""
+        """Y of each, (k, j)."""
         j = self._have
         R, rhs = self._R[:, :j, :j], self._turned[:, :j].copy()
         for i in range(j - 1, -1, -1):

@@ -16,7 +16,7 @@ from linop_hess.lq.accuracy import SKETCH_SPANNED
 
 # Columns of a block: products with many columns are faster a column, longer chains of them reach further.
 _BLOCK = 32
-_LEAST_BLOCKS = 1
+_LEAST_BLOCKS = 8
 
 
 @dataclass(frozen=True)

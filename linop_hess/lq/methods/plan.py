@@ -12,13 +12,14 @@ from linop_hess._display import Shown
 from linop_hess._memory import available_bytes, format_bytes
 from linop_hess.lq.accuracy import default_tolerance
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.iterative import plain
 from linop_hess.lq.iterative.options import Asked, SketchOptions
-from linop_hess.lq.methods import banded, block_ldu, dense, iterative, riccati, sketched, woodbury
+from linop_hess.lq.methods import banded, block_ldu, dense, riccati, sketched, woodbury
 from linop_hess.lq.methods.base import Cost, Factor, Method
 from linop_hess.lq.methods.promoted import promoted
 
 METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD for module in (banded, riccati, dense, woodbury, block_ldu, sketched, iterative)
+    module.METHOD.name: module.METHOD for module in (banded, riccati, dense, woodbury, block_ldu, sketched, plain)
 }
 """The methods by name."""
 
