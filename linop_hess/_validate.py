@@ -78,6 +78,24 @@ def finite_damping(value: Any) -> complex:
     return number
 
 
+def real_damping(value: Any) -> float:
+    """Return the damping of an operator, which is real.
+
+    Raises
+    ------
+    TypeError
+        If it is complex, or no number.
+    ValueError
+        If it is NaN or infinite.
+    """
+    if isinstance(value, complex):
+        raise TypeError(
+            f"expected damping to be a real number, got {value:g}: operators are real; for solves at a complex damping use "
+            "lq.Solver(lin.analysis, damping)"
+        )
+    return finite_real(value, "damping")
+
+
 def require_real_damping(damping: complex, what: str) -> float:
     """Return a real damping, or say that `what` is no question at a complex one.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, overload
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real
 from linop_hess.autograd.calling import NOT_GIVEN, are_batches, as_module, explained, refuse_empty, refuse_sparse
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.autograd.untouched import exclusively, untouched_randomness, without_collector
@@ -21,11 +20,9 @@ from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.verification import Reference, compare
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.problem import Problem
-from linop_hess.operators import pieces
 from linop_hess.operators.convert import plain_arithmetic
-from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import Named, ParameterTable
-from linop_hess.operators.permutation import Permutation
+from linop_hess.operators.pieces import HasPieces
 from linop_hess.per_sample import SampleGradients
 from linop_hess.processes import Processes
 from linop_hess.stored import Storable
@@ -218,7 +215,7 @@ def _checked(
     return several, second, model, tuple(names)
 
 
-class Linearization(Named, HasHessian, Storable, SampleGradients):
+class Linearization(Named, HasHessian, HasPieces, Storable, SampleGradients):
     """First and second derivatives of a network, as operators. Made by `linearize`.
 
     Attributes
@@ -253,46 +250,6 @@ class Linearization(Named, HasHessian, Storable, SampleGradients):
         return self._chain.gradient.clone()
 
     @cached_property
-    def M(self) -> Operator:
-        """M, unit lower block bidiagonal with −F_l."""
-        return pieces.Transition(self.problem)
-
-    @cached_property
-    def M_inv(self) -> Operator:
-        """M⁻¹, by substitution."""
-        return pieces.InverseTransition(self.problem)
-
-    @cached_property
-    def P(self) -> Operator:
-        """P, the block down-shift (z_1..z_L) to (z_0..z_{L−1})."""
-        return pieces.Shift(self.problem)
-
-    @cached_property
-    def D_x(self) -> Operator:
-        """D_x, block diagonal with G_l."""
-        return pieces.ParameterJacobian(self.problem)
-
-    @cached_property
-    def DD_xx(self) -> Operator:
-        """D_D D_xx, block diagonal with A_l."""
-        return pieces.ParameterCurvature(self.problem)
-
-    @cached_property
-    def DD_zx(self) -> Operator:
-        """D_D D_zx, block diagonal with B_l."""
-        return pieces.MixedCurvature(self.problem)
-
-    @property
-    def DM_xz(self) -> Operator:
-        """D_M D_xz, the adjoint of `DD_zx`."""
-        return self.DD_zx.H
-
-    @cached_property
-    def DM_zz(self) -> Operator:
-        """D_M D_zz, block diagonal with C_l."""
-        return pieces.StateCurvature(self.problem)
-
-    @cached_property
     def H(self) -> ChainCurvature:
         """The Hessian, shape (N, N)."""
         return ChainCurvature(self.analysis, self.parameter_table, self._chain.cuts)
@@ -320,36 +277,6 @@ class Linearization(Named, HasHessian, Storable, SampleGradients):
     def stages(self) -> StageTable:
         """The stages, a row each: name in the model, operation, sizes, samples, live entries after it, and where derivatives come from."""
         return StageTable(self.problem)
-
-    def augmented(self, damping: float) -> Operator:
-        """𝒦 at `damping`, in the unknowns (x, y, z).
-
-        Raises
-        ------
-        ValueError, TypeError
-            If damping is not a finite real number.
-        """
-        return pieces.Augmented(self.problem, finite_real(damping, "damping"))
-
-    @cached_property
-    def permutation(self) -> Permutation:
-        """Π, which regroups (x, y, z) layer by layer."""
-        return pieces.layerwise_permutation(self.problem)
-
-    def block_tridiagonal(self, damping: float) -> Operator:
-        """𝒦' = Π 𝒦 Πᵀ, block tridiagonal with the blocks of `block_sizes`.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If damping is not a finite real number.
-        """
-        return self.permutation @ self.augmented(damping) @ self.permutation.T
-
-    @property
-    def block_sizes(self) -> np.ndarray:
-        """Sizes p_l + 2 n_l of the blocks of 𝒦', shape (L,)."""
-        return self.problem.layout.p + 2 * self.problem.layout.n_out
 
     def verify(self, probes: int = 2) -> float:
         """Compare `H` with double-backward products on random vectors.

@@ -40,6 +40,8 @@ FLOORS = [
     "lq.analysis",
     "lq.pivots",
     "lq.value",
+    "lq.methods.base",
+    "lq.iterative",
     "lq.methods",
     "lq.inverse",
     "lq",

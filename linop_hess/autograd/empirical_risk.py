@@ -95,9 +95,8 @@ class RiskCurvature(NamedOperator):
         self.processes = Processes.of(group)
         options = {"reduction": reduction, "nonsmooth": nonsmooth, "sharpness": sharpness}
         options |= {"check_deterministic": check_deterministic, "check_symmetric": check_symmetric}
-        with self.processes.together(
-            f"making {type(self).__name__}", lambda: options | self._in_common(), "give the same to all"
-        ):
+        making = f"making {type(self).__name__}"
+        with self.processes.together(making, lambda: options | self._in_common(), "give the same to all"):
             require_loss_fn(loss_fn)
             self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
             with exclusively(model, loss_fn):  # no other thread's tensors stand in for theirs

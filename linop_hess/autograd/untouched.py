@@ -199,9 +199,9 @@ def _collect(value: Any, modules: dict[int, nn.Module], seen: set[int]) -> None:
 class StandIns:
     """Other tensors in the places of a model's parameters and buffers, tied ones replaced by one; no backward hooks.
 
-    Other tensors that modules hold as attributes are replaced by copies. As a context, as often as needed: on leaving, modules have all that they had before,
-    the attributes that they set while they ran and the lists, dicts and sets that they changed among it. What objects of other classes
-    hold is not followed.
+    Other tensors that modules hold as attributes are replaced by copies. As a context, as often as needed: on leaving, modules have all
+    that they had before, the attributes that they set while they ran and the lists, dicts and sets that they changed among it. What
+    objects of other classes hold is not followed.
 
     Parameters
     ----------
@@ -234,7 +234,7 @@ class StandIns:
                 copies[id(value)] = value.detach().clone()
             attributes[key] = copies[id(value)]
         for own, key, tensor in self._places:
-            own[key] = tensor
+            own[key] = tensor  # type: ignore[assignment]
         for module in self._modules:
             as_a_function(module)
         return self

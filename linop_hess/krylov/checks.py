@@ -111,12 +111,13 @@ def check_options(
         raise ValueError(f"expected a solver of {', '.join(solvers)}, got {solver!r}: choose one of them")
     check_rtol(rtol)
     options: dict[str, Any] = {"maxiter": whole(maxiter, "maxiter", least=1)}
-    for key, value, owner in (("restart", restart, "gmres"), ("inner_m", inner_m, "lgmres")):
+    for key, value, owners in (("restart", restart, ("gmres", "gcrotmk")), ("inner_m", inner_m, ("lgmres",))):
         if value is None:
             continue
-        if solver != owner:
+        if solver not in owners:
+            owner = " and ".join(owners)
             raise ValueError(f"expected no {key} for {solver}, got {value!r}, an option of {owner}: leave it out")
-        options[key] = whole(value, key, least=1)
+        options["m" if solver == "gcrotmk" else key] = whole(value, key, least=1)
     if solver == "gmres":
         # "legacy" is the mode that counts maxiter in inner iterations and reports each of them.
         options["callback_type"] = "legacy"

@@ -147,7 +147,7 @@ class Observer:
             self._announced += 1
             if self.cycle is not None:
                 self.cycle.mark()
-            elif self.solver != "lgmres" or self._announced > 1:  # lgmres also announces its start
+            elif self.solver not in ("lgmres", "gcrotmk") or self._announced > 1:  # these also announce their start
                 self._append(state)
             if self.progress is not None:
                 self.progress(self._announced)

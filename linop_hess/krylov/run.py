@@ -19,6 +19,7 @@ import scipy.sparse.linalg as spla
 from linop_hess.krylov.checks import check_atol, check_options, check_rtol, check_system
 from linop_hess.krylov.observer import Breakdown, Observer, Reached, norm, relative_residual
 from linop_hess.krylov.record import Comparison, Record, compare
+from linop_hess.krylov.recycled import RecycledSpace
 
 __all__ = ["SOLVERS", "Comparison", "Record", "compare", "direct", "run"]
 
@@ -28,6 +29,7 @@ SOLVERS: dict[str, Callable[..., Any]] = {
     "gmres": spla.gmres,
     "lgmres": spla.lgmres,
     "bicgstab": spla.bicgstab,
+    "gcrotmk": spla.gcrotmk,
 }
 # A solver that stops by its recurrence leaves the true residual a rounding error above its tolerance.
 SLACK = 1.1
@@ -46,6 +48,7 @@ def run(
     maxiter: int = 1000,
     restart: int | None = None,
     inner_m: int | None = None,
+    recycled: RecycledSpace | None = None,
     name: str | None = None,
     setup_seconds: float = 0.0,
     progress: bool | Callable[[int], None] | None = None,
@@ -54,8 +57,9 @@ def run(
 
     Parameters
     ----------
-    solver : {"cg", "minres", "gmres", "lgmres", "bicgstab"}
-        The function of `scipy.sparse.linalg` to call.
+    solver : {"cg", "minres", "gmres", "lgmres", "bicgstab", "gcrotmk"}
+        The function of `scipy.sparse.linalg` to call. "gcrotmk" is flexible: M may change from product to product (another solve, say),
+        and it is the one that recycles a space.
     A : LinearOperator, ndarray or sparse array, shape (N, N)
         The real matrix; symmetric for minres, symmetric positive definite for cg.
     b : ndarray, shape (N,) or (N, 1)
@@ -74,11 +78,14 @@ def run(
     maxiter : int
         The most iterations. cg, minres: one product with A each. bicgstab: two. gmres: an *inner*
         iteration, one product each, whatever `restart`. lgmres: an outer cycle of about `inner_m` products,
-        because SciPy shows none of its inner ones.
+        because SciPy shows none of its inner ones. gcrotmk: the same, of about ``restart`` products.
     restart : int, optional
-        gmres only: its cycle length. SciPy's default is 20; ``restart=maxiter`` never restarts.
+        gmres and gcrotmk only: the cycle length. SciPy's default is 20; ``restart=maxiter`` never restarts gmres.
     inner_m : int, optional
         lgmres only: its inner iterations a cycle. SciPy's default is 30.
+    recycled : RecycledSpace, optional
+        gcrotmk only: a space that earlier solves left, which this one begins with and adds to. A must be the same, or the space is
+        multiplied by A again (`RecycledSpace.for_other`).
     name : str, optional
         The record's label; the solver's name by default.
     setup_seconds : float
@@ -132,6 +139,8 @@ def run(
     A, b, M, x0 = check_system(A, b, M, x0)
     atol = check_atol(atol)
     options = check_options(solver, len(b), rtol, maxiter, restart, inner_m, SOLVERS)
+    if recycled is not None:
+        options.update(recycled.options(solver, len(b)))
     exponent = _exponent(b, x0)
     scaled, start = np.ldexp(b, -exponent), None if x0 is None else np.ldexp(x0, -exponent)
     size = norm(scaled) or 1.0
@@ -210,7 +219,7 @@ def _ending(observer: Observer, error: Exception) -> str:
     """What an error that SciPy raises says of the system; empty where nothing."""
     if observer.solver == "minres" and observer.M is not None and str(error) in _MINRES_INDEFINITE:
         return f"indefinite preconditioner: minres stopped after {observer.iterations} iterations; M must be positive definite"
-    if observer.solver == "lgmres" and "zero vector" in str(error):
+    if observer.solver in ("lgmres", "gcrotmk") and "zero vector" in str(error):
         return "breakdown: M returned the zero vector"
     if isinstance(error, ArithmeticError):
         return f"breakdown: {error} in {observer.solver}"
@@ -341,6 +350,8 @@ def _workspace(solver: str, n: int, itemsize: int, iterations: int, options: dic
     vectors = {"cg": 6, "minres": 10, "bicgstab": 10}.get(solver, 0)
     if solver == "gmres":
         vectors = 5 + min(options["restart"] + 1, iterations + 1)
+    elif solver == "gcrotmk":
+        vectors = 5 + 3 * options.get("m", 20) + 2 * options.get("k", options.get("m", 20))
     elif solver == "lgmres":
         vectors = 5 + 2 * (options.get("inner_m", 30) + 3)
     return vectors * n * itemsize

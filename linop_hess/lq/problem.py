@@ -21,8 +21,7 @@ from torch import Tensor
 from linop_hess.lq.layout import Layout, Slots
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
-from linop_hess.lq.sweeps import Sweep
-from linop_hess.lq.transition import Transition
+from linop_hess.lq.transition import Sweep, Transition
 from linop_hess.processes import ALONE, Processes
 
 
@@ -281,9 +280,14 @@ class Problem:
             products = self.hessian_product(torch.cat(parts, 1)).split(x.shape[1], 1)
             out = torch.complex(products[0], products[1] if x.is_complex() else torch.zeros_like(products[0]))
             return out.add_(x, alpha=damping) if damping else out
+        out = self._times(x)
+        return out.add_(x, alpha=damping) if damping else out
+
+    def _times(self, x: Tensor) -> Tensor:
+        """H x, as fresh memory."""
         q = self.layout
         if not self.transition.is_banded:
-            return self._swept_product(x, damping)
+            return self._swept_product(x)
         d = q.shift(self.transition.substitute(self.apply_G(x)))
         costate = self.transition.substitute_adjoint(q.shift_adjoint(self.apply_Bt(x) + self.apply_C(d)))
         out = self.apply_Gt(costate)
@@ -294,14 +298,14 @@ class Problem:
                 controls.add(out, stage.B(states.gather(d)))
         if self.diagonal is not None:
             out.addcmul_(self.diagonal[:, None], x)
-        return out.add_(x, alpha=damping) if damping else out
+        return out
 
     @cached_property
     def sweep(self) -> Sweep:
         """The stages from the first with controls on, for products stage by stage."""
         return Sweep(self.stages[self.layout.first :])
 
-    def _swept_product(self, x: Tensor, damping: float) -> Tensor:
+    def _swept_product(self, x: Tensor) -> Tensor:
         """The same stage by stage, which keeps wide states in cache where products of whole stacks do not."""
         chain = self.layout.in_chain_order(x)
         out = torch.zeros_like(chain)
@@ -311,7 +315,7 @@ class Problem:
         out = self.layout.in_flat_order(out)
         if self.diagonal is not None:
             out.addcmul_(self.diagonal[:, None], x)
-        return out.add_(x, alpha=damping) if damping else out
+        return out
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem in another floating-point dtype."""

@@ -139,10 +139,9 @@ class SummedProblem(Problem):
         """Make the first part, and tell how many there are."""
         return next(iter(self.parts()))[0], self.count
 
-    def hessian_product(self, x: Tensor, damping: float = 0.0) -> Tensor:
+    def _times(self, x: Tensor) -> Tensor:
         summed = self._product or self._by_parts
-        out = summed(x)
-        return out.add_(x, alpha=damping) if damping else out
+        return summed(x)
 
     def _by_parts(self, x: Tensor) -> Tensor:
         def local() -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -120,3 +121,28 @@ def _checked(places: Any, length: int) -> np.ndarray:
             f"expected different places of 0, …, {length - 1} for a block, got others: pass each row and column once"
         )
     return index
+
+
+class PositiveOperator(Operator):
+    """The positive definite operator of `HessianInverse.positive`.
+
+    Parameters
+    ----------
+    inverse : HessianInverse
+    product : callable
+        Of a block of vectors.
+    """
+
+    symmetric = True
+
+    def __init__(self, inverse: Operator, product: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(inverse.shape, inverse.torch_dtype, inverse.device)
+        self._inverse, self._product = inverse, product
+        self.formula = f"positive part of the {inverse.formula}"
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Operator]]:
+        """Pickle the inverse."""
+        return methodcaller("positive"), (self._inverse,)
+
+    def _apply(self, X: Tensor) -> Tensor:
+        return self._product(X)

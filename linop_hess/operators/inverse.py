@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, cast, overload
 
@@ -12,18 +11,17 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from linop_hess._memory import require
-from linop_hess._validate import finite_real
+from linop_hess._validate import real_damping
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.factors import SegmentReport
 from linop_hess.lq.inverse.inverse import Inverse
 from linop_hess.lq.inverse.solution import Solution
-from linop_hess.lq.iterative.options import SketchOptions, sketch_options
+from linop_hess.lq.iterative.options import sketch_options
 from linop_hess.lq.methods.sketched import SketchReport
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
-from linop_hess.operators.block import NamedOperator
+from linop_hess.operators.block import NamedOperator, PositiveOperator
 from linop_hess.operators.convert import Arrays, as_tensor, handed, require_arrays, to_numpy
-from linop_hess.operators.operator import Operator
 from linop_hess.operators.parameters import ParameterTable
 
 MethodName = Literal["auto", "banded", "riccati", "dense", "woodbury", "sketched", "iterative", "ldu"]
@@ -99,7 +97,12 @@ class HessianInverse(NamedOperator):
         self.parameter_table = table or ParameterTable.of_stages(analysis.problem)
         with torch.no_grad():
             self._inverse = Inverse(
-                analysis, _real(damping), method, tolerance=tolerance, sketch=sketch, right_hand_sides=right_hand_sides
+                analysis,
+                real_damping(damping),
+                method,
+                tolerance=tolerance,
+                sketch=sketch,
+                right_hand_sides=right_hand_sides,
             )
 
     @property
@@ -390,43 +393,7 @@ class HessianInverse(NamedOperator):
             If H + damping·I is singular to working precision.
         """
         solver = self._inverse.solver
+        options: dict[str, Any] = {name: getattr(solver.sketch, name) for name in ("rank", "tol", "core")}
+        options |= {"tolerance": solver.tolerance, "right_hand_sides": solver.right_hand_sides}
         method = cast(MethodName, solver.requested)
-        asked = solver.sketch or SketchOptions()
-        return HessianInverse(
-            solver.analysis,
-            damping,
-            method,
-            tolerance=solver.tolerance,
-            table=self.parameter_table,
-            rank=asked.rank,
-            tol=asked.tol,
-            core=asked.core,
-            right_hand_sides=solver.right_hand_sides,
-        )
-
-
-def _real(damping: Any) -> float:
-    if isinstance(damping, complex):
-        raise TypeError(
-            f"expected damping to be a real number, got {damping:g}: operators are real; for solves at a complex damping use "
-            "lq.Solver(lin.analysis, damping)"
-        )
-    return finite_real(damping, "damping")
-
-
-class PositiveOperator(Operator):
-    """The positive definite operator of `HessianInverse.positive`."""
-
-    symmetric = True
-
-    def __init__(self, inverse: HessianInverse, product: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(inverse.shape, inverse.torch_dtype, inverse.device)
-        self._inverse, self._product = inverse, product
-        self.formula = f"positive part of the {inverse.formula}"
-
-    def __reduce__(self) -> tuple[Callable[[HessianInverse], PositiveOperator], tuple[HessianInverse]]:
-        """Pickle the inverse."""
-        return HessianInverse.positive, (self._inverse,)
-
-    def _apply(self, X: Tensor) -> Tensor:
-        return self._product(X)
+        return HessianInverse(solver.analysis, damping, method, table=self.parameter_table, **options)

@@ -7,9 +7,12 @@ structure it has.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from torch import Tensor
 
+from linop_hess._validate import finite_real
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.operator import Operator
 from linop_hess.operators.permutation import Permutation
@@ -190,3 +193,79 @@ def layerwise_permutation(problem: Problem) -> Permutation:
         after = np.arange(ends[l], ends[l + 1])
         parts += [layout.controls(l), N + after, N + n + after]
     return Permutation(np.concatenate(parts), problem.dtype, problem.device)
+
+
+class HasPieces:
+    """What has an LQ problem, and every piece of its Hessian as an operator."""
+
+    problem: Problem
+
+    @cached_property
+    def M(self) -> Operator:
+        """M, unit lower block bidiagonal with −F_l."""
+        return Transition(self.problem)
+
+    @cached_property
+    def M_inv(self) -> Operator:
+        """M⁻¹, by substitution."""
+        return InverseTransition(self.problem)
+
+    @cached_property
+    def P(self) -> Operator:
+        """P, the block down-shift (z_1..z_L) to (z_0..z_{L−1})."""
+        return Shift(self.problem)
+
+    @cached_property
+    def D_x(self) -> Operator:
+        """D_x, block diagonal with G_l."""
+        return ParameterJacobian(self.problem)
+
+    @cached_property
+    def DD_xx(self) -> Operator:
+        """D_D D_xx, block diagonal with A_l."""
+        return ParameterCurvature(self.problem)
+
+    @cached_property
+    def DD_zx(self) -> Operator:
+        """D_D D_zx, block diagonal with B_l."""
+        return MixedCurvature(self.problem)
+
+    @property
+    def DM_xz(self) -> Operator:
+        """D_M D_xz, the adjoint of `DD_zx`."""
+        return self.DD_zx.H
+
+    @cached_property
+    def DM_zz(self) -> Operator:
+        """D_M D_zz, block diagonal with C_l."""
+        return StateCurvature(self.problem)
+
+    def augmented(self, damping: float) -> Operator:
+        """𝒦 at `damping`, in the unknowns (x, y, z).
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        """
+        return Augmented(self.problem, finite_real(damping, "damping"))
+
+    @cached_property
+    def permutation(self) -> Permutation:
+        """Π, which regroups (x, y, z) layer by layer."""
+        return layerwise_permutation(self.problem)
+
+    def block_tridiagonal(self, damping: float) -> Operator:
+        """𝒦' = Π 𝒦 Πᵀ, block tridiagonal with the blocks of `block_sizes`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If damping is not a finite real number.
+        """
+        return self.permutation @ self.augmented(damping) @ self.permutation.T
+
+    @property
+    def block_sizes(self) -> np.ndarray:
+        """Sizes p_l + 2 n_l of the blocks of 𝒦', shape (L,)."""
+        return self.problem.layout.p + 2 * self.problem.layout.n_out

@@ -121,13 +121,20 @@ def refused(rank, group):
     x, y = make_batch(4, 3, 6, seed=rank)
     model = make_mlp([4, 5, 3])
     seen = []
+    loss, few = nn.CrossEntropyLoss(), slice(6 * rank)
+    other = nn.CrossEntropyLoss(label_smoothing=0.1 * rank)
+    how = "?" if rank else "error"
     for kind, words, make in [
-        (ValueError, "nonsmooth", lambda: lh.linearize(model, nn.CrossEntropyLoss(), x, y, nonsmooth="?" if rank else "error", group=group)),
-        (ValueError, "at least one sample", lambda: lh.linearize(model, nn.CrossEntropyLoss(), x[: 6 * rank], y[: 6 * rank], group=group)),
+        (ValueError, "nonsmooth", lambda: lh.linearize(model, loss, x, y, nonsmooth=how, group=group)),
+        (ValueError, "at least one sample", lambda: lh.linearize(model, loss, x[few], y[few], group=group)),
         (ValueError, "reduction", lambda: lh.linearize(model, functional.cross_entropy, x, y, group=group)),
-        (ValueError, "another loss", lambda: lh.linearize(model, nn.CrossEntropyLoss(label_smoothing=0.1 * rank), x, y, group=group)),
-        (ValueError, 'method "riccati" cannot be used', lambda: lh.linearize(model, nn.CrossEntropyLoss(), x, y, group=group).inverse(1.0, "riccati")),
-    ]:  # fmt: skip
+        (ValueError, "another loss", lambda: lh.linearize(model, other, x, y, group=group)),
+        (
+            ValueError,
+            'method "riccati" cannot be used',
+            lambda: lh.linearize(model, loss, x, y, group=group).inverse(1.0, "riccati"),
+        ),
+    ]:
         with pytest.raises(kind, match=words) as caught:
             make()
         seen.append(str(caught.value))

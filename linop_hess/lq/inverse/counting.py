@@ -1,11 +1,15 @@
-"""Eigenvalue counts and the smallest convex damping, from inertia."""
+"""Eigenvalue counts and the smallest convex damping, from inertia; and a damping at which solves work."""
 
 from __future__ import annotations
+
+import numpy as np
+import torch
 
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq.accuracy import NUDGE, UNSURE_PIVOT
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.inertia import inertia, inertia_at
+from linop_hess.lq.methods.base import Factor
 
 # The largest damping tried, in terms of ‖H‖, and the factor between trials.
 _LARGEST_DAMPING = 1e8
@@ -69,3 +73,30 @@ def _is_convex(analysis: Analysis, damping: float) -> bool:
     except SingularPivotError:
         return False
     return found.negative == 0 and found.zero == 0
+
+
+def damping_that_works(analysis: Analysis, damping: complex, factor: Factor, tolerance: float) -> complex | None:
+    """Try dampings growing by decades from one that failed, each with a random right-hand side; None if none works."""
+    if isinstance(damping, complex):
+        analysis = analysis.in_float64
+    problem, norm = analysis.problem, analysis.norm
+    unit = np.finfo(problem.numpy_dtype).eps * (norm if norm > 0 else 1.0)
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(problem.size, 1, generator=generator, dtype=torch.float64, device="cpu")
+    g = g.to(torch.complex128 if isinstance(damping, complex) else problem.dtype).to(problem.device)
+    # What is advised must have worked: two steps of refinement and the backward error, as in a solve, but for its own norm.
+    for power in range(2, 17, 2):
+        size = float(f"{max(abs(damping), unit) * 10.0**power:.0e}")
+        trial = damping / abs(damping) * size if isinstance(damping, complex) else size
+        change = analysis.at(trial)
+        try:
+            factors = factor(change.analysis, change.damping)
+        except SingularPivotError:
+            continue
+        x = change.solve(factors, g).to(g.dtype)
+        for _ in range(2):
+            x = x + change.solve(factors, g - problem.hessian_product(x, trial)).to(g.dtype)
+        r = g - problem.hessian_product(x, trial)
+        if float(r.norm()) <= tolerance * (norm * float(x.norm()) + float(g.norm())):
+            return trial
+    return None

@@ -29,6 +29,7 @@ from linop_hess.lq.accuracy import (
     default_tolerance,
 )
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.counting import damping_that_works
 from linop_hess.lq.inverse.right_hand_side import checked, times_power_of_two, to_size_one
 from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.inverse.structured import StructuredSolver
@@ -137,8 +138,9 @@ class Solver:
 
     def __reduce__(self) -> tuple[Callable[..., Solver], tuple[Any, ...]]:
         """Pickle problem, damping and method, no factors: they are made again when it is loaded."""
-        options = self.max_refinements, self.sketch, self.right_hand_sides
-        return _again, (self.analysis, self.damping, self.requested, self.tolerance, *options)
+        names = ("tolerance", "max_refinements", "sketch", "right_hand_sides")
+        options = {name: getattr(self, name) for name in names}
+        return _again, (self.analysis, self.damping, self.requested, options)
 
     def _climb(self) -> None:
         """Factor by the next method of the ladder that does not meet a singular pivot."""
@@ -376,68 +378,22 @@ class Solver:
     def _fail(self, what: str, stage: int | None) -> None:
         where = None if stage is None else self.problem.name(stage)
         suggestion = damping_that_works(self.analysis, self.damping, METHODS[self.plan.choice].factor, self.tolerance)
-        advice = (
-            f"damping={suggestion:.1e} works"
-            if suggestion is not None
-            else "no damping up to the norm of H works: look at the model for saturated or dead layers"
-        )
+        advice = "no damping up to the norm of H works: look at the model for saturated or dead layers"
+        if suggestion is not None:
+            advice = f"damping={suggestion:.1e} works"
+        met = f" (met at stage {where})" if where else ""
         raise FactorizationError(
-            f"H + damping·I with damping={self.damping:g} {what}"
-            + (f" (met at stage {where})" if where else "")
-            + f"; {advice}.",
+            f"H + damping·I with damping={self.damping:g} {what}{met}; {advice}.",
             damping=self.damping,
             stage=where,
             suggested_damping=suggestion,
         )
 
 
-def damping_that_works(analysis: Analysis, damping: complex, factor: Factor, tolerance: float) -> complex | None:
-    """Try dampings growing by decades from one that failed, each with a random right-hand side; None if none works."""
-    if isinstance(damping, complex):
-        analysis = analysis.in_float64
-    problem, norm = analysis.problem, analysis.norm
-    unit = np.finfo(problem.numpy_dtype).eps * (norm if norm > 0 else 1.0)
-    generator = torch.Generator().manual_seed(0)
-    g = torch.randn(problem.size, 1, generator=generator, dtype=torch.float64, device="cpu")
-    g = g.to(torch.complex128 if isinstance(damping, complex) else problem.dtype).to(problem.device)
-    # What is advised must have worked: two steps of refinement and the backward error, as in a solve, but for its own norm.
-    for power in range(2, 17, 2):
-        size = float(f"{max(abs(damping), unit) * 10.0**power:.0e}")
-        trial = damping / abs(damping) * size if isinstance(damping, complex) else size
-        change = analysis.at(trial)
-        try:
-            factors = factor(change.analysis, change.damping)
-        except SingularPivotError:
-            continue
-        x = change.solve(factors, g).to(g.dtype)
-        for _ in range(2):
-            x = x + change.solve(factors, g - problem.hessian_product(x, trial)).to(g.dtype)
-        r = g - problem.hessian_product(x, trial)
-        if float(r.norm()) <= tolerance * (norm * float(x.norm()) + float(g.norm())):
-            return trial
-    return None
-
-
-def _again(
-    analysis: Analysis,
-    damping: complex,
-    method: str,
-    tolerance: float,
-    max_refinements: int,
-    sketch: SketchOptions | None,
-    right_hand_sides: int,
-) -> Solver:
+def _again(analysis: Analysis, damping: complex, method: str, options: dict[str, Any]) -> Solver:
     """Factor anew, when unpickled."""
     with torch.no_grad():
-        return Solver(
-            analysis,
-            damping,
-            method,
-            tolerance=tolerance,
-            max_refinements=max_refinements,
-            sketch=sketch,
-            right_hand_sides=right_hand_sides,
-        )
+        return Solver(analysis, damping, method, **options)
 
 
 def _norms(columns: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage
-from linop_hess.lq.sweeps import pulled_back
+from linop_hess.lq.transition import pulled_back
 
 _ROUNDS = 50
 

@@ -17,7 +17,7 @@ from linop_hess.lq.iterative.spans import Cut, cut
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.objective import ObjectiveStage
-from linop_hess.lq.sweeps import Sweep, pulled_back, times_blocks
+from linop_hess.lq.transition import Sweep, pulled_back, times_blocks
 from linop_hess.lq.value.sample_low_rank import Part, Span
 
 # Numbers that the states of a chunk of samples may take in products with many columns.

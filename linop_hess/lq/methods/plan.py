@@ -12,13 +12,14 @@ from linop_hess._display import Shown
 from linop_hess._memory import available_bytes, format_bytes
 from linop_hess.lq.accuracy import default_tolerance
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.iterative import plain
 from linop_hess.lq.iterative.options import Asked, SketchOptions
-from linop_hess.lq.methods import banded, block_ldu, dense, iterative, riccati, sketched, woodbury
+from linop_hess.lq.methods import banded, block_ldu, dense, riccati, sketched, woodbury
 from linop_hess.lq.methods.base import Cost, Factor, Method
 from linop_hess.lq.methods.promoted import promoted
 
 METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD for module in (banded, riccati, dense, woodbury, block_ldu, sketched, iterative)
+    module.METHOD.name: module.METHOD for module in (banded, riccati, dense, woodbury, block_ldu, sketched, plain)
 }
 """The methods by name."""
 
@@ -121,31 +122,44 @@ def make_plan(
     -------
     Plan
     """
-    available = int(-analysis.problem.processes.largest(-float(available_bytes())))  # the least of all processes
+    processes = analysis.problem.processes
+    available = int(-processes.largest(-float(available_bytes())))  # the least of all processes
     change = analysis.at(damping)
-    costs = dict(change.analysis.once(estimates))
-    if isinstance(damping, complex):
+    costs = change.analysis.once(estimates)
+    if isinstance(change.damping, complex):
         real = Cost.impossible("it takes real dampings alone")
         costs = {name: costs[name].in_complex if method.is_complex else real for name, method in METHODS.items()}
-
-    def able() -> list[str]:
-        return [name for name in costs if METHODS[name].is_automatic and not costs[name].why_not]
-
-    def fitting() -> list[str]:
-        return [name for name in able() if costs[name].nbytes <= available and not costs[name].at_least]
-
-    goal = default_tolerance(analysis.problem.dtype) if tolerance is None else tolerance
-    asked = Asked(change.damping, right_hand_sides, goal, sketch or SketchOptions())
-    for name, method in reversed(METHODS.items()):  # a method that needs no set-up first
-        if method.forecast is not None and not isinstance(change.damping, complex):
-            if change.analysis.problem.why_no_chain and not method.of_matrix:
-                costs[name] = Cost.impossible(change.analysis.problem.why_no_chain)
-                continue
-            worth = min((costs[m].seconds for m in fitting()), default=math.inf)
-            costs[name] = method.forecast(change.analysis, asked, worth)
-    costs = {name: costs[name] for name in METHODS}
-    choice = min(fitting() or able(), key=lambda m: costs[m].seconds if fitting() else costs[m].nbytes)
+    else:
+        goal = default_tolerance(analysis.problem.dtype) if tolerance is None else tolerance
+        asked = Asked(change.damping, right_hand_sides, goal, sketch or SketchOptions())
+        costs = _with_forecasts(change.analysis, asked, costs, available)
+    able = [name for name, cost in costs.items() if METHODS[name].is_automatic and not cost.why_not]
+    fitting = _fitting(costs, available)
+    choice = min(fitting or able, key=lambda m: costs[m].seconds if fitting else costs[m].nbytes)
     return Plan(damping, costs, choice, available)
+
+
+def _fitting(costs: dict[str, Cost], available: int) -> list[str]:
+    """Methods that "auto" may choose, and that fit."""
+    return [
+        name
+        for name, cost in costs.items()
+        if METHODS[name].is_automatic and not cost.why_not and cost.nbytes <= available and not cost.at_least
+    ]
+
+
+def _with_forecasts(analysis: Analysis, asked: Asked, known: dict[str, Cost], available: int) -> dict[str, Cost]:
+    """The costs of all methods, of those that iterate too, as closely as it takes to choose."""
+    costs, why_not = dict(known), analysis.problem.why_no_chain
+    for name, method in reversed(METHODS.items()):  # a method that needs no set-up first
+        if method.forecast is None:
+            continue
+        if why_not and not method.of_matrix:
+            costs[name] = Cost.impossible(why_not)
+            continue
+        worth = min((costs[m].seconds for m in _fitting(costs, available)), default=math.inf)
+        costs[name] = method.forecast(analysis, asked, worth)
+    return {name: costs[name] for name in METHODS}
 
 
 def ladder(

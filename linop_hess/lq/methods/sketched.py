@@ -1,9 +1,9 @@
 """Method "sketched": block LDLᵀ over spans of layers, what couples the samples being of low rank; for more than a dense Hessian holds.
 
-The recursion of "riccati", with the cost-to-go as one exact block a sample and a feedback of low rank (`lq.value.sample_low_rank`), in spans
-of several stages whose pivots are exact. The factors are those of a symmetric M with MΩ = (H + ε)Ω on s directions Ω, by block Lanczos those
-in which H is large. M⁻¹ is no inverse of H + εI unless s = N, but a fixed, symmetric approximation of it, with which GMRES on H + εI
-reaches any accuracy.
+The recursion of "riccati", with the cost-to-go as one exact block a sample and a feedback of low rank
+(`lq.value.sample_low_rank`), in spans of several stages whose pivots are exact. The factors are those of a symmetric M with
+MΩ = (H + ε)Ω on s directions Ω, by block Lanczos those in which H is large. M⁻¹ is no inverse of H + εI unless s = N, but a fixed,
+symmetric approximation of it, with which GMRES on H + εI reaches any accuracy.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SketchReport(Shown):
         """Return it in a line."""
         kept = f"{min(self.ranks, default=0)} to {max(self.ranks, default=0)} of {self.directions} directions"
         return (
-            f"sketch of {self.samples} samples in {self.dtype}: {len(self.spans)} spans with pivots of up to {max(self.pivots)} parameters, "
+            f"sketch of {self.samples} samples in {self.dtype}: {len(self.spans)} spans of up to {max(self.pivots)} parameters, "
             f"feedback of {kept}, {format_bytes(self.nbytes)}; H on the last direction is {self.remaining:.1e} of the largest"
         )
 
@@ -98,10 +98,10 @@ class SketchedFactorization(Congruence):
     def __init__(self, analysis: Analysis, damping: float, options: SketchOptions) -> None:
         self.analysis, self.damping = analysis, damping
         options = options.for_problem(analysis)
-        self._sketch: Sketch = analysis.once(Sketches).of(options)
-        like = self._sketch.basis.directions
-        spans = [self._sketch.span(j, damping) for j in range(len(self._sketch.sweeps))]
-        value = SampleLowRankValue.zero(like, self._sketch.rank)
+        self.sketch: Sketch = analysis.once(Sketches).of(options)
+        like = self.sketch.basis.directions
+        spans = [self.sketch.span(j, damping) for j in range(len(self.sketch.sweeps))]
+        value = SampleLowRankValue.zero(like, self.sketch.rank)
         self.factors: list[StageFactor] = recursion(spans, value, _divided)
 
     @cached_property
@@ -125,11 +125,11 @@ class SketchedFactorization(Congruence):
 
     @property
     def nbytes(self) -> int:
-        return self._sketch.nbytes + sum(factor.nbytes for factor in self.factors)
+        return self.sketch.nbytes + sum(factor.nbytes for factor in self.factors)
 
     def report(self) -> SketchReport:
         """What is kept and what is dropped."""
-        sketch = self._sketch
+        sketch = self.sketch
         ranks = [e.white.coupling.felt for e in self._eliminations[:-1]]
         return SketchReport(
             sketch.rank,

@@ -100,8 +100,7 @@ class AffineStage(Stage):
         return x[:, : o * i].reshape(K, o, i, x.shape[-1])
 
     def G(self, x: Tensor) -> Tensor:
-        # The o·k columns of all right-hand sides make one product with Z; a single one needs no copy to be transposed.
-        (K, o, i), k = self.W.shape, x.shape[-1]
+        (K, o, i), k = self.W.shape, x.shape[-1]  # the o·k columns of all right-hand sides make one product with Z
         bias = self._in_unit_of_bias(x[:, x.shape[1] - o :])[:, None] if self.bias else None  # (K, 1, o, k)
         if not self.weight:
             y = x.new_zeros(K, self.rows, o, k)
@@ -196,9 +195,8 @@ class AffineStage(Stage):
         return replace(self, Z=self.Z[:, part], beta=None if self.beta is None else self.beta[:, part])
 
     def of_chosen(self, which: Tensor, weights: Tensor, samples: int) -> Self:
-        rows, of_row = entries_of(which, weights, self.rows // samples, self.Z)
-        beta = None if self.beta is None else self.beta[:, rows] * of_row[:, None]
-        return replace(self, Z=self.Z[:, rows], beta=beta)
+        at, weight = entries_of(which, weights, self.rows // samples, self.Z)
+        return replace(self, Z=self.Z[:, at], beta=None if self.beta is None else self.beta[:, at] * weight[:, None])
 
     def sample_rows(self, samples: int) -> SampleRows | None:
         if self.rows != samples or not self.p:

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.base import Stage
+from linop_hess.lq.stages.base import Stage, entries_of
 from linop_hess.lq.stages.row_space import IdentityRowSpace, RowSpace
 
 

@@ -24,7 +24,7 @@ from linop_hess.lq.accuracy import SKETCH_KEPT
 from linop_hess.lq.pivots.delayed import Pivots
 from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.stages.base import Stage
-from linop_hess.lq.sweeps import Sweep, pulled_back, times_blocks
+from linop_hess.lq.transition import Sweep, pulled_back, times_blocks
 
 
 @dataclass(frozen=True)

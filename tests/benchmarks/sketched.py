@@ -1,0 +1,181 @@
+"""Full batches beyond a dense Hessian: method "sketched" and what it competes with, in units of the strongest autograd product.
+
+``python tests/benchmarks/sketched.py [--case 50x16] [--damping 1e-2] [--lr 1e-3] [--rank 256] [--core 0] [--competitors] [--columns 64]
+[--slope]``. Digits, all 1,797 samples, tanh, cross entropy, orthogonal of gain 1.2, 200 full-batch Adam steps; the right-hand side is the
+gradient. Times to a relative residual of 1e-6, set-up apart. ``--slope``: set-up and a product from depth 5 to 100 at width 16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from common import print_table, retained_hvp, seconds
+from scipy.sparse.linalg import LinearOperator
+from sklearn.datasets import load_digits
+from torch import nn
+
+import linop_hess as lh
+from linop_hess.lq.iterative.core import weighted_core
+from linop_hess.lq.iterative.gmres import gmres
+from linop_hess.lq.iterative.lanczos import krylov_basis
+from linop_hess.lq.iterative.options import SketchOptions
+from linop_hess.lq.methods.dense import assembled
+from linop_hess.lq.methods.sketched import SketchedFactorization
+
+RTOL = 1e-6
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    X, y = load_digits(return_X_y=True)
+    return torch.tensor(X / 16.0), torch.tensor(y)
+
+
+def trained(depth: int, width: int, steps: int, lr: float) -> nn.Sequential:
+    torch.manual_seed(0)
+    sizes = [64] + [width] * depth + [10]
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        linear = nn.Linear(a, b, dtype=torch.float64)
+        nn.init.orthogonal_(linear.weight, 1.2)
+        layers += [linear, nn.Tanh()] if i < depth else [linear]
+    model = nn.Sequential(*layers)
+    (x, y), optimizer = digits(), torch.optim.Adam(model.parameters(), lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+class Case:
+    """A linearization, its gradient, and the unit."""
+
+    def __init__(self, depth: int, width: int, damping: float, steps: int, lr: float) -> None:
+        self.damping, (x, y), loss = damping, digits(), nn.CrossEntropyLoss()
+        model = trained(depth, width, steps, lr)
+        product = retained_hvp(model, loss, x, y)
+        parts = [torch.randn_like(p) for p in model.parameters()]
+        self.unit = seconds(lambda: product(parts), 5)
+        self.lin = lh.linearize(model, loss, x, y)
+        self.analysis, self.problem = self.lin.analysis, self.lin.problem
+        self.g = self.lin.gradient_tensor[:, None]
+
+    def iterate(self, M: Callable[[torch.Tensor], torch.Tensor], most: int) -> tuple[int, float, float]:
+        """Iterations of GMRES, the relative residual, and the time in units."""
+        begin, allowed = time.perf_counter(), RTOL * self.g.norm(dim=0).double()
+        found = gmres(lambda X: self.problem.hessian_product(X, self.damping), M, self.g, lambda _: allowed, most)
+        spent = time.perf_counter() - begin
+        r = self.g - self.problem.hessian_product(found.x, self.damping)
+        return found.iterations, float(r.norm() / self.g.norm()), spent / self.unit
+
+    def row(self, name: str, setup: float, M: Callable[[torch.Tensor], torch.Tensor], most: int) -> list[str]:
+        iterations, residual, spent = self.iterate(M, most)
+        total = f"{setup + spent:.0f}" if residual <= 1.01 * RTOL else "not reached"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return [name, f"{setup:.0f}", str(iterations), f"{residual:.0e}", total, f"{peak:.1f}"]
+
+
+def sketched(case: Case, rank: int, core: int | None, most: int) -> list[str]:
+    begin = time.perf_counter()
+    factors = SketchedFactorization(case.analysis, case.damping, SketchOptions(rank=rank, core=core))
+    setup = (time.perf_counter() - begin) / case.unit
+    print(factors.report())
+    return case.row(f"sketched, rank {rank}, {core or 'all'} samples", setup, factors.solve, most)
+
+
+def deflated(case: Case, rank: int, most: int) -> list[str]:
+    """The spectral preconditioner of H on a Lanczos basis: (QᵀHQ + εI)⁻¹ there, 1/ε elsewhere."""
+    begin = time.perf_counter()
+    Q = krylov_basis(case.problem.hessian_product, case.g[:, 0], rank, None).directions
+    T = Q.mT @ case.problem.hessian_product(Q)
+    T = (T + T.mT) / 2 + case.damping * torch.eye(rank, dtype=T.dtype)
+    setup = (time.perf_counter() - begin) / case.unit
+
+    def M(X: torch.Tensor) -> torch.Tensor:
+        inside = Q.mT @ X
+        return Q @ torch.linalg.solve(T, inside) + (X - Q @ inside) / case.damping
+
+    return case.row(f"Lanczos deflation, rank {rank}", setup, M, most)
+
+
+def sub_batch(case: Case, samples: int, most: int) -> list[str]:
+    """The inverse of a weighted sub-batch, dense."""
+    begin = time.perf_counter()
+    core = weighted_core(case.problem, case.analysis.samples, samples)
+    H = assembled(lh.lq.Analysis(core)).float()
+    H.diagonal().add_(case.damping)
+    factors = torch.linalg.ldl_factor(H)
+    setup = (time.perf_counter() - begin) / case.unit
+    return case.row(
+        f"inverse of {samples} weighted samples", setup, lambda X: torch.linalg.ldl_solve(*factors, X.float()), most
+    )
+
+
+def columns(case: Case, rank: int, count: int, most: int) -> None:
+    """What more right-hand sides take, after the factorization."""
+    inverse = case.lin.inverse(case.damping, "sketched", rank=rank)
+    G = np.random.default_rng(0).standard_normal((case.problem.size, count))
+    tolerance = {"rtol": RTOL, "restart": most, "maxiter": most}
+    A = LinearOperator(inverse.shape, matvec=case.lin.damped(case.damping).matvec, dtype=float)
+    alone = lh.krylov.run("gmres", A, G[:, 0], M=inverse, **tolerance)
+    begin = time.perf_counter()
+    inverse.solve(G)
+    print(f"one column {alone.seconds:.2f} s; {count} columns certified {time.perf_counter() - begin:.2f} s")
+
+
+def slope(damping: float, rank: int) -> None:
+    """Set-up and one product by depth."""
+    rows, logs = [], []
+    for depth in (5, 10, 25, 50, 100):
+        case = Case(depth, 16, damping, 0, 1e-3)
+        begin = time.perf_counter()
+        factors = SketchedFactorization(case.analysis, damping, SketchOptions(rank=rank))
+        setup = time.perf_counter() - begin
+        applied = seconds(lambda f=factors, c=case: f.solve(c.g), 3)
+        rows.append([str(depth), f"{setup:.2f}", f"{1e3 * applied:.1f}"])
+        logs.append((np.log(depth), np.log(setup), np.log(applied)))
+    print_table(["depth", "set-up, s", "product, ms"], rows)
+    x, *ys = np.array(logs).T
+    print("slopes:", ", ".join(f"{np.polyfit(x, y, 1)[0]:.2f}" for y in ys))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", default="50x16")
+    parser.add_argument("--damping", type=float, default=1e-2)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--rank", type=int, nargs="*", default=[256])
+    parser.add_argument("--core", type=int, nargs="*", default=[0])
+    parser.add_argument("--most", type=int, default=200)
+    parser.add_argument("--columns", type=int, default=0)
+    parser.add_argument("--competitors", action="store_true")
+    parser.add_argument("--slope", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.slope:
+        slope(arguments.damping, arguments.rank[0])
+        return
+    depth, width = map(int, arguments.case.split("x"))
+    case = Case(depth, width, arguments.damping, arguments.steps, arguments.lr)
+    print(
+        f"{arguments.case}, N = {case.problem.size}, damping {case.damping:g}, loss {case.lin.loss:.3g}: "
+        f"the unit is {1e3 * case.unit:.1f} ms"
+    )
+    rows = [sketched(case, rank, core or None, arguments.most) for core in arguments.core for rank in arguments.rank]
+    if arguments.competitors:
+        rows.append(case.row("plain GMRES", 0.0, lambda X: X, 2 * arguments.most))
+        rows.append(deflated(case, arguments.rank[0], arguments.most))
+        rows.append(sub_batch(case, 600, arguments.most))
+    print_table(["method", "set-up", "iterations", "residual", "total", "peak, GiB"], rows)
+    if arguments.columns:
+        columns(case, arguments.rank[0], arguments.columns, arguments.most)
+
+
+if __name__ == "__main__":
+    main()

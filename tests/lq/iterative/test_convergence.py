@@ -1,0 +1,30 @@
+"""Iterations that are expected: no fewer than are made where eigenvalues are spread, and few where they are not."""
+
+import pytest
+import torch
+
+from linop_hess import lq
+from linop_hess.lq.iterative.convergence import LEAST, expected_iterations, product_seconds, spectrum_of
+from tests.lq.sketches import analyses
+
+
+@pytest.mark.parametrize("damping", [0.3, 3.0, 100.0])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_bound_for_random_right_hand_sides(damping, which):
+    analysis = analyses()[which]
+    g = torch.randn(analysis.problem.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    made = lq.Inverse(analysis, damping, "iterative", tolerance=1e-6).solve(g).iterations
+    assert made <= 1.3 * expected_iterations(analysis, damping, 1e-6) + 5  # looked at every five iterations
+
+
+def test_directions_are_taken_off():
+    analysis = analyses()[0]
+    plain, sketched = (expected_iterations(analysis, 0.01, 1e-6, s) for s in (0, 100))
+    assert LEAST <= sketched <= plain <= analysis.problem.size
+    assert expected_iterations(analysis, 0.0, 1e-6) == analysis.problem.size
+    assert analysis.once(spectrum_of) is analysis.once(spectrum_of)
+
+
+def test_seconds_of_a_product():
+    analysis = analyses()[0]
+    assert 0.0 < product_seconds(analysis) < product_seconds(analysis, 1.0, 1000)

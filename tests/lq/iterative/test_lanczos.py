@@ -1,0 +1,51 @@
+"""Block Lanczos directions and the quadrature of a spectrum, against LAPACK."""
+
+import numpy as np
+import pytest
+import torch
+
+from linop_hess.lq.iterative.lanczos import krylov_basis, spectrum
+
+N = 120
+
+
+def matrix(values):
+    Q = torch.linalg.qr(torch.randn(N, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    return (Q * torch.as_tensor(values, dtype=torch.float64)) @ Q.mT, Q
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [1, 7, 40, N])
+def test_orthonormal_and_where_H_is_large(dtype, rank):
+    H, Q = matrix(np.r_[[-3.0, 2.5, 2.0, -1.5], np.full(N - 4, 1e-3)])
+    H = H.to(dtype)
+    found = krylov_basis(lambda X: H @ X, H[0], rank, None).directions
+    assert found.shape == (N, rank)
+    eps = torch.finfo(dtype).eps
+    assert float((found.mT @ found - torch.eye(rank)).norm()) < 100 * N * eps
+    if rank >= 7:
+        top = Q[:, :4].to(dtype)
+        assert float((top - found @ (found.mT @ top)).norm()) < 1e-2
+
+
+def test_a_matrix_of_low_rank_has_no_more_to_show():
+    H, _ = matrix(np.r_[np.ones(3), np.zeros(N - 3)])
+    found = krylov_basis(lambda X: H @ X, H[0], 20, None).directions
+    assert float((found.mT @ found - torch.eye(20)).norm()) < 1e-10
+
+
+def test_tol_stops_where_H_is_small():
+    H, _ = matrix(np.geomspace(1.0, 1e-8, N))
+    loose, tight = (krylov_basis(lambda X: H @ X, H[0], N, tol) for tol in (1e-1, 1e-4))
+    assert loose.directions.shape[1] < tight.directions.shape[1] < N
+    assert tight.remaining <= 1e-4 and loose.remaining <= 1e-1
+
+
+def test_counts_of_eigenvalues():
+    values = np.r_[np.linspace(1.0, 3.0, 30), -np.ones(10), np.full(N - 40, 1e-3)]
+    H, _ = matrix(values)
+    found = spectrum(lambda X: H @ X, H[0], 25)
+    assert float(found.weights.sum()) == pytest.approx(1.0)
+    assert found.count_beyond(0.5) == pytest.approx(40, rel=0.4)
+    assert float(found.nodes.max()) == pytest.approx(3.0, rel=1e-2)
+    assert found.count_beyond(10.0) == 0.0
