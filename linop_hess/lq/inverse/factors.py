@@ -117,7 +117,8 @@ class Factors:
         self.analysis, self.damping, self._plan = self.change.analysis, self.change.damping.real, plan
         # Factors that only solve, such as those promoted from another precision, stand for no method here.
         known = solving is not None and solving.analysis is self.analysis and solving.answers > {"solve"}
-        known = known and solving is not None and METHODS[solving.method].exact
+        # Nor do those of a method that iterates, whose matrix is another.
+        known = known and solving is not None and not solving.answers <= {"solve", "positive"}
         self._asked_for = None if solving is None else solving.method
         self._made: dict[str, Factorization] = {solving.method: solving} if known and solving is not None else {}
         self._riccati: dict[BoundedGrowth, RiccatiFactorization] = {}

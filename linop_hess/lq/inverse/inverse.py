@@ -21,7 +21,6 @@ from linop_hess.lq.inverse.inertia import between, dense_spectrum, inertia, iner
 from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.iterative.options import SketchOptions
-from linop_hess.lq.methods.plan import METHODS
 from linop_hess.lq.methods.riccati import RiccatiFactorization
 from linop_hess.lq.methods.sketched import SketchReport, sketch_report
 from linop_hess.lq.pivots.inertia import Inertia
@@ -93,7 +92,7 @@ class Inverse:
     @property
     def is_exact(self) -> bool:
         """Whether the factors of solves are those of H + εI; if not, solves are left to GMRES with them."""
-        return METHODS[self.solver.method].exact
+        return self.solver.is_exact
 
     def product(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k), certified; by "sketched", asked for by name, M⁻¹ g."""

@@ -153,6 +153,7 @@ class Solver:
                 asked = False
             try:
                 self._factorization = factor(self.change.analysis, self.change.damping)
+                self.is_exact = METHODS[method].exact
                 return
             except SingularPivotError as error:
                 stage = error.stage if error.stage is not None else stage
@@ -223,7 +224,7 @@ class Solver:
         """A solution of this backward error for columns of size one, by the first method that reaches it."""
         while True:
             iterations = 0
-            if METHODS[self.method].exact:
+            if self.is_exact:
                 x, error, residuals, steps = self._refined(g, tolerance)
             else:
                 x, error, residuals, iterations = self._iterated(g, tolerance)

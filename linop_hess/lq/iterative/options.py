@@ -89,13 +89,15 @@ def sketch_options(
     TypeError
         If they are no numbers.
     """
-    size, samples = analysis.problem.size, analysis.samples
+    size, why_not = analysis.problem.size, analysis.problem.why_no_chain
+    if why_not and (rank, tol, core) != (None, None, None):
+        raise ValueError(f"expected no rank, tol or core, as nothing can be sketched here, got some: {why_not}")
     if rank is not None and tol is not None:
         raise ValueError(f"expected a rank or a tol, got rank={rank!r} and tol={tol!r}: leave one of them out")
     if rank is not None:
         rank = _among(rank, "rank", size, "parameters")
     if core is not None:
-        core = _among(core, "core", samples, "samples")
+        core = _among(core, "core", analysis.samples, "samples")
     if tol is not None and not 0.0 < finite_real(tol, "tol") < 1.0:
         raise ValueError(f"expected tol between 0 and 1, a part of the norm of H, got {tol!r}: pass one such as 1e-2")
     return SketchOptions(rank, None if tol is None else float(tol), core)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.inverse.counting import damping_that_works
+from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.methods import plan as plan_module
 from linop_hess.lq.methods import riccati
 from tests.lq.methods.conformance import MIXED, SHAPES, right_hand_side, setting
@@ -21,7 +22,7 @@ DAMPINGS = [1.0, 1e-2, 1e-5, 1e-8, -0.37, -1e-4]
 
 
 def solve(problem, damping, method, g, **options):
-    solver = lq.Solver(problem, damping, method, **options)
+    solver = Solver(problem, damping, method, **options)
     solution = solver.solve(torch.tensor(g, dtype=problem.dtype))
     assert solution.backward_error <= solver.tolerance
     return solution
