@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess._memory import zeros
 from linop_hess.lq.assembly_plan import AssemblyPlan, Columns, Run, plan_assembly
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import SampleRows, Stage
@@ -48,7 +49,8 @@ def assemble(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
 
 def _of_parts(problem: Problem, dtype: torch.dtype) -> Tensor:
     """The sum over the parts of this process."""
-    total = _Total(torch.zeros(problem.size, problem.size, dtype=dtype, device=problem.device))
+    like = torch.zeros(0, dtype=dtype, device=problem.device)
+    total = _Total(zeros((problem.size, problem.size), like))
     if problem.size:
         for part, weight in problem.parts():
             total.add(part if part.dtype == total.H.dtype else part.to(total.H.dtype), weight)
@@ -147,8 +149,8 @@ class _Sweep:
             self._run_both_ways(columns)
 
     def _stack(self, run: Run) -> Tensor:
-        """z̃ of the stages of a run, (stages, samples, k)."""
-        return torch.stack([rows.Z for piece in run.pieces if (rows := self.rows[piece.stage]) is not None])
+        """z̃ of the stages of a run, (stages, k, samples)."""
+        return torch.stack([rows.Z.mT for piece in run.pieces if (rows := self.rows[piece.stage]) is not None])
 
     def _product(self, product: Callable[[Tensor], Tensor], d: Tensor) -> Tensor:
         """A product of one stage with states of every sample, (samples, n, k) to (samples, n', k)."""
@@ -271,16 +273,16 @@ class _Sweep:
         u = rows.beta if by_beta else rows.Z
         if u is None:
             return
-        Z = self._stacked[run.offset][:count]
-        b, k, o, n = self.samples, Z.shape[2], run.pieces[0].width, X.shape[1]
+        Z, u = self._stacked[run.offset][:count], u.mT.contiguous()  # samples last: outer products run along them
+        b, k, o, n = self.samples, Z.shape[1], run.pieces[0].width, X.shape[1]
         X = X[:, :, run.offset : run.offset + count * o].reshape(b, n, count, o).permute(2, 0, 1, 3)
-        members, sources = _cut_pairs(self.plan.work, count, u.shape[1], b * n * o, k * (b + n * o))
+        members, sources = _cut_pairs(self.plan.work, count, len(u), b * n * o, k * (b + n * o))
         for m in range(0, count, members):
             left = X[m : m + members].reshape(-1, b, n * o).mT
-            for s in range(0, u.shape[1], sources):
+            for s in range(0, len(u), sources):
                 # No name for the product, which would outlive its use and double the peak.
-                outer = (u[None, :, s : s + sources, None] * Z[m : m + members, :, None]).flatten(2)
-                self._scatter(l, rows, run, m, s, torch.bmm(left, outer).view(len(left), n, o, -1, k), by_beta)
+                outer = (u[None, s : s + sources, None] * Z[m : m + members, None]).flatten(1, 2)
+                self._scatter(l, rows, run, m, s, torch.bmm(left, outer.mT).view(len(left), n, o, -1, k), by_beta)
                 del outer
             del left
 
