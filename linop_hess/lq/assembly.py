@@ -49,7 +49,8 @@ def assemble(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
 
 def _of_parts(problem: Problem, dtype: torch.dtype) -> Tensor:
     """The sum over the parts of this process."""
-    total = _Total(zeros((problem.size, problem.size), torch.zeros(0, dtype=dtype, device=problem.device)))
+    like = torch.zeros(0, dtype=dtype, device=problem.device)
+    total = _Total(zeros((problem.size, problem.size), like))
     if problem.size:
         for part, weight in problem.parts():
             total.add(part if part.dtype == total.H.dtype else part.to(total.H.dtype), weight)

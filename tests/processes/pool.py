@@ -11,7 +11,8 @@ import torch
 from torch import distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed", "linop_hess", "scipy.sparse.linalg", "tests.helpers"])
+CHECKS = [f"tests.processes.test_{name}" for name in ("operators", "disagreement", "linearize")]
+CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "linop_hess", *CHECKS])
 
 # Of a check, after which its processes are ended and the test fails; of the groups, which no check may reach but those about it.
 CHECK_SECONDS, GROUP_SECONDS, IMPATIENT_SECONDS = 40, 30, 1.5

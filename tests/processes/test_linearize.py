@@ -120,20 +120,17 @@ class Cubed(nn.Module):
 def refused(rank, group):
     x, y = make_batch(4, 3, 6, seed=rank)
     model = make_mlp([4, 5, 3])
-    seen = []
-    loss, few = nn.CrossEntropyLoss(), slice(6 * rank)
-    other = nn.CrossEntropyLoss(label_smoothing=0.1 * rank)
-    how = "?" if rank else "error"
+    CE, seen = nn.CrossEntropyLoss, []
+
+    def made(loss_fn, x=x, y=y, **options):
+        return lh.linearize(model, loss_fn, x, y, group=group, **options)
+
     for kind, words, make in [
-        (ValueError, "nonsmooth", lambda: lh.linearize(model, loss, x, y, nonsmooth=how, group=group)),
-        (ValueError, "at least one sample", lambda: lh.linearize(model, loss, x[few], y[few], group=group)),
-        (ValueError, "reduction", lambda: lh.linearize(model, functional.cross_entropy, x, y, group=group)),
-        (ValueError, "another loss", lambda: lh.linearize(model, other, x, y, group=group)),
-        (
-            ValueError,
-            'method "riccati" cannot be used',
-            lambda: lh.linearize(model, loss, x, y, group=group).inverse(1.0, "riccati"),
-        ),
+        (ValueError, "nonsmooth", lambda: made(CE(), nonsmooth="?" if rank else "error")),
+        (ValueError, "at least one sample", lambda: made(CE(), x[: 6 * rank], y[: 6 * rank])),
+        (ValueError, "reduction", lambda: made(functional.cross_entropy)),
+        (ValueError, "another loss", lambda: made(CE(label_smoothing=0.1 * rank))),
+        (ValueError, 'method "riccati" cannot be used', lambda: made(CE()).inverse(1.0, "riccati")),
     ]:
         with pytest.raises(kind, match=words) as caught:
             make()
