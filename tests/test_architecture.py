@@ -52,6 +52,7 @@ FLOORS = [
     "spectrum",
     "curvature",
     "linearization",
+    "optim",
     "krylov",
     "plot",
     "",

@@ -75,6 +75,9 @@ class Solver:
         Backward error to reach; default 1e-14 in float64, 1e-6 in float32.
     max_refinements : int
         Refinement steps before a method is given up.
+    escalate : bool
+        Whether more robust methods are tried then, and a damping that works is looked for; else the method is all there is, for callers
+        who change the damping themselves.
 
     Raises
     ------
@@ -96,6 +99,7 @@ class Solver:
         *,
         tolerance: float | None = None,
         max_refinements: int = 6,
+        escalate: bool = True,
     ) -> None:
         if method != "auto" and method not in METHODS:
             raise ValueError(f"method must be one of {['auto', *METHODS]}, got {method!r}")
@@ -111,7 +115,7 @@ class Solver:
         self.tolerance = default_tolerance(self.problem.dtype) if tolerance is None else float(tolerance)
         if not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
-        self.max_refinements = max_refinements
+        self.max_refinements, self.escalate = max_refinements, escalate
         self.change = self.analysis.at(self.damping)
         self.plan: Plan = make_plan(self.analysis, self.damping)
         v, product = self.analysis.probe
@@ -121,11 +125,20 @@ class Solver:
         self._judge: StructuredSolver | None = None
         chosen = self.plan.choice if method == "auto" else method
         self._ladder: list[tuple[str, Factor]] = ladder(self.plan, chosen, self.problem.dtype)
+        if not escalate:
+            del self._ladder[1:]
         self._climb()
 
     def __reduce__(self) -> tuple[Callable[..., Solver], tuple[Any, ...]]:
         """Pickle problem, damping and method, no factors: they are made again when it is loaded."""
-        return _again, (self.analysis, self.damping, self.requested, self.tolerance, self.max_refinements)
+        return _again, (
+            self.analysis,
+            self.damping,
+            self.requested,
+            self.tolerance,
+            self.max_refinements,
+            self.escalate,
+        )
 
     def _climb(self) -> None:
         """Factor by the next method of the ladder that does not meet a singular pivot."""
@@ -323,7 +336,10 @@ class Solver:
 
     def _fail(self, what: str, stage: int | None) -> None:
         where = None if stage is None else self.problem.name(stage)
-        suggestion = damping_that_works(self.analysis, self.damping, METHODS[self.plan.choice].factor, self.tolerance)
+        suggestion = None
+        if self.escalate:
+            factor = METHODS[self.plan.choice].factor
+            suggestion = damping_that_works(self.analysis, self.damping, factor, self.tolerance)
         advice = (
             f"damping={suggestion:.1e} works"
             if suggestion is not None
@@ -366,10 +382,13 @@ def damping_that_works(analysis: Analysis, damping: complex, factor: Factor, tol
     return None
 
 
-def _again(analysis: Analysis, damping: complex, method: str, tolerance: float, max_refinements: int) -> Solver:
+def _again(
+    analysis: Analysis, damping: complex, method: str, tolerance: float, max_refinements: int, escalate: bool
+) -> Solver:
     """Factor anew, when unpickled."""
+    how = {"tolerance": tolerance, "max_refinements": max_refinements, "escalate": escalate}
     with torch.no_grad():
-        return Solver(analysis, damping, method, tolerance=tolerance, max_refinements=max_refinements)
+        return Solver(analysis, damping, method, **how)  # type: ignore[arg-type]
 
 
 def _norms(columns: Tensor) -> Tensor:
