@@ -42,10 +42,7 @@ class LocalModel(Protocol):
     def propose(self, damping: float) -> tuple[Tensor, float]:
         """The step at a damping, (N,) in float64, and the change of the loss that the model promises, negative.
 
-        Raises
-        ------
-        FactorizationError, SingularPivotError
-            If the damped curvature cannot be inverted.
+        What is raised where the damped curvature cannot be inverted is one of `FAILURES`.
         """
 
     def change(self, step: Tensor) -> float:
@@ -195,7 +192,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         Raises
         ------
-        KeyError, ValueError
+        KeyError
             If it is that of another optimizer.
         """
         if "curvature" not in state_dict:
@@ -270,10 +267,9 @@ class TrialOptimizer(CurvatureOptimizer):
 
         Raises
         ------
-        UnsupportedModelError
-            If the model is random, or changes its buffers: call ``model.eval()``.
         TypeError, ValueError
-            If a closure returns something else, or the model has other parameters than before.
+            If the model is random, or changes its buffers (`UnsupportedModelError`; call ``model.eval()``), a closure returns something
+            else, or the model has other parameters than before.
         """
         tally = Tally()
         objective = self._objective(inputs, targets)

@@ -159,6 +159,11 @@ class ConditionNumber(Damping):
     ----------
     target : float
         κ > 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it is not a number above 1.
     """
 
     def __init__(self, target: float = 1e6) -> None:

@@ -98,8 +98,9 @@ def linearize_loss(
     Raises
     ------
     ValueError
-        If the loss is not a scalar, or NaN or Inf, or its derivatives are; if it does not depend on the output, or the output has no
-        entries.
+        If the loss is not a scalar; if it does not depend on the output, or the output has no entries.
+    NotFiniteError
+        If it or its derivatives are NaN or Inf.
     TypeError
         If loss or output is no tensor, or a tensor of the output is neither in float32 nor in float64.
     UnsupportedModelError
