@@ -1,6 +1,6 @@
 """The exact inverse of a deep network's Hessian, and every piece of it, as SciPy linear operators."""
 
-from linop_hess import errors, krylov, lq, plot, spectrum
+from linop_hess import errors, krylov, lq, optim, plot, spectrum
 from linop_hess.autograd import GaussNewton, Hessian
 from linop_hess.linearization import Linearization, linearize
 from linop_hess.lq.inverse.solution import Solution
@@ -22,6 +22,7 @@ __all__ = [
     "linearize",
     "load",
     "lq",
+    "optim",
     "plot",
     "spectrum",
     "to_dense",

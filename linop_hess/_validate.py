@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess.errors import NotFiniteError
+
 NUMPY_DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
@@ -175,7 +177,9 @@ def checked_loss(value: Any) -> Tensor:
     TypeError
         If it is no tensor.
     ValueError
-        If it has several elements or none, or is NaN or infinite.
+        If it has several elements or none.
+    NotFiniteError
+        If it is NaN or infinite.
     """
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -188,7 +192,7 @@ def checked_loss(value: Any) -> Tensor:
             '.mean(), or pass reduction="sum" to the loss'
         )
     if not bool(torch.isfinite(value)):
-        raise ValueError(
+        raise NotFiniteError(
             f"expected a finite loss, got {value.detach().item()}: look for NaN or Inf in inputs, targets and parameters"
         )
     return value.reshape(())

@@ -12,6 +12,10 @@ class UnsupportedModelError(ValueError):
     """
 
 
+class NotFiniteError(ValueError):
+    """A loss or a derivative is NaN or infinite; optimizers refuse such a step."""
+
+
 class FactorizationError(np.linalg.LinAlgError):
     """H + damping·I is singular to working precision, or no method solved with it to tolerance.
 

@@ -56,6 +56,7 @@ FLOORS = [
     "curvature",
     "streamed",
     "linearization",
+    "optim",
     "krylov",
     "plot",
     "",

@@ -44,9 +44,15 @@ def test_every_example_is_tested():
         "preconditioner_clinic",
         "preconditioning",
         "residual_network",
+        "swap_adam",
         "transformer",
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_swap_adam():
+    found = load("swap_adam").main(depth=3, width=5, batch=6, seconds=5.0, goal=1e-6)
+    assert found["SaddleFree"] <= 1e-6 and found["Adam"] < 2.4  # which is what it starts from
 
 
 @pytest.mark.parametrize(("depth", "width", "batch"), [(5, 3, 4), (3, 6, 10), (1, 2, 1)])

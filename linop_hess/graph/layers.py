@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from linop_hess.errors import NotFiniteError
 from linop_hess.graph.rules.affine import Embedding, Linear
 from linop_hess.graph.rules.base import RESHAPES, Kind, Layer, Reshape, is_plain
 from linop_hess.graph.rules.convolution import AVERAGE_POOLS, CONVOLUTIONS, AveragePool, Convolution
@@ -149,7 +150,7 @@ def _check_finite(problem: Problem, blocks: Sequence[Stage]) -> None:
         bad = block.first_not_finite()
         if bad is not None:
             l = int(np.flatnonzero((problem.order[:, 0] == b) & (problem.order[:, 1] == bad))[0])
-            raise ValueError(
+            raise NotFiniteError(
                 f"NaN or Inf in the derivatives of layer {problem.name(l)}: check inputs and parameters there"
             )
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess.errors import NotFiniteError
 from linop_hess.graph.grouping import Group, grouped, live_nodes
 from linop_hess.graph.liveness import LiveCuts
 from linop_hess.graph.lowering import lower, split_late
@@ -178,6 +179,6 @@ def _require_finite(problem: Problem) -> None:
         bad = block.first_not_finite()
         if bad is not None:
             l = int(np.flatnonzero((problem.order[:, 0] == b) & (problem.order[:, 1] == bad))[0])
-            raise ValueError(
+            raise NotFiniteError(
                 f"NaN or Inf in the derivatives of layer {problem.name(l)}: check inputs and parameters there"
             )

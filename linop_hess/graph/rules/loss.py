@@ -30,7 +30,7 @@ from linop_hess.autograd.differentiate import (
 from linop_hess.autograd.kinks import KinkWatch
 from linop_hess.autograd.recording import saved_bytes
 from linop_hess.autograd.untouched import untouched_randomness
-from linop_hess.errors import UnsupportedModelError
+from linop_hess.errors import NotFiniteError, UnsupportedModelError
 from linop_hess.lq.stages.objective import ObjectiveStage
 
 # A Hessian this small is computed whole: one backward pass, whether samples interact or not.
@@ -98,8 +98,9 @@ def linearize_loss(
     Raises
     ------
     ValueError
-        If the loss is not a scalar, or NaN or Inf, or its derivatives are; if it does not depend on the output, or the output has no
-        entries.
+        If the loss is not a scalar; if it does not depend on the output, or the output has no entries.
+    NotFiniteError
+        If it or its derivatives are NaN or Inf.
     TypeError
         If loss or output is no tensor, or a tensor of the output is neither in float32 nor in float64.
     UnsupportedModelError
@@ -124,7 +125,7 @@ def linearize_loss(
     row, C = gradient.detach().reshape(1, -1).to(dtype), C.to(dtype)
     for what, array in (("gradient", row), ("Hessian", C)):
         if not bool(torch.isfinite(array).all()):
-            raise ValueError(f"the {what} of the loss with respect to the model's output holds NaN or Inf")
+            raise NotFiniteError(f"the {what} of the loss with respect to the model's output holds NaN or Inf")
     C = symmetric(C, "the loss", float(row.abs().max()), coarsest_eps(gradient))
     apart = state.samples if state.together and C.shape[1] == state.samples else 0
     return LossParts(value, ObjectiveStage(row, C), apart, state.order())

@@ -83,6 +83,9 @@ class Solver:
         For how many solves "auto" chooses.
     max_refinements : int
         Refinement steps before a method is given up.
+    escalate : bool
+        Whether more robust methods are tried then, and a damping that works is looked for; else the method is all there is, for callers
+        who change the damping themselves.
 
     Raises
     ------
@@ -106,6 +109,7 @@ class Solver:
         max_refinements: int = 6,
         sketch: SketchOptions | None = None,
         right_hand_sides: int = 1,
+        escalate: bool = True,
     ) -> None:
         if method != "auto" and method not in METHODS:
             raise ValueError(f"method must be one of {['auto', *METHODS]}, got {method!r}")
@@ -121,7 +125,7 @@ class Solver:
         self.tolerance = default_tolerance(self.problem.dtype) if tolerance is None else float(tolerance)
         if not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
-        self.max_refinements = max_refinements
+        self.max_refinements, self.escalate = max_refinements, escalate
         self.change = self.analysis.at(self.damping)
         self.sketch, self.right_hand_sides = sketch, whole(right_hand_sides, "right_hand_sides", least=1)
         self.plan: Plan = make_plan(self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch)
@@ -132,13 +136,13 @@ class Solver:
         self._judge: StructuredSolver | None = None
         chosen = self.plan.choice if method == "auto" else method
         self._ladder: list[tuple[str, Factor]] = ladder(self.plan, chosen, self.problem.dtype, sketch)
-        if method != "auto" and not METHODS[method].exact:
+        if not escalate or (method != "auto" and not METHODS[method].exact):
             del self._ladder[1:]  # asked for by name, so that none that takes more memory may stand in
         self._climb()
 
     def __reduce__(self) -> tuple[Callable[..., Solver], tuple[Any, ...]]:
         """Pickle problem, damping and method, no factors: they are made again when it is loaded."""
-        names = ("tolerance", "max_refinements", "sketch", "right_hand_sides")
+        names = ("tolerance", "max_refinements", "sketch", "right_hand_sides", "escalate")
         options = {name: getattr(self, name) for name in names}
         return _again, (self.analysis, self.damping, self.requested, options)
 
@@ -378,7 +382,10 @@ class Solver:
 
     def _fail(self, what: str, stage: int | None) -> None:
         where = None if stage is None else self.problem.name(stage)
-        suggestion = damping_that_works(self.analysis, self.damping, METHODS[self.plan.choice].factor, self.tolerance)
+        suggestion = None
+        if self.escalate:
+            factor = METHODS[self.plan.choice].factor
+            suggestion = damping_that_works(self.analysis, self.damping, factor, self.tolerance)
         advice = "no damping up to the norm of H works: look at the model for saturated or dead layers"
         if suggestion is not None:
             advice = f"damping={suggestion:.1e} works"

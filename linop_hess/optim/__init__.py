@@ -1,0 +1,23 @@
+"""Optimizers on exact curvature, as `torch.optim.Optimizer`s that know the model and the loss."""
+
+from linop_hess.optim.absolute import inverse_absolute, quadrature
+from linop_hess.optim.damping import ConditionNumber, Damping, Fixed, GainRatio, JustConvex, ResidualMonitored
+from linop_hess.optim.gauss_newton import GaussNewton
+from linop_hess.optim.preconditioned import PreconditionedSGD
+from linop_hess.optim.record import StepRecord
+from linop_hess.optim.saddle_free import SaddleFree
+
+__all__ = [
+    "ConditionNumber",
+    "Damping",
+    "Fixed",
+    "GainRatio",
+    "GaussNewton",
+    "JustConvex",
+    "PreconditionedSGD",
+    "ResidualMonitored",
+    "SaddleFree",
+    "StepRecord",
+    "inverse_absolute",
+    "quadrature",
+]

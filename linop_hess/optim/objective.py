@@ -1,0 +1,253 @@
+"""What a step is taken on: a batch, or what a closure returns."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linop_hess._validate import checked_loss
+from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model, refuse_batches
+from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.linearization import Linearization, linearize
+
+Loss = Callable[..., Tensor]
+
+
+class Objective(ABC):
+    """The loss of one step as a function of the model's parameters.
+
+    Parameters
+    ----------
+    parameters : mapping of str to Tensor
+        Those that are optimized, by name, in the model's order.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
+
+    @abstractmethod
+    def _compute(self) -> Any:
+        """The loss as the user's function gives it."""
+
+    def loss(self) -> float:
+        """The loss at the current parameters, which may be infinite or NaN.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no scalar tensor.
+        """
+        with torch.no_grad():
+            return _number(self._compute())
+
+    def gradient(self, products: bool = True) -> tuple[float, Tensor, Callable[[Tensor], Tensor]]:
+        """Loss, gradient of shape (N,), and the product of the Hessian with the columns of (N, k), by double backward.
+
+        Without `products` the graph is not kept for them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the loss is no scalar tensor, or not differentiable by any parameter.
+        """
+        leaves = list(self._parameters.values())
+        with twice_differentiable("the closure", leaves[0].device), torch.enable_grad():
+            loss = self._compute()
+            value = _number(loss)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "expected a loss that depends on the parameters, got one that does not: return the tensor itself, without detach()"
+                )
+            try:
+                parts = torch.autograd.grad(
+                    loss, leaves, create_graph=products, allow_unused=True, materialize_grads=True
+                )
+            except RuntimeError as error:
+                if "second time" not in str(error):
+                    raise
+                raise ValueError(
+                    "expected a closure that returns the loss with its graph, got one that was differentiated already: leave "
+                    "backward() out, the optimizer differentiates"
+                ) from error
+            g = torch.cat([part.reshape(-1) for part in parts])
+
+        def product(V: Tensor) -> Tensor:
+            with twice_differentiable("the closure", leaves[0].device):
+                columns = [self._product(g, leaves, v) for v in V.to(g.dtype).unbind(1)]
+            return torch.stack(columns, 1).to(V.dtype)
+
+        return value, g.detach(), product
+
+    @staticmethod
+    def _product(g: Tensor, leaves: Sequence[Tensor], v: Tensor) -> Tensor:
+        if not g.requires_grad:  # linear
+            return torch.zeros_like(v)
+        parts = torch.autograd.grad(g, leaves, v, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    @abstractmethod
+    def linearize(self, **how: Any) -> Linearization:
+        """First and second derivatives as a chain."""
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the model's output is told from the loss, as Gauss-Newton needs it."""
+        return True
+
+
+class Batch(Objective):
+    """loss_fn(model(inputs), targets)."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any
+    ) -> None:
+        super().__init__(parameters)
+        self._model, self._loss_fn, self._inputs, self._targets = model, loss_fn, inputs, targets
+
+    def _compute(self) -> Any:
+        return call_loss(self._loss_fn, call_model(self._model, self._inputs), self._targets, self._parameters)
+
+    def linearize(self, **how: Any) -> Linearization:
+        return linearize(self._model, self._loss_fn, self._inputs, self._targets, params=list(self._parameters), **how)
+
+
+class _Called(nn.Module):
+    """A closure as a model of nothing, whose parameters are the model's."""
+
+    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model, self._run = model, run
+
+    def forward(self, nothing: Tensor) -> Any:
+        return self._run()
+
+
+class Closure(Objective):
+    """loss_fn(*closure()), where the closure does more than call the model once."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        model: nn.Module,
+        loss_fn: Loss,
+        closure: Callable[[], Any],
+        target: Any,
+    ) -> None:
+        super().__init__(parameters)
+        self._called, self._loss_fn, self._closure, self._target = (
+            _Called(model, self._output),
+            loss_fn,
+            closure,
+            target,
+        )
+
+    def _output(self) -> Any:
+        return self._closure()[0]
+
+    def _compute(self) -> Any:
+        return call_loss(self._loss_fn, self._output(), self._target, self._parameters)
+
+    def linearize(self, **how: Any) -> Linearization:
+        names = [f"model.{name}" for name in self._parameters]
+        nothing = torch.zeros(1, dtype=next(iter(self._parameters.values())).dtype)
+        return linearize(self._called, self._loss_fn, nothing, self._target, params=names, **how)
+
+
+class Scalar(Objective):
+    """A closure that returns the loss itself: products alone."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], closure: Callable[[], Any]) -> None:
+        super().__init__(parameters)
+        self._closure = closure
+
+    def _compute(self) -> Any:
+        return self._closure()
+
+    def linearize(self, **how: Any) -> Linearization:
+        raise TypeError(
+            "expected a closure that returns (output, target) where the curvature is factored, got one that returns the loss: return both, "
+            'or use SaddleFree with method="lanczos"'
+        )
+
+    @property
+    def has_output(self) -> bool:
+        return False
+
+
+def objective_of(
+    parameters: Mapping[str, nn.Parameter], model: nn.Module, loss_fn: Loss | None, data: Any, targets: Any
+) -> Objective:
+    """Make the objective of ``step(inputs, targets)`` or ``step(closure)``.
+
+    Raises
+    ------
+    TypeError
+        If a closure returns neither ``(output, target)`` nor a scalar tensor, or a loss function is missing.
+    """
+    if targets is not NOT_GIVEN or not callable(data):
+        if targets is NOT_GIVEN:
+            raise TypeError(
+                f"expected step(inputs, targets) or step(closure), got {type(data).__name__} alone: pass targets too, or None"
+            )
+        refuse_batches(data, targets)
+        return Batch(parameters, model, _needed(loss_fn), data, targets)
+    with torch.no_grad():
+        calls, found = _watched(model, data)
+    if isinstance(found, Tensor):
+        _number(found)
+        return Scalar(parameters, data)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise TypeError(
+            f"expected a closure that returns (output, target) or a scalar loss, got {_described(found)}: return the model's output and "
+            "the target, the loss function is the optimizer's"
+        )
+    output, target = found
+    loss_fn = _needed(loss_fn)
+    if len(calls) == 1 and calls[0][1] is output:
+        args = calls[0][0]
+        return Batch(parameters, model, loss_fn, args[0] if len(args) == 1 else args, target)
+    return Closure(parameters, model, loss_fn, data, target)
+
+
+def _watched(model: nn.Module, closure: Callable[[], Any]) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
+    """What a closure returns, and the arguments and outputs of the calls of the model on the way; none where there are keywords."""
+    calls: list[tuple[tuple[Any, ...], Any]] = []
+    others: list[None] = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs or not args:
+            others.append(None)
+        calls.append((args, output))
+
+    handle = model.register_forward_hook(watch, with_kwargs=True)
+    try:
+        found = closure()
+    finally:
+        handle.remove()
+    return [] if others else calls, found
+
+
+def _needed(loss_fn: Loss | None) -> Loss:
+    if loss_fn is None:
+        raise TypeError(
+            "expected a loss function, as the step has outputs and targets, got None: give the optimizer one, or return the loss itself"
+        )
+    return loss_fn
+
+
+def _described(found: Any) -> str:
+    if isinstance(found, tuple | list):
+        return f"a {type(found).__name__} of {len(found)}"
+    return "nothing" if found is None else f"a {type(found).__name__}"
+
+
+def _number(loss: Any) -> float:
+    """The loss as a float, NaN and infinity too; all else that is no scalar tensor is refused as everywhere."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not bool(torch.isfinite(loss)):
+        return math.nan if bool(torch.isnan(loss)) else float(loss.detach())
+    return float(checked_loss(loss).detach())

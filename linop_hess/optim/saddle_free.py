@@ -1,0 +1,254 @@
+"""SaddleFree: steps −(|H| + λI)⁻¹g from one complex factorization, or by Lanczos products."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linop_hess._validate import finite_real, whole
+from linop_hess.lq.methods.plan import METHODS, make_plan
+from linop_hess.lq.pivots.inertia import Inertia
+from linop_hess.optim.absolute import Subspace, krylov_subspace, rational_subspace
+from linop_hess.optim.base import LocalModel, TrialOptimizer
+from linop_hess.optim.damping import Curvature, Damping, GainRatio, as_damping, iterations
+from linop_hess.optim.objective import Loss, Objective
+from linop_hess.optim.quadratic import ChainModel
+from linop_hess.optim.record import Tally
+
+_METHODS = ("auto", "rational", "lanczos")
+
+# After so many refusals the subspace of a damping is no longer that of the damping.
+_REFUSALS = 4
+
+
+class SaddleFree(TrialOptimizer):
+    """Saddle-free Newton: s = −(|H| + λI)⁻¹g, with the exact Hessian H of the batch.
+
+    Of H + iλI one complex factorization is made a step, in time linear in depth. A few solves with it from g span a rational Krylov space
+    in which |H| is free; there the step is found again at any other damping, so that refusals cost evaluations of the loss alone.
+    Where factorizations are dear, the space is that of Lanczos products.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    loss_fn : callable or None
+    params : iterable, optional
+        See `CurvatureOptimizer`.
+    lr : float
+        By which steps are multiplied.
+    damping : Damping or float, optional
+        By default `GainRatio()`; an object is one optimizer's alone.
+    method : {"auto", "rational", "lanczos"}
+        "auto" compares the plan's cost of a factorization with that of Lanczos products.
+    poles : sequence of float
+        Where H is factored, in terms of iλ: one factorization each.
+    solves : int
+        With each factorization.
+    products : int, optional
+        Lanczos products of a step; by default min(100, 2L), L being the number of stages.
+    max_trials : int
+        Points tried in a step.
+    extrapolate : bool
+        Whether a step is doubled while the loss falls, where it fell by more than the model promised: an evaluation of the loss each.
+    nonsmooth, sharpness
+        As in `linop_hess.linearize`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not usable.
+
+    References
+    ----------
+    Y. Dauphin et al., "Identifying and attacking the saddle point problem in high-dimensional non-convex optimization", NeurIPS 2014.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from linop_hess.optim import SaddleFree
+    >>> _ = torch.manual_seed(0)
+    >>> layers = [torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)]
+    >>> model = torch.nn.Sequential(*layers).double()
+    >>> x, y = torch.randn(4, 3).double(), torch.randn(4, 1).double()
+    >>> opt = SaddleFree(model, torch.nn.functional.mse_loss)
+    >>> for _ in range(60):
+    ...     loss = opt.step(x, y)
+    >>> loss < 1e-9
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Loss | None,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 1.0,
+        damping: Damping | float | None = None,
+        method: str = "auto",
+        poles: Sequence[float] = (1.0,),
+        solves: int = 5,
+        products: int | None = None,
+        max_trials: int = 12,
+        extrapolate: bool = False,
+        nonsmooth: str = "generalized",
+        sharpness: float | None = None,
+    ) -> None:
+        if method not in _METHODS:
+            raise ValueError(f"expected method to be one of {list(_METHODS)}, got {method!r}: choose one")
+        self.method = method
+        self.poles = tuple(finite_real(pole, "a pole") for pole in poles)
+        if not self.poles or min(self.poles) <= 0.0:
+            raise ValueError(f"expected positive poles, got {list(poles)}: pass (1.0,) for one at the damping")
+        self.solves = whole(solves, "solves", least=1)
+        self.products = None if products is None else whole(products, "products", least=1)
+        self._chosen: dict[tuple[Any, ...], str] = {}
+        super().__init__(
+            model,
+            loss_fn,
+            params,
+            as_damping(damping, GainRatio()),
+            max_trials,
+            extrapolate,
+            lr=lr,
+            nonsmooth=nonsmooth,
+            sharpness=sharpness,
+        )
+
+    def _local_model(self, objective: Objective, tally: Tally) -> LocalModel:
+        if not objective.has_output:
+            if self.method == "rational":
+                objective.linearize()  # which says what is wrong
+            loss, gradient, product = objective.gradient()
+            count = self.products or iterations(sum(1 for _ in self.model.modules()))
+            return _Products(loss, gradient, product, count, tally)
+        lin = objective.linearize(**self._how)
+        chain = ChainModel(lin.analysis, lin.loss, lin.gradient_tensor, tally)
+        count = self.products or iterations(lin.problem.length)
+        key = (lin.problem.size, lin.problem.layout.n_out.tobytes())
+        if key not in self._chosen:
+            self._chosen[key] = self._choice(chain, count)
+        return _SaddleFree(chain, self._chosen[key], self.poles, self.solves, count)
+
+    def _choice(self, chain: ChainModel, count: int) -> str:
+        """A method of the plan for complex factorizations, or "lanczos"."""
+        if self.method == "lanczos":
+            return "lanczos"
+        plan = make_plan(chain.analysis, 1j)
+        if self.method == "rational":
+            return plan.choice
+        v = chain.gradient[:, None]
+        chain.product(v)
+        start = time.perf_counter()
+        chain.product(v)
+        product = time.perf_counter() - start
+        rational = len(self.poles) * (plan.costs[plan.choice].seconds + 4 * self.solves * product)
+        return plan.choice if plan.fits(plan.choice) and rational <= count * product else "lanczos"
+
+
+class _SaddleFree:
+    """A subspace, made at the first damping asked for and again after several refusals."""
+
+    def __init__(self, chain: ChainModel, method: str, poles: Sequence[float], solves: int, products: int) -> None:
+        self.loss, self.curvature, self.change = chain.loss, chain, chain.change
+        self._chain, self._method, self._poles, self._solves, self._products = chain, method, poles, solves, products
+        self._space: Subspace | None = None
+        self._proposals = 0
+
+    def propose(self, damping: float) -> tuple[Tensor, float]:
+        if not bool(self._chain.gradient.any()):
+            return torch.zeros_like(self._chain.gradient), 0.0
+        if self._space is None or (self._method != "lanczos" and self._proposals >= _REFUSALS):
+            self._space, self._proposals = self._made(damping), 0
+        self._proposals += 1
+        return self._space.step(damping)
+
+    def _made(self, damping: float) -> Subspace:
+        chain, tally = self._chain, self._chain.tally
+        if self._method == "lanczos":
+            tally.method = "lanczos"
+            return krylov_subspace(chain.product, chain.gradient, self._products)
+        factored = []
+        for pole in self._poles:
+            with tally.factoring(self._method):
+                factored.append(self._factored(complex(0.0, pole * damping)))
+        tally.backward_error = self._backward_error(factored[0], complex(0.0, self._poles[0] * damping))
+        return rational_subspace(factored, chain.product, chain.gradient, self._solves)
+
+    def _factored(self, damping: complex) -> Callable[[Tensor], Tensor]:
+        change = self._chain.analysis.at(damping)
+        factors = METHODS[self._method].factor(change.analysis, change.damping)
+        return lambda g: change.solve(factors, g)
+
+    def _backward_error(self, solve: Callable[[Tensor], Tensor], damping: complex) -> float:
+        """Of the first solve. Steps are right whatever it is, since H is applied by products: it tells how good the subspace is."""
+        g = self._chain.gradient[:, None].to(torch.complex128)
+        z = solve(g)
+        self._chain.tally.products += 2
+        r = g - self._chain.analysis.in_float64.problem.hessian_product(z, damping)
+        scale = (self._chain.norm() + abs(damping)) * float(z.norm()) + float(g.norm())
+        return float(r.norm()) / scale
+
+
+class _Products:
+    """|H| from products of a loss that no chain is known of."""
+
+    def __init__(
+        self, loss: float, gradient: Tensor, product: Callable[[Tensor], Tensor], count: int, tally: Tally
+    ) -> None:
+        self.loss, self.gradient, self._product, self._count, self._tally = (
+            loss,
+            gradient.double(),
+            product,
+            count,
+            tally,
+        )
+        self._space: Subspace | None = None
+
+    def product(self, V: Tensor) -> Tensor:
+        """H times the columns of (N, k)."""
+        self._tally.products += V.shape[1]
+        return self._product(V)
+
+    def propose(self, damping: float) -> tuple[Tensor, float]:
+        if not bool(self.gradient.any()):
+            return torch.zeros_like(self.gradient), 0.0
+        if self._space is None:
+            self._tally.method = "lanczos"
+            self._space = krylov_subspace(self.product, self.gradient, self._count)
+        return self._space.step(damping)
+
+    def change(self, step: Tensor) -> float:
+        """Return gᵀs + ½ sᵀHs."""
+        return float(self.gradient @ step + 0.5 * step @ self.product(step[:, None])[:, 0])
+
+    @property
+    def curvature(self) -> Curvature:
+        """Itself: ‖H‖ from the subspace; there is no inertia."""
+        return self
+
+    def norm(self) -> float:
+        """Largest |eigenvalue| within the subspace."""
+        self.propose(1.0)
+        return 0.0 if self._space is None else float(self._space.values.abs().max())
+
+    def smallest_convex_damping(self) -> float:
+        """Least damping that is convex within the subspace, from below."""
+        self.propose(1.0)
+        return 0.0 if self._space is None else max(0.0, -float(self._space.values.min()))
+
+    def inertia(self, damping: float) -> Inertia:
+        """Not known from products.
+
+        Raises
+        ------
+        TypeError
+        """
+        raise TypeError(
+            "expected a damping that needs no inertia where the closure returns the loss, got JustConvex: products do not tell it; return "
+            "(output, target)"
+        )
