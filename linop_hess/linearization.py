@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +18,8 @@ from linop_hess.curvature import ChainCurvature
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.build import Chain, build_chain
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
-from linop_hess.graph.verification import PrimitiveNorms, Reference, Rounded
-from linop_hess.lq.accuracy import BACKWARD_CONSTANTS, ROUNDINGS, VERIFIED
+from linop_hess.graph.verification import PrimitiveNorms, Reference
+from linop_hess.lq.accuracy import BACKWARD_CONSTANTS, VERIFIED
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
@@ -130,8 +128,7 @@ def _linearized(
     device = parameter.device
     with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device):
         chain = build_chain(model, loss_fn, inputs, targets, names, second)
-    compared = replace(second, finite=bool(chain.differenced))
-    lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names, compared))
+    lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names, second, bool(chain.differenced)))
     # What is left to differences has been compared with those of other steps.
     if verify or (verify is None and set(chain.unverified) - set(chain.differenced)):
         lin.verify()
@@ -356,15 +353,10 @@ class Linearization(Named, Storable, SampleGradients):
         if reference.differentiation == "finite":
             unit = max(unit, reference.differences_gap, BACKWARD_CONSTANTS)
         is_rounding = _is_rounding(gap, theirs, moved, sizes, unit)
-        for seed in range(0 if is_rounding else ROUNDINGS):
+        if not is_rounding:
             # What the parameters' last digits do not explain those of all that is computed from them may.
-            with (
-                suppress(ValueError),  # NaN: at the edge of where it is differentiable
-                untouched_randomness(self.problem.device),
-                PrimitiveNorms(),
-                Rounded(seed),
-            ):
-                moved = torch.maximum(moved.abs(), reference.moved_by_rounding(v, theirs).abs())
+            with untouched_randomness(self.problem.device), PrimitiveNorms():
+                moved = reference.moved_by_any_rounding(v, theirs)
         if is_rounding or _is_rounding(gap, theirs, moved, sizes, unit):
             return worst / scale if scale else 0.0
         gap = gap.abs()
