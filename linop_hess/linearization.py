@@ -376,6 +376,12 @@ class Linearization(Named, Storable, SampleGradients):
         parameter = max(parts, key=lambda name: float(parts[name].sum()))
         return f"at or after stage {self.problem.name(int(by_stage.argmax()))}, where parameter {parameter} is used"
 
+    def __repr__(self) -> str:
+        stages, dtype = len(self.stages), str(self.problem.dtype).removeprefix("torch.")
+        return (
+            f"<Linearization of {self.problem.size:,} parameters in {stages:,} stages, {dtype}, loss {self.loss:.6g}>"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model, which may not pickle, and without operators; everything but `verify` survives."""
         kept = ("problem", "analysis", "loss", "parameter_table", "_chain")
