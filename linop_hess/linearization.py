@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, overload
 
@@ -185,8 +184,7 @@ def _of_one_batch(
     device = parameter.device
     with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device), without_collector():
         chain = build_chain(model, loss_fn, inputs, targets, names, second)
-    compared = replace(second, finite=bool(chain.differenced))
-    lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names, compared))
+    lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names, second, bool(chain.differenced)))
     # What is left to differences has been compared with those of other steps.
     if verify or (verify is None and set(chain.unverified) - set(chain.differenced)):
         lin.verify()
@@ -331,6 +329,12 @@ class Linearization(Named, HasHessian, HasPieces, Storable, SampleGradients):
         parts = table.unflatten(largest)
         parameter = max(parts, key=lambda name: float(parts[name].sum()))
         return f"at or after stage {self.problem.name(int(by_stage.argmax()))}, where parameter {parameter} is used"
+
+    def __repr__(self) -> str:
+        stages, dtype = len(self.stages), str(self.problem.dtype).removeprefix("torch.")
+        return (
+            f"<Linearization of {self.problem.size:,} parameters in {stages:,} stages, {dtype}, loss {self.loss:.6g}>"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model, which may not pickle, and without operators; everything but `verify` survives."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,13 @@ from torch import Tensor, nn
 
 from linop_hess.autograd.calling import constant, takes_parameters
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.capture import Capture, capture, watched
+from linop_hess.graph.capture import Capture, capture, rounded_gradient, watched
 from linop_hess.graph.layers import known_layers, linearize_layers
 from linop_hess.graph.penalty import Penalty, without_penalty
 from linop_hess.graph.recorded import Graph, build_graph
 from linop_hess.graph.rules.loss import LossParts, linearize_loss
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
+from linop_hess.lq.accuracy import ROUNDINGS, VERIFIED
 from linop_hess.lq.problem import Problem
 from linop_hess.tables import Cuts
 
@@ -117,7 +120,7 @@ def build_chain(
     if layers is None:
         _has_surrogates(second, run)
     graph, samples = _recorded(seen, loss_fn, targets, dict(zip(names, parameters, strict=True)), second)
-    _compare_gradients(seen, graph.gradient, names, graph.terms)
+    _compare_gradients(seen, graph.gradient, names, graph.terms, partial(rounded_gradient, *run))
     shape = tuple(names), shapes, graph.generic, graph.cuts, seen.looks_inside, graph.differenced
     return Chain(graph.problem, seen.loss, graph.gradient, *shape, samples)
 
@@ -196,16 +199,27 @@ def _with_penalty(graph: Graph, penalty: Penalty) -> Graph:
     return replace(graph, problem=problem, gradient=graph.gradient + gradient)
 
 
-def _compare_gradients(seen: Capture, ours: Tensor, names: Sequence[str], terms: float) -> None:
-    """Raise unless the gradient through the stages is autograd's of the same run; `terms`: size of what gradients are sums of."""
+def _compare_gradients(
+    seen: Capture, ours: Tensor, names: Sequence[str], terms: float, again: Callable[[int], Tensor]
+) -> None:
+    """Raise unless the gradient through the stages is autograd's of the same run, but for rounding.
+
+    `terms`: size of what gradients are sums of; `again`: autograd's gradient with other rounding, by seed.
+    """
     theirs = torch.cat([g.reshape(-1) for g in seen.gradient])
     gap = (ours - theirs).abs()
     eps = max(torch.finfo(dtype).eps for dtype in {ours.dtype, *seen.trace.dtypes()})
     bound = max(GRADIENTS_AGREE * eps**0.5 * float(theirs.abs().max()), TERMS_AGREE * eps * terms)
     if bool((gap <= bound).all()):
         return
-    parts = zip(names, gap.split([g.numel() for g in seen.gradient]), strict=True)
-    wrong = [name for name, part in parts if not bool((part <= bound).all())]
+    sizes, moved = [g.numel() for g in seen.gradient], torch.zeros_like(gap)
+    for seed in range(ROUNDINGS):
+        with suppress(torch.linalg.LinAlgError):  # at the edge of where it is differentiable
+            moved = torch.maximum(moved, (again(seed) - theirs).abs().nan_to_num(0.0, 0.0))
+    parts = zip(names, gap.split(sizes), moved.split(sizes), strict=True)
+    wrong = [name for name, part, by in parts if not bool((part <= max(bound, VERIFIED * float(by.norm()))).all())]
+    if not wrong:
+        return
     raise UnsupportedModelError(
         f"expected a gradient that follows from the model's operations, got another one of {', '.join(wrong[:5])}: remove hooks and "
         "custom backward functions that change gradients, and write no place twice in one scatter, of which torch's gradient is wrong"

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import as_data, call_loss, call_model
-from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.differentiate import Rounded, twice_differentiable
 from linop_hess.autograd.kinks import KinkWatch
 from linop_hess.autograd.untouched import StandIns
 from linop_hess.errors import UnsupportedModelError
@@ -168,6 +168,18 @@ def watched(
         with watch.watching():
             value = own.loss(call_model(model, own_inputs), own_targets)
         return watch, checked_loss(value)
+
+
+def rounded_gradient(
+    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str], seed: int
+) -> Tensor:
+    """Gradient of loss_fn(model(inputs), targets), flat, by autograd with the results of all operations moved by a few ulp."""
+    own = _Private(model, loss_fn, inputs, targets, names)
+    leaves, (own_inputs, own_targets) = list(own.leaves.values()), own.data()
+    with twice_differentiable("the model", leaves[0].device, model), own.standing_in(), Rounded(seed):
+        value = own.loss(call_model(model, own_inputs), own_targets)
+        gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.reshape(-1) for g in gradient])
 
 
 class _Private:

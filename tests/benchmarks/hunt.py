@@ -223,6 +223,10 @@ class Check:
             lin = lh.linearize(model, case.loss_fn, inputs, targets, params=case.params)
         except UnsupportedModelError as error:
             return f"refused: {str(error)[:110]}"
+        except ArithmeticError as error:
+            if "came out asymmetric" in str(error) and np.abs(true.H - true.H.T).max() > 1e-3 * np.abs(true.H).max():
+                return f"asymmetric in torch too: {str(error)[:60]}"
+            raise
         except ValueError as error:
             if not finite:
                 return "not finite, told"
@@ -245,7 +249,8 @@ class Check:
         except UnsupportedModelError as error:
             return f"refused where autograd fails: {str(error)[:110]}"
         except ValueError as error:
-            require("does not depend" in str(error), "no truth", autograd=str(reason)[:80], ours=str(error)[:150])
+            told = "does not depend" in str(error) or "NaN or Inf" in str(error)
+            require(told, "no truth", autograd=str(reason)[:80], ours=str(error)[:150])
             return "independent, told"
         except RuntimeError as error:
             require(str(error)[:60] == str(reason)[:60], "no truth", autograd=str(reason)[:80], ours=str(error)[:150])
@@ -303,6 +308,7 @@ class Check:
         v = np.random.default_rng(0).standard_normal((self.N, 2))
         norm = float(np.linalg.norm(true.H)) + self.g_scale
         slack = 5e3 * self.eps * norm * self.N**0.5 + 20 * self.off * self.N
+        slack += 50 * self.eps * max(1.0, abs(true.loss))  # terms that cancel
         if self.draw.random() < 0.5:
             hessian = lh.Hessian(model, case.loss_fn, (inputs, targets), params=case.params)
             off = float(np.abs(hessian @ v - true.H @ v).max())

@@ -208,8 +208,10 @@ class Factors:
         smallest = SMALLEST_DAMPING * self.analysis.norm
         if self.analysis.hidden and abs(self.damping) < 0.99 * smallest:
             enough, asked = self.change.to_asked(smallest), self.change.asked.real
+            where = asked - self.damping  # with a penalty of the same curvature for all parameters, what cancels it
+            size = f"{enough:.1e} in size" if where == 0.0 else f"{smallest:.1e} away from {where:.6g}"
             raise FactorizationError(
-                f"at damping={asked:g} signs of pivots are lost in rounding; it must be at least {enough:.1e} in size",
+                f"at damping={asked:g} signs of pivots are lost in rounding; it must be at least {size}",
                 damping=asked,
                 suggested_damping=enough,
             )

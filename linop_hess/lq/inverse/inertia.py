@@ -132,7 +132,8 @@ def between(analysis: Analysis, damping: float, found: Inertia) -> Inertia:
         What the factors at this damping say.
     """
     move = max(ROUNDED_EIGENVALUE * max(analysis.norm, abs(damping)), 4.0 * analysis.rounding)
-    if analysis.hidden and abs(damping) <= 2.0 * move:
+    change = analysis.at(damping)
+    if change.analysis.hidden and abs(change.damping) <= 2.0 * move:
         return found  # the eigenvalue ε of the hidden controls is no rounding
     below, above = inertia(analysis, damping - move), inertia(analysis, damping + move)
     negative, positive = min(found.negative, above.negative), min(found.positive, below.positive)
