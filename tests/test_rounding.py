@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as f
 
 import linop_hess as lh
-from linop_hess.autograd.differentiate import Rounded
+from linop_hess.autograd.rounding import Rounded
 from tests.helpers import make_batch
 
 

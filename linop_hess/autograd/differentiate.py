@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from linop_hess.autograd.untouched import ProcessWide
 from linop_hess.errors import UnsupportedModelError
@@ -307,50 +305,6 @@ def coarsest_eps(output: Tensor) -> float:
     for node in graph_nodes(output):
         dtypes.update(metadata.dtype for metadata in getattr(node, "_input_metadata", ()))
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-
-
-class Rounded(TorchDispatchMode):
-    """Results of all operations, those of backward passes too, moved by a few ulp, as rounding in another order would move them.
-
-    Of linear algebra, and of fused norms and softmax with their backward passes, what they read is moved too, normwise, as entries
-    cancel with others inside. What is an entry of another tensor stays one: derivatives of maxima look for it.
-
-    Parameters
-    ----------
-    seed : int
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._generator = torch.Generator(device="cpu").manual_seed(seed)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2]
-        if "norm" in name or "softmax" in name or (name.startswith("linalg_") and "cholesky" not in name):
-            args = pytree.tree_map(self._moved_normwise, args)
-        out = func(*args, **(kwargs or {}))
-        if any(r.alias_info is not None for r in func._schema.returns):  # views, and what is written in place
-            return out
-        if name not in _SELECTIONS:
-            for y in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(y, Tensor) and y.dtype in _ROUNDED:
-                    y.mul_(1 + self._noise(y))
-        return out
-
-    def _moved_normwise(self, x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dtype not in _ROUNDED or x.ndim < 2 or not x.numel():
-            return x
-        return x + self._noise(x) * x.abs().amax((-2, -1), keepdim=True)
-
-    def _noise(self, like: Tensor) -> Tensor:
-        noise = torch.randn(like.shape, generator=self._generator, dtype=like.dtype, device="cpu")
-        return (2 * torch.finfo(like.dtype).eps * noise).to(like.device)
-
-
-_ROUNDED = (torch.float32, torch.float64)
-_SELECTIONS = frozenset(
-    "amax amin aminmax max min maximum minimum median nanmedian kthvalue mode sort topk cummax cummin".split()
-)
 
 
 def refuse_once_differentiable(output: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ from linop_hess.autograd.additivity import Additivity, Part
 from linop_hess.autograd.batches import Batches, Progress
 from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import (
-    Rounded,
     coarsest_eps,
     differentiate,
     joined,
@@ -25,18 +23,18 @@ from linop_hess.autograd.differentiate import (
     refuse_once_differentiable,
     twice_differentiable,
 )
-from linop_hess.autograd.kinks import KinkWatch
+from linop_hess.autograd.kinks.surrogates import checked_sharpness
+from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.recording import Product, Recordings
+from linop_hess.autograd.rounding import MovedByRounding
 from linop_hess.autograd.snapshot import (
     buffers_of,
     changed_buffers,
     frozen_copy,
     select_parameters,
 )
-from linop_hess.autograd.surrogates import checked_sharpness
 from linop_hess.autograd.untouched import exclusively
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.lq.accuracy import ROUNDINGS
 from linop_hess.operators.block import NamedOperator
 from linop_hess.operators.convert import all_finite, plain_arithmetic
 from linop_hess.operators.operand import Fold
@@ -54,7 +52,7 @@ class Computation:
     sources: Sequence[Tensor]
 
 
-class RiskCurvature(NamedOperator):
+class RiskCurvature(NamedOperator, MovedByRounding):
     """A symmetric curvature matrix of a model's empirical risk Σ_b w_b ℓ(f(x_b; θ), y_b), matrix-free.
 
     A subclass implements `_record`. See `Hessian` for the parameters and what is raised.
@@ -306,44 +304,6 @@ class RiskCurvature(NamedOperator):
                 "custom backward functions make them; write the operation out in elementary ones, or restrict `params` "
                 "to leave its parameters out"
             )
-
-    def moved_by_rounding(self, X: Tensor, products: Tensor) -> Tensor:
-        """Return how far products with a block move when the parameters change by a few units in the last place.
-
-        Parameters
-        ----------
-        X : torch.Tensor, shape (n, k)
-        products : torch.Tensor, shape (n, k)
-            Those at the parameters as they are.
-
-        Returns
-        -------
-        torch.Tensor, shape (n, k)
-        """
-        generator = torch.Generator().manual_seed(1)
-        saved = [parameter.detach().clone() for parameter in self.parameters]
-        ulp = torch.finfo(self.torch_dtype).eps
-        self.release()  # the graphs are those of the parameters before the change
-        with plain_arithmetic(self.device):
-            try:
-                for parameter in self.parameters:
-                    change = torch.randn(parameter.shape, generator=generator, dtype=self.torch_dtype, device="cpu")
-                    parameter.mul_(1 + 2 * ulp * change.to(self.device))
-                return self._products(X, Recordings(self.device, keep=False)) - products
-            finally:
-                for parameter, value in zip(self.parameters, saved, strict=True):
-                    parameter.copy_(value)
-
-    def moved_by_any_rounding(self, X: Tensor, products: Tensor) -> Tensor:
-        """Return the size of the same where all that is computed changes by a few units in the last place, the largest of some tries."""
-        moved = self.moved_by_rounding(X, products).abs()
-        for seed in range(ROUNDINGS):
-            with (
-                suppress(ValueError, torch.linalg.LinAlgError),
-                Rounded(seed),
-            ):  # at the edge of where it is differentiable
-                moved = torch.maximum(moved, self.moved_by_rounding(X, products).abs())
-        return moved
 
     def _evaluate(self, *, first: bool = False, additivity: Additivity | None = None) -> tuple[float, Tensor, float]:
         """Return the risk, its gradient (n,), and the sum of the norms of the batches' gradients.

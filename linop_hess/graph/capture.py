@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import as_data, call_loss, call_model
-from linop_hess.autograd.differentiate import Rounded, twice_differentiable
-from linop_hess.autograd.kinks import KinkWatch
+from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.kinks.watch import KinkWatch
+from linop_hess.autograd.rounding import Rounded
 from linop_hess.autograd.untouched import StandIns
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.trace import Recorder, Strided, Trace

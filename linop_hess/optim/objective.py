@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from linop_hess._validate import checked_loss
-from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model, refuse_batches
+from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.linearization import Linearization, linearize
 
@@ -194,7 +195,11 @@ def objective_of(
             raise TypeError(
                 f"expected step(inputs, targets) or step(closure), got {type(data).__name__} alone: pass targets too, or None"
             )
-        refuse_batches(data, targets)
+        if isinstance(data, DataLoader | Dataset | Iterator):
+            raise TypeError(
+                f"expected inputs of one batch in step(inputs, targets), got a {type(data).__name__}: step once for each batch, or with "
+                "all data as one"
+            )
         return Batch(parameters, model, _needed(loss_fn), data, targets)
     with torch.no_grad():
         calls, found = _watched(model, data)

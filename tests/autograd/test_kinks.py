@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from linop_hess.autograd import GaussNewton, Hessian
-from linop_hess.autograd.kinks import KinkWatch
+from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators import to_dense
 from tests.autograd.settings import CE_MEAN, CE_SUM, CURVATURES, gauss_newton_truth

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linop_hess.autograd.surrogates import is_curved, is_kinked, operation_name, surrogate
-from linop_hess.autograd.windows import adaptive_windows, pooling_windows
+from linop_hess.autograd.kinks.surrogates import is_curved, is_kinked, operation_name, surrogate
+from linop_hess.autograd.kinks.windows import adaptive_windows, pooling_windows
 
 aten = torch.ops.aten
 BETA = 5.0

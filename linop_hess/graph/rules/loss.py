@@ -27,7 +27,7 @@ from linop_hess.autograd.differentiate import (
     unit_cotangents,
     vjps,
 )
-from linop_hess.autograd.kinks import KinkWatch
+from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.recording import saved_bytes
 from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.errors import NotFiniteError, UnsupportedModelError

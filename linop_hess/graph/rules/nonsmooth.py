@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from linop_hess.autograd.finite import checked_differentiation
-from linop_hess.autograd.surrogates import checked_sharpness, is_kinked, surrogate
-from linop_hess.autograd.windows import adaptive_windows, pooling_windows
+from linop_hess.autograd.kinks.surrogates import checked_sharpness, is_kinked, surrogate
+from linop_hess.autograd.kinks.windows import adaptive_windows, pooling_windows
 from linop_hess.graph.rules.operation import Operation, base_name
 from linop_hess.graph.rules.primitive import ByRows, Rows
 

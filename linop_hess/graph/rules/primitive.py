@@ -14,7 +14,7 @@ from torch import Tensor
 from linop_hess import _memory
 from linop_hess.autograd.differentiate import symmetric, twice_differentiable, vjps
 from linop_hess.autograd.finite import finite_difference_hessian
-from linop_hess.autograd.surrogates import surrogate
+from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.rules.operation import CONTROL, NOTHING, STATE, Operation, Placement, Rule, is_aten, out_of_place
 from linop_hess.lq.stages.base import Stage

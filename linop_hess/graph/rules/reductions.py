@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.autograd.surrogates import surrogate
+from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.graph.rules.operation import NOTHING, Operation, Placement, Rule, base_name, out_of_place
 from linop_hess.graph.rules.primitive import ByRows, Rows
 from linop_hess.lq.stages.base import Stage

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linop_hess._validate import finite_real
-from linop_hess.autograd.windows import adaptive_windows, pooling_windows
+from linop_hess.autograd.kinks.windows import adaptive_windows, pooling_windows
 
 DEFAULT_SHARPNESS = 5.0
 """β where none is given. The mean curvature of a ReLU is the density of its inputs at zero, and a surrogate is an

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode, enable_reentrant_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from linop_hess.autograd.surrogates import is_curved, is_kinked, jumps, operation_name, surrogate
+from linop_hess.autograd.kinks.surrogates import is_curved, is_kinked, jumps, operation_name, surrogate
 from linop_hess.errors import UnsupportedModelError
 
 _OWN_BACKWARD = "(within an operation that has a backward pass of its own)"
