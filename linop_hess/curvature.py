@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from linop_hess._validate import finite_real
@@ -12,7 +14,7 @@ from linop_hess.lq.methods.plan import make_plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.operators import pieces
 from linop_hess.operators.block import NamedOperator
-from linop_hess.operators.inverse import HessianInverse, MethodName
+from linop_hess.operators.inverse import HessianInverse, MethodName, PrecisionName
 from linop_hess.operators.operator import Operator, damped
 from linop_hess.operators.parameters import ParameterTable
 from linop_hess.spectrum.extremes import condition_number, extreme_eigenvalues
@@ -66,10 +68,18 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
         """
         return NetworkPlan.of(make_plan(self.analysis, finite_real(damping, "damping")), self._cuts)
 
-    def inverse(self, damping: float, method: MethodName = "auto", *, tolerance: float | None = None) -> HessianInverse:
+    def inverse(
+        self,
+        damping: float,
+        method: MethodName = "auto",
+        *,
+        tolerance: float | None = None,
+        precision: PrecisionName = "auto",
+    ) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
         with self._cuts.told():
-            return HessianInverse(self.analysis, damping, method, tolerance=tolerance, table=self.parameter_table)
+            how: dict[str, Any] = {"tolerance": tolerance, "precision": precision, "table": self.parameter_table}
+            return HessianInverse(self.analysis, damping, method, **how)
 
     def inertia(self, damping: float) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse.
@@ -188,9 +198,16 @@ class HasHessian:
         """Cost of each method, the widest cuts and what lives there; see `ChainCurvature.plan`."""
         return self.H.plan(damping)
 
-    def inverse(self, damping: float, method: MethodName = "auto", *, tolerance: float | None = None) -> HessianInverse:
+    def inverse(
+        self,
+        damping: float,
+        method: MethodName = "auto",
+        *,
+        tolerance: float | None = None,
+        precision: PrecisionName = "auto",
+    ) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
-        return self.H.inverse(damping, method, tolerance=tolerance)
+        return self.H.inverse(damping, method, tolerance=tolerance, precision=precision)
 
     def inertia(self, damping: float) -> Inertia:
         """Signs of the eigenvalues of H + damping·I; see `ChainCurvature.inertia`."""

@@ -27,6 +27,10 @@ MethodName = Literal["auto", "banded", "riccati", "dense", "woodbury", "ldu"]
 """How to factor H + εI; "auto" chooses by the cost model."""
 
 
+PrecisionName = Literal["auto", "single", "double"]
+"""What to factor in."""
+
+
 class HessianInverse(NamedOperator):
     """(H + εI)⁻¹ of a chain, every product certified by its backward error.
 
@@ -42,13 +46,17 @@ class HessianInverse(NamedOperator):
         How to factor; "auto" follows the cost model of `Linearization.plan`.
     tolerance : float, optional
         Backward error every solve must reach; default 1e-14 in float64 and 1e-6 in float32.
+    precision : {"auto", "single", "double"}
+        What to factor in. "auto": a float64 problem in float32 where method "dense" is faster so and ‖H‖/|ε| allows it, refined by GMRES to
+        the same tolerance, and in float64 where that is not reached; "single": in float32 alone; "double": in float64. All but solves is
+        answered by factors in float64.
     table : ParameterTable, optional
         Names of the parameters; without, those of the stages' controls (`ParameterTable.of_stages`).
 
     Raises
     ------
     ValueError, TypeError
-        If method, damping or tolerance is not usable.
+        If method, damping, tolerance or precision is not usable.
     MemoryError
         If the method does not fit in memory; nothing has been allocated.
     FactorizationError
@@ -75,6 +83,7 @@ class HessianInverse(NamedOperator):
         method: MethodName = "auto",
         *,
         tolerance: float | None = None,
+        precision: PrecisionName = "auto",
         table: ParameterTable | None = None,
     ) -> None:
         analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
@@ -82,7 +91,7 @@ class HessianInverse(NamedOperator):
         super().__init__((N, N), analysis.problem.dtype, analysis.problem.device)
         self.parameter_table = table or ParameterTable.of_stages(analysis.problem)
         with torch.no_grad():
-            self._inverse = Inverse(analysis, damping, method, tolerance=tolerance)
+            self._inverse = Inverse(analysis, damping, method, tolerance=tolerance, precision=precision)
 
     @property
     def damping(self) -> float:
@@ -98,6 +107,11 @@ class HessianInverse(NamedOperator):
     def method(self) -> str:
         """The method whose factors are in use."""
         return self._inverse.solver.method
+
+    @property
+    def precision(self) -> str:
+        """What the factors in use are computed in, "single" or "double"."""
+        return self._inverse.solver.precision
 
     @property
     def nbytes(self) -> int:
@@ -362,8 +376,9 @@ class HessianInverse(NamedOperator):
             If H + damping·I is singular to working precision.
         """
         solver = self._inverse.solver
-        method = cast(MethodName, solver.requested)
-        return HessianInverse(solver.analysis, damping, method, tolerance=solver.tolerance, table=self.parameter_table)
+        method, precision = cast(MethodName, solver.requested), cast(PrecisionName, solver.requested_precision)
+        how: dict[str, Any] = {"tolerance": solver.tolerance, "precision": precision, "table": self.parameter_table}
+        return HessianInverse(solver.analysis, damping, method, **how)
 
 
 class PositiveOperator(Operator):

@@ -39,6 +39,8 @@ class Inverse:
     method : {"auto", "banded", "riccati", "dense", "woodbury", "ldu"}
     tolerance : float, optional
         Backward error that every solve must reach; default 1e-14 in float64, 1e-6 in float32.
+    precision : {"auto", "single", "double"}
+        What to factor in; see `Solver`. All but solves is answered by factors in double precision.
 
     Raises
     ------
@@ -51,9 +53,15 @@ class Inverse:
     """
 
     def __init__(
-        self, problem: Problem | Analysis, damping: float, method: str = "auto", *, tolerance: float | None = None
+        self,
+        problem: Problem | Analysis,
+        damping: float,
+        method: str = "auto",
+        *,
+        tolerance: float | None = None,
+        precision: str = "auto",
     ) -> None:
-        self.solver = Solver(problem, damping, method, tolerance=tolerance)
+        self.solver = Solver(problem, damping, method, tolerance=tolerance, precision=precision)
 
     def __getstate__(self) -> dict[str, Solver]:
         """Pickle the solver alone."""
@@ -76,7 +84,7 @@ class Inverse:
     @cached_property
     def factors(self) -> Factors:
         """The factors that questions are put to."""
-        return Factors(self.analysis, self.damping, self.solver.plan, self.solver.factorization)
+        return Factors(self.analysis, self.damping, self.solver.plan.in_own_precision, self.solver.factorization)
 
     def _asked(self, question: Callable[[Factors], _Answer]) -> _Answer:
         try:
@@ -104,7 +112,8 @@ class Inverse:
         return looks_singular(self.solver.factorization)
 
     def _of_matrix(self) -> Inertia:
-        if "inertia" in self.solver.factorization.answers:
+        of_float64 = self.analysis.problem.dtype == torch.float64
+        if "inertia" in self.solver.factorization.answers or (of_float64 and self.solver.precision == "single"):
             try:
                 return self._asked(inertia_of_factors)
             except FactorizationError:

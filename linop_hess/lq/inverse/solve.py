@@ -36,6 +36,8 @@ from linop_hess.lq.methods.base import Factor, Factorization
 from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan
 from linop_hess.lq.problem import Problem
 
+PRECISIONS = ("auto", "single", "double")
+
 # A solution that looks singular is worth so many times the fastest factorization to tell.
 _WORTH = 100.0
 # One that is nearly so is worth less.
@@ -72,11 +74,14 @@ class Solver:
         Backward error to reach; default 1e-14 in float64, 1e-6 in float32.
     max_refinements : int
         Refinement steps before a method is given up.
+    precision : {"auto", "single", "double"}
+        What to factor in, whatever the precision of the problem: "auto" takes float32 for a float64 problem where the plan finds that
+        faster and ‖H‖/|ε| allows it, float64 coming next; "single" takes nothing else.
 
     Raises
     ------
     ValueError
-        If the method is unknown or damping or tolerance is not a usable number.
+        If the method or precision is unknown, or damping or tolerance is not a usable number.
     TypeError
         If damping is no real number.
     MemoryError
@@ -93,7 +98,10 @@ class Solver:
         *,
         tolerance: float | None = None,
         max_refinements: int = 6,
+        precision: str = "auto",
     ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
         if method != "auto" and method not in METHODS:
             raise ValueError(f"method must be one of {['auto', *METHODS]}, got {method!r}")
         self.analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
@@ -103,25 +111,32 @@ class Solver:
             raise ValueError(
                 f"expected a damping within the range of {self.problem.dtype}, got {self.damping:g}: compute in float64"
             )
-        self.requested = method
+        self.requested, self.requested_precision = method, precision
         self.tolerance = default_tolerance(self.problem.dtype) if tolerance is None else float(tolerance)
         if not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
         self.max_refinements = max_refinements
         self.change = self.analysis.at(self.damping)
-        self.plan: Plan = make_plan(self.analysis, self.damping)
+        self.plan: Plan = make_plan(self.analysis, self.damping, precision)
         v, product = self.analysis.probe
         self._norm_bound = float((product + self.damping * v).double().norm())
         self._norm_is_final = False
         self._factorization: Factorization | None = None
         self._judge: StructuredSolver | None = None
         chosen = self.plan.choice if method == "auto" else method
-        self._ladder: list[tuple[str, Factor]] = ladder(self.plan, chosen, self.problem.dtype)
+        self._ladder: list[tuple[str, Factor]] = ladder(self.plan, chosen, self.problem.dtype, precision)
         self._climb()
 
     def __reduce__(self) -> tuple[Callable[..., Solver], tuple[Any, ...]]:
         """Pickle problem, damping and method, no factors: they are made again when it is loaded."""
-        return _again, (self.analysis, self.damping, self.requested, self.tolerance, self.max_refinements)
+        return _again, (
+            self.analysis,
+            self.damping,
+            self.requested,
+            self.tolerance,
+            self.max_refinements,
+            self.requested_precision,
+        )
 
     def _climb(self) -> None:
         """Factor by the next method of the ladder that does not meet a singular pivot."""
@@ -150,6 +165,11 @@ class Solver:
     def method(self) -> str:
         """The method whose factors are in use."""
         return self.factorization.method
+
+    @property
+    def precision(self) -> str:
+        """What the factors in use are computed in, "single" or "double"."""
+        return "single" if self.factorization.precision == torch.float32 else "double"
 
     @property
     def factorization(self) -> Factorization:
@@ -357,10 +377,13 @@ def damping_that_works(analysis: Analysis, damping: float, factor: Factor, toler
     return None
 
 
-def _again(analysis: Analysis, damping: float, method: str, tolerance: float, max_refinements: int) -> Solver:
+def _again(
+    analysis: Analysis, damping: float, method: str, tolerance: float, max_refinements: int, precision: str
+) -> Solver:
     """Factor anew, when unpickled."""
     with torch.no_grad():
-        return Solver(analysis, damping, method, tolerance=tolerance, max_refinements=max_refinements)
+        steps = max_refinements
+        return Solver(analysis, damping, method, tolerance=tolerance, max_refinements=steps, precision=precision)
 
 
 def _norms(columns: Tensor) -> Tensor:

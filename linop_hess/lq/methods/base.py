@@ -38,12 +38,15 @@ class Cost:
         Modelled time on this machine; used to compare methods, not to promise.
     why_not : str
         Why the method cannot be used here; empty if it can.
+    precision : {"", "single"}
+        "single" where a float64 problem is factored in float32; empty: in its own precision.
     """
 
     flops: float
     nbytes: float
     seconds: float
     why_not: str = ""
+    precision: str = ""
 
     @classmethod
     def impossible(cls, why_not: str) -> Cost:
@@ -98,11 +101,17 @@ class Factorization(Protocol):
         ε.
     answers : frozenset of str
         What these factors answer, of what `Method.answers` lists.
+    precision : torch.dtype
+        What they are computed in.
     """
 
     method: str
     analysis: Analysis
     damping: float
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What these factors are computed in."""
 
     @property
     def answers(self) -> frozenset[str]:
@@ -156,6 +165,11 @@ class Congruence(ABC):
     def project(self, w: Tensor) -> Tensor:
         """Return the coordinates that occur, of any (M, k)."""
         return w
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the factors are computed in."""
+        return self.analysis.problem.dtype
 
     @property
     def pivots(self) -> Tensor:
@@ -218,6 +232,8 @@ class Method:
         Whether ``method="auto"`` may choose it.
     of_matrix : bool
         Whether it needs H alone, and no stages.
+    single : Method or None
+        The same with factors in float32 for problems in float64.
     """
 
     name: str
@@ -226,3 +242,4 @@ class Method:
     answers: frozenset[str]
     is_automatic: bool = True
     of_matrix: bool = False
+    single: Method | None = None
