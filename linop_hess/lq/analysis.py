@@ -219,7 +219,7 @@ class Analysis:
     @cached_property
     def rough_norm(self) -> float:
         """‖H‖₂ to within a small factor, from below, by few products: all that choosing a precision takes."""
-        return self.damped_norm(0.0, _FEW_POWER_STEPS) if "norm" not in self.__dict__ else self.norm
+        return self.damped_norm(0.0, _FEW_POWER_STEPS)
 
     @cached_property
     def norm(self) -> float:
