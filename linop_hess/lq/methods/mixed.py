@@ -25,7 +25,9 @@ _STEPS = 20
 # Columns are solved for at once as long as their vectors take so much.
 _VECTORS_BYTES = 1 << 27
 # Products that a solve takes beside those of one in double precision, and applications of the factors.
-_EXTRA_PRODUCTS, _SOLVES = 6, 8
+_EXTRA_PRODUCTS, _SOLVES = 4, 6
+# Calls of torch in a product, as a part of those in an assembly, and about how wide its matrices are.
+_CALLS_SHARE, _WIDTH = 0.2, 32.0
 
 Map = Callable[[Tensor], Tensor]
 
@@ -113,8 +115,8 @@ def estimate(analysis: Analysis) -> Cost:
     tally.kernel("ldl", N**3 / 3, N)
     tally.moved(4 * 16 * N**2 + counted.moved + _SOLVES * 8 * N**2)
     products = Tally(torch.float64)
-    products.calls(_EXTRA_PRODUCTS * counted.calls)
-    products.kernel("gemm", _EXTRA_PRODUCTS * counted.product_flops, 8.0)
+    products.calls(_EXTRA_PRODUCTS * _CALLS_SHARE * counted.calls)
+    products.kernel("gemm", _EXTRA_PRODUCTS * counted.product_flops, _WIDTH)
     vectors = 16.0 * (_STEPS + 1) * N
     nbytes = max(counted.nbytes, factoring_copies(problem, torch.float32) * 4 * N**2) + vectors
     return Cost(tally.flops + products.flops, nbytes, tally.seconds + products.seconds, precision="single")
