@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from linop_hess._validate import finite_real, whole
@@ -12,7 +14,7 @@ from linop_hess.lq.methods.plan import make_plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.operators import pieces
 from linop_hess.operators.block import NamedOperator
-from linop_hess.operators.inverse import HessianInverse, MethodName
+from linop_hess.operators.inverse import HessianInverse, MethodName, PrecisionName
 from linop_hess.operators.operator import Operator, damped
 from linop_hess.operators.parameters import ParameterTable
 from linop_hess.spectrum.extremes import condition_number, extreme_eigenvalues
@@ -86,20 +88,13 @@ class ChainCurvature(NamedOperator, pieces.ChainHessian):
         tol: float | None = None,
         core: int | None = None,
         right_hand_sides: int = 1,
+        precision: PrecisionName = "auto",
     ) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
+        sketch: dict[str, Any] = {"rank": rank, "tol": tol, "core": core}
+        how: dict[str, Any] = {"tolerance": tolerance, "precision": precision, "right_hand_sides": right_hand_sides}
         with self._cuts.told():
-            return HessianInverse(
-                self.analysis,
-                damping,
-                method,
-                tolerance=tolerance,
-                table=self.parameter_table,
-                rank=rank,
-                tol=tol,
-                core=core,
-                right_hand_sides=right_hand_sides,
-            )
+            return HessianInverse(self.analysis, damping, method, table=self.parameter_table, **how, **sketch)
 
     def inertia(self, damping: float) -> Inertia:
         """Numbers of negative, zero and positive eigenvalues of H + damping·I, as `HessianInverse.inertia` without an inverse.
@@ -228,11 +223,12 @@ class HasHessian:
         tol: float | None = None,
         core: int | None = None,
         right_hand_sides: int = 1,
+        precision: PrecisionName = "auto",
     ) -> HessianInverse:
         """(H + damping·I)⁻¹, exactly; see `HessianInverse` for parameters and errors."""
-        return self.H.inverse(
-            damping, method, tolerance=tolerance, rank=rank, tol=tol, core=core, right_hand_sides=right_hand_sides
-        )
+        sketch: dict[str, Any] = {"rank": rank, "tol": tol, "core": core}
+        how: dict[str, Any] = {"tolerance": tolerance, "precision": precision, "right_hand_sides": right_hand_sides}
+        return self.H.inverse(damping, method, **how, **sketch)
 
     def inertia(self, damping: float) -> Inertia:
         """Signs of the eigenvalues of H + damping·I; see `ChainCurvature.inertia`."""

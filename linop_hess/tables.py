@@ -274,7 +274,8 @@ class NetworkPlan(Plan):
     def of(cls, plan: Plan, cuts: Cuts, k: int = 5) -> NetworkPlan:
         """Return a plan with the k widest cuts beside it."""
         shared = tuple(sorted(cuts.shared(), key=lambda one: -one.entries))
-        return cls(plan.damping, plan.costs, plan.choice, plan.available, cuts.widest(k), shared)
+        told = plan.damping, plan.costs, plan.choice, plan.available, plan.own_costs
+        return cls(*told, cuts.widest(k), shared)
 
     def __str__(self) -> str:
         """Return the plan as tables."""

@@ -28,6 +28,14 @@ DENSE_CONDITION = 1e-4 * SINGULAR_CONDITION
 # A step of refinement that does not halve the backward error is the last one: rounding has been reached.
 STALLED = 0.5
 
+# Factors in single precision are tried for a float64 problem where |ε| is at least this part of ‖H‖: eigenvalues of H that are zero are
+# rounding of size 1e-7‖H‖ in them, which GMRES cannot tell from ε below that.
+SINGLE_DAMPING = 1e-6
+# ‖H‖ within these bounds leaves entries of H, and their products, in the range of float32.
+SINGLE_NORMS = (1e-12, 1e12)
+# One GMRES with such factors ends where the residual is down to this part; its restart gains as much again.
+REFINED_BY = 1e-7
+
 # --- Blocks and ranks ------------------------------------------------------------------------------------------------------------
 
 # Largest gap |A − Aᵀ| of a block that is given as symmetric, in terms of its largest entry: float32 input symmetrized by hand has 1e-7.

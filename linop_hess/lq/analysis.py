@@ -38,6 +38,7 @@ _Made = TypeVar("_Made")
 
 # Steps of power iteration for ‖H‖: to within some per cent, which is all that a bound needs.
 _POWER_STEPS = 7
+_FEW_POWER_STEPS = 2
 
 
 class Solves(Protocol):
@@ -143,6 +144,10 @@ class Analysis:
             self._made[make] = make(self)
         return cast(_Made, self._made[make])
 
+    def has(self, make: Callable[[Analysis], Any]) -> bool:
+        """Whether `once` has made this already."""
+        return make in self._made
+
     @cached_property
     def row_spaces(self) -> list[RowSpace | None]:
         """The row space of each stack; None where it has no controls.
@@ -226,16 +231,21 @@ class Analysis:
         return float((both - product - self.problem.hessian_product(w)).double().norm())
 
     @cached_property
+    def rough_norm(self) -> float:
+        """‖H‖₂ to within a small factor, from below, by few products: all that choosing a precision takes."""
+        return self.damped_norm(0.0, _FEW_POWER_STEPS)
+
+    @cached_property
     def norm(self) -> float:
         """‖H‖₂ to within some per cent, from below."""
         return self.damped_norm(0.0)
 
-    def damped_norm(self, damping: complex) -> float:
+    def damped_norm(self, damping: complex, steps: int = _POWER_STEPS) -> float:
         """‖H + εI‖₂ to within some per cent, from below, by power iteration on a fixed start."""
         v, product = self.probe
         v = product + damping * v
         norm = _length(v)
-        for _ in range(_POWER_STEPS):
+        for _ in range(steps):
             if norm == 0.0:
                 break
             wide = v.to(torch.promote_types(v.dtype, torch.float64))

@@ -28,6 +28,10 @@ MethodName = Literal["auto", "banded", "riccati", "dense", "woodbury", "sketched
 """How to factor H + εI; "auto" chooses by the cost model."""
 
 
+PrecisionName = Literal["auto", "single", "double"]
+"""What to factor in."""
+
+
 class HessianInverse(NamedOperator):
     """(H + εI)⁻¹ of a chain, every product certified by its backward error.
 
@@ -44,6 +48,10 @@ class HessianInverse(NamedOperator):
         sketch alone, M⁻¹: a fixed symmetric approximation of the inverse, for `M=`; `solve` is certified all the same.
     tolerance : float, optional
         Backward error every solve must reach; default 1e-14 in float64 and 1e-6 in float32.
+    precision : {"auto", "single", "double"}
+        What to factor in. "auto": a float64 problem in float32 where method "dense" is faster so and ‖H‖/|ε| allows it, refined by GMRES to
+        the same tolerance, and in float64 where that is not reached; "single": in float32 alone; "double": in float64. All but solves is
+        answered by factors in float64.
     rank, tol, core : int, float and int, optional
         Of method "sketched": the number of directions, or the part of ‖H‖ below which directions are left out; and of how many samples,
         weighted, the sketch is made, by default all.
@@ -55,7 +63,7 @@ class HessianInverse(NamedOperator):
     Raises
     ------
     ValueError, TypeError
-        If method, damping or tolerance is not usable.
+        If method, damping, tolerance or precision is not usable.
     MemoryError
         If the method does not fit in memory; nothing has been allocated.
     FactorizationError
@@ -82,6 +90,7 @@ class HessianInverse(NamedOperator):
         method: MethodName = "auto",
         *,
         tolerance: float | None = None,
+        precision: PrecisionName = "auto",
         table: ParameterTable | None = None,
         rank: int | None = None,
         tol: float | None = None,
@@ -96,14 +105,8 @@ class HessianInverse(NamedOperator):
         super().__init__((N, N), analysis.problem.dtype, analysis.problem.device)
         self.parameter_table = table or ParameterTable.of_stages(analysis.problem)
         with torch.no_grad():
-            self._inverse = Inverse(
-                analysis,
-                real_damping(damping),
-                method,
-                tolerance=tolerance,
-                sketch=sketch,
-                right_hand_sides=right_hand_sides,
-            )
+            how: dict[str, Any] = {"tolerance": tolerance, "precision": precision, "sketch": sketch}
+            self._inverse = Inverse(analysis, real_damping(damping), method, right_hand_sides=right_hand_sides, **how)
 
     @property
     def damping(self) -> float:
@@ -119,6 +122,11 @@ class HessianInverse(NamedOperator):
     def method(self) -> str:
         """The method whose factors are in use."""
         return self._inverse.solver.method
+
+    @property
+    def precision(self) -> str:
+        """What the factors in use are computed in, "single" or "double"."""
+        return self._inverse.solver.precision
 
     @property
     def nbytes(self) -> int:
@@ -395,5 +403,6 @@ class HessianInverse(NamedOperator):
         solver = self._inverse.solver
         options: dict[str, Any] = {name: getattr(solver.sketch, name) for name in ("rank", "tol", "core")}
         options |= {"tolerance": solver.tolerance, "right_hand_sides": solver.right_hand_sides}
-        method = cast(MethodName, solver.requested)
-        return HessianInverse(solver.analysis, damping, method, table=self.parameter_table, **options)
+        method, precision = cast(MethodName, solver.requested), cast(PrecisionName, solver.requested_precision)
+        table = self.parameter_table
+        return HessianInverse(solver.analysis, damping, method, precision=precision, table=table, **options)

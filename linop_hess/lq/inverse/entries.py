@@ -16,6 +16,7 @@ from linop_hess.lq.inverse import selected
 from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.layout import Layout
+from linop_hess.lq.methods.plan import METHODS
 from linop_hess.lq.methods.riccati import RiccatiFactorization
 
 _Entries = TypeVar("_Entries")
@@ -107,7 +108,9 @@ class DiagonalEntries:
     def _ways_there(self) -> list[tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]]:
         """The same in the variables that are factored in."""
         factors = self._factors
-        if self._solver.method != "riccati" and "entries" in self._solver.factorization.answers:
+        solver = self._solver
+        answers = METHODS[solver.method].answers if solver.precision == "single" else solver.factorization.answers
+        if solver.method != "riccati" and "entries" in answers:
             own = cast(Entrywise, factors.answering("entries"))
             return [(own.diagonal, own.blocks)]
         return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ class Inverse:
         What is asked of method "sketched".
     right_hand_sides : int
         For how many solves "auto" chooses.
+    precision : {"auto", "single", "double"}
+        What to factor in; see `Solver`. All but solves is answered by factors in double precision.
 
     Raises
     ------
@@ -64,12 +66,12 @@ class Inverse:
         method: str = "auto",
         *,
         tolerance: float | None = None,
+        precision: str = "auto",
         sketch: SketchOptions | None = None,
         right_hand_sides: int = 1,
     ) -> None:
-        self.solver = Solver(
-            problem, damping, method, tolerance=tolerance, sketch=sketch, right_hand_sides=right_hand_sides
-        )
+        how: dict[str, Any] = {"tolerance": tolerance, "precision": precision}
+        self.solver = Solver(problem, damping, method, sketch=sketch, right_hand_sides=right_hand_sides, **how)
 
     def __getstate__(self) -> dict[str, Solver]:
         """Pickle the solver alone."""
@@ -110,7 +112,7 @@ class Inverse:
             If the damping is complex.
         """
         damping = require_real_damping(self.damping, "inertia, determinants, entries and samples")
-        return Factors(self.analysis, damping, self.solver.plan, self.solver.factorization)
+        return Factors(self.analysis, damping, self.solver.plan.in_own_precision, self.solver.factorization)
 
     def _asked(self, question: Callable[[Factors], _Answer]) -> _Answer:
         try:
@@ -139,7 +141,8 @@ class Inverse:
         return looks_singular(self.solver.factorization)
 
     def _of_matrix(self) -> Inertia:
-        if "inertia" in self.solver.factorization.answers:
+        of_float64 = self.analysis.problem.dtype == torch.float64
+        if "inertia" in self.solver.factorization.answers or (of_float64 and self.solver.precision == "single"):
             try:
                 return self._asked(inertia_of_factors)
             except FactorizationError:

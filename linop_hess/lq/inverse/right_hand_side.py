@@ -101,3 +101,8 @@ def times_power_of_two(x: Tensor, exponents: np.ndarray) -> Tensor:
         factors = np.ldexp(np.ones(1, dtype=NUMPY_DTYPES[x.real.dtype]), part)
         x = x * torch.from_numpy(factors).to(x.device)
     return x
+
+
+def norms(columns: Tensor) -> Tensor:
+    """Norms of columns, in float64, so that those of small or large float32 numbers neither under- nor overflow."""
+    return torch.linalg.vector_norm(columns.abs() if columns.is_complex() else columns, dim=0, dtype=torch.float64)

@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
+
 from linop_hess._display import Shown, Unpacked
+from linop_hess.errors import FactorizationError
 
 Array = TypeVar("Array")
 
@@ -65,3 +68,31 @@ class Solution(_Shown, Generic[Array]):
     method: str
     structured_error: float = math.nan
     iterations: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """A `Solution` for columns of size one, with the residual of each."""
+
+    x: Tensor
+    backward_error: float
+    residuals: Tensor
+    steps: int
+    method: str
+    structured_error: float = math.nan
+    iterations: int = 0
+
+
+def not_converged(
+    method: str, damping: complex, tolerance: float, error: float, residuals: Tensor, iterations: int
+) -> FactorizationError:
+    """What to raise where GMRES does not reach a backward error; `residuals` relative to the right-hand sides."""
+    remedy = 'a larger damping, or method "dense" or "sketched"'
+    if method == "sketched":
+        remedy = 'a larger rank, a larger core, a larger damping, or method "dense"'
+    return FactorizationError(
+        f"H + damping·I with damping={damping:g} could not be solved to a backward error of {tolerance:.0e} by method "
+        f"{method!r}: after {iterations} iterations of GMRES the relative residual is {float(residuals.max()):.1e}, the backward error "
+        f"{error:.1e}; try {remedy}",
+        damping=damping,
+    )

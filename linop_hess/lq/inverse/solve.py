@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,16 @@ from linop_hess.lq.accuracy import (
 )
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.counting import damping_that_works
-from linop_hess.lq.inverse.right_hand_side import checked, times_power_of_two, to_size_one
-from linop_hess.lq.inverse.solution import Solution
+from linop_hess.lq.inverse.right_hand_side import checked, norms, times_power_of_two, to_size_one
+from linop_hess.lq.inverse.solution import Found, Solution, not_converged
 from linop_hess.lq.inverse.structured import StructuredSolver
 from linop_hess.lq.iterative.gmres import MOST_ITERATIONS, gmres
 from linop_hess.lq.iterative.options import SketchOptions
 from linop_hess.lq.methods.base import Factor, Factorization
 from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan
 from linop_hess.lq.problem import Problem
+
+PRECISIONS = ("auto", "single", "double")
 
 # A solution that looks singular is worth so many times the fastest factorization to tell.
 _WORTH = 100.0
@@ -47,19 +49,6 @@ _WORTH_A_LOOK = 4.0
 
 # Flops of a solve for each entry of the factors, four times: what a refinement may cost is a fourth of the factorization.
 _REFINEMENT_FLOPS = 4 * 4.0
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A `Solution` for columns of size one, with the residual of each."""
-
-    x: Tensor
-    backward_error: float
-    residuals: Tensor
-    steps: int
-    method: str
-    structured_error: float = math.nan
-    iterations: int = 0
 
 
 class Solver:
@@ -83,6 +72,9 @@ class Solver:
         For how many solves "auto" chooses.
     max_refinements : int
         Refinement steps before a method is given up.
+    precision : {"auto", "single", "double"}
+        What to factor in, whatever the precision of the problem: "auto" takes float32 for a float64 problem where the plan finds that
+        faster and ‖H‖/|ε| allows it, float64 coming next; "single" takes nothing else.
     escalate : bool
         Whether more robust methods are tried then, and a damping that works is looked for; else the method is all there is, for callers
         who change the damping themselves.
@@ -90,7 +82,7 @@ class Solver:
     Raises
     ------
     ValueError
-        If the method is unknown or damping or tolerance is not a usable number.
+        If the method or precision is unknown, or damping or tolerance is not a usable number.
     TypeError
         If damping is no number.
     MemoryError
@@ -107,10 +99,13 @@ class Solver:
         *,
         tolerance: float | None = None,
         max_refinements: int = 6,
+        precision: str = "auto",
         sketch: SketchOptions | None = None,
         right_hand_sides: int = 1,
         escalate: bool = True,
     ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
         if method != "auto" and method not in METHODS:
             raise ValueError(f"method must be one of {['auto', *METHODS]}, got {method!r}")
         self.analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
@@ -121,29 +116,33 @@ class Solver:
             raise ValueError(
                 f"expected a damping within the range of {self.problem.dtype}, got {self.damping:g}: compute in float64"
             )
-        self.requested = method
+        self.requested, self.requested_precision = method, precision
         self.tolerance = default_tolerance(self.problem.dtype) if tolerance is None else float(tolerance)
         if not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
         self.max_refinements, self.escalate = max_refinements, escalate
         self.change = self.analysis.at(self.damping)
         self.sketch, self.right_hand_sides = sketch, whole(right_hand_sides, "right_hand_sides", least=1)
-        self.plan: Plan = make_plan(self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch)
+        self.plan: Plan = make_plan(
+            self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch, precision
+        )
         v, product = self.analysis.probe
-        self._norm_bound = float(_norms(product + self.damping * v).max())
+        self._norm_bound = float(norms(product + self.damping * v).max())
         self._norm_is_final = False
         self._factorization: Factorization | None = None
         self._judge: StructuredSolver | None = None
         chosen = self.plan.choice if method == "auto" else method
-        self._ladder: list[tuple[str, Factor]] = ladder(self.plan, chosen, self.problem.dtype, sketch)
+        rungs = ladder(self.plan, chosen, self.problem.dtype, precision, sketch)
         if not escalate or (method != "auto" and not METHODS[method].exact):
-            del self._ladder[1:]  # asked for by name, so that none that takes more memory may stand in
+            # Asked for by name, so that none that takes more memory may stand in.
+            rungs = [rung for rung in rungs if rung[0] == chosen]
+        self._ladder: list[tuple[str, Factor]] = rungs
         self._climb()
 
     def __reduce__(self) -> tuple[Callable[..., Solver], tuple[Any, ...]]:
         """Pickle problem, damping and method, no factors: they are made again when it is loaded."""
         names = ("tolerance", "max_refinements", "sketch", "right_hand_sides", "escalate")
-        options = {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names} | {"precision": self.requested_precision}
         return _again, (self.analysis, self.damping, self.requested, options)
 
     def _climb(self) -> None:
@@ -174,6 +173,11 @@ class Solver:
     def method(self) -> str:
         """The method whose factors are in use."""
         return self.factorization.method
+
+    @property
+    def precision(self) -> str:
+        """What the factors in use are computed in, "single" or "double"."""
+        return "single" if self.factorization.precision == torch.float32 else "double"
 
     @property
     def factorization(self) -> Factorization:
@@ -224,7 +228,7 @@ class Solver:
         x = x.reshape(operand.shape)
         return Solution(x, error, residual, steps, found.method, found.structured_error, found.iterations)
 
-    def _solved(self, g: Tensor, tolerance: float) -> _Found:
+    def _solved(self, g: Tensor, tolerance: float) -> Found:
         """A solution of this backward error for columns of size one, by the first method that reaches it."""
         while True:
             iterations = 0
@@ -234,9 +238,9 @@ class Solver:
                 x, error, residuals, iterations = self._iterated(g, tolerance)
                 steps = 0
             if error <= tolerance:
-                return _Found(x, error, residuals, steps, self.method, iterations=iterations)
+                return Found(x, error, residuals, steps, self.method, iterations=iterations)
             if not self._ladder and iterations:
-                self._fail_to_converge(tolerance, error, float((residuals / _norms(g)).max()), iterations)
+                raise not_converged(self.method, self.damping, tolerance, error, residuals / norms(g), iterations)
             if not self._ladder:
                 self._fail(
                     f"could not be solved to a backward error of {tolerance:.0e}; the best was "
@@ -245,7 +249,7 @@ class Solver:
                 )
             self._climb()
 
-    def _determined(self, g: Tensor, found: _Found, tolerance: float) -> _Found:
+    def _determined(self, g: Tensor, found: Found, tolerance: float) -> Found:
         """The solution where the matrix determines it, or the blocks of the stages do.
 
         A large ‖H + εI‖‖x‖/‖g‖ is no proof that the problem is singular: a matrix as ill-conditioned as that, rounded, has another
@@ -253,7 +257,7 @@ class Solver:
         """
         # A zero column has x = 0. What rounding does is to be measured by ‖H‖, which may exceed ‖H + εI‖, but by no more than |ε|.
         condition = max(self._norm_bound, abs(self.damping)) * float(
-            (_norms(found.x) / _norms(g).clamp_min(torch.finfo(g.dtype).tiny)).max()
+            (norms(found.x) / norms(g).clamp_min(torch.finfo(g.dtype).tiny)).max()
         )
         formed = found.method in ("dense", "woodbury")
         if condition <= (DENSE_CONDITION if formed else NEARLY_SINGULAR):
@@ -265,11 +269,11 @@ class Solver:
             error, x = float(errors.max()), self.change.vectors(x).to(g.dtype)
             backward_error, residuals, _ = self._backward_error(g, x, tolerance)
             if error <= DETERMINED and backward_error <= tolerance:
-                gap = float((_norms(x - found.x) / _norms(x).clamp_min(torch.finfo(g.dtype).tiny)).max())
+                gap = float((norms(x - found.x) / norms(x).clamp_min(torch.finfo(g.dtype).tiny)).max())
                 if gap <= max(error, tolerance):
                     return replace(found, structured_error=max(error, gap))
                 if METHODS[self.plan.choice if self.requested == "auto" else self.requested].is_automatic:
-                    return _Found(x, backward_error, residuals, found.steps, "banded", error)
+                    return Found(x, backward_error, residuals, found.steps, "banded", error)
             looks_singular |= error > UNDETERMINED
         if looks_singular and self._ladder and self.factorization.analysis.problem.dtype == torch.float32:
             self._climb()  # singular to single precision it may be; what comes is in float64
@@ -312,7 +316,7 @@ class Solver:
         """x, its backward error, residual norms and iterations, by GMRES with the factors as preconditioner."""
         self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping))
         self._norm_is_final = True
-        sizes = _norms(g)
+        sizes = norms(g)
         found = gmres(
             self._product,
             self._by_factors,
@@ -327,17 +331,6 @@ class Solver:
         """The factors alone, a fixed and symmetric operator: of "sketched" M⁻¹ g, for g of shape (N, k)."""
         columns, exponents = to_size_one(g)
         return times_power_of_two(self._by_factors(columns), exponents)
-
-    def _fail_to_converge(self, tolerance: float, error: float, residual: float, iterations: int) -> None:
-        remedy = 'a larger damping, or method "dense" or "sketched"'
-        if self.method == "sketched":
-            remedy = 'a larger rank, a larger core, a larger damping, or method "dense"'
-        raise FactorizationError(
-            f"H + damping·I with damping={self.damping:g} could not be solved to a backward error of {tolerance:.0e} by method "
-            f"{self.method!r}: after {iterations} iterations of GMRES the relative residual is {residual:.1e}, the backward error "
-            f"{error:.1e}; try {remedy}",
-            damping=self.damping,
-        )
 
     def _by_factors(self, g: Tensor) -> Tensor:
         return self.change.solve(self.factorization, g).to(g.dtype)
@@ -362,8 +355,8 @@ class Solver:
     def _backward_error(self, g: Tensor, x: Tensor, tolerance: float) -> tuple[float, Tensor, Tensor]:
         product = self._product(x)
         r = g - product
-        residuals = _norms(r)
-        sizes = torch.stack([residuals, _norms(product), _norms(x), _norms(g)]).cpu().numpy()
+        residuals = norms(r)
+        sizes = torch.stack([residuals, norms(product), norms(x), norms(g)]).cpu().numpy()
         size_r, size_product, size_x, size_g = sizes
         growth = size_product[size_x > 0] / size_x[size_x > 0]
         if growth.size and math.isfinite(bound := float(growth.max())):
@@ -402,8 +395,3 @@ def _again(analysis: Analysis, damping: complex, method: str, options: dict[str,
     """Factor anew, when unpickled."""
     with torch.no_grad():
         return Solver(analysis, damping, method, **options)
-
-
-def _norms(columns: Tensor) -> Tensor:
-    """Norms of columns, in float64, so that those of small or large float32 numbers neither under- nor overflow."""
-    return torch.linalg.vector_norm(columns.abs() if columns.is_complex() else columns, dim=0, dtype=torch.float64)

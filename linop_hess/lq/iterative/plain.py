@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from linop_hess.lq.analysis import Analysis
@@ -23,6 +24,11 @@ class NoFactors:
     def solve(self, g: Tensor) -> Tensor:
         """G itself."""
         return g
+
+    @property
+    def precision(self) -> torch.dtype:
+        """That of the problem."""
+        return self.analysis.problem.dtype
 
     @property
     def nbytes(self) -> int:

@@ -129,6 +129,11 @@ class BandedFactorization:
             band.put(multiplier + n, multiplier, minus_one)
         return band
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What the factors are computed in."""
+        return self.analysis.problem.dtype
+
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k), without refinement."""
         rhs, hidden = self.band_load(g)

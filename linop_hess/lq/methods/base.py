@@ -38,6 +38,8 @@ class Cost:
         Modelled time on this machine; used to compare methods, not to promise.
     why_not : str
         Why the method cannot be used here; empty if it can.
+    precision : {"", "single"}
+        "single" where a float64 problem is factored in float32; empty: in its own precision.
     iterations : int or None
         Of a method that iterates, how many are expected for a right-hand side.
     at_least : bool
@@ -48,6 +50,7 @@ class Cost:
     nbytes: float
     seconds: float
     why_not: str = ""
+    precision: str = ""
     iterations: int | None = None
     at_least: bool = False
 
@@ -113,6 +116,8 @@ class Factorization(Protocol):
         ε.
     answers : frozenset of str
         What these factors answer, solves alone where ε is complex, of what `Method.answers` lists.
+    precision : torch.dtype
+        What they are computed in.
     """
 
     method: str
@@ -121,6 +126,10 @@ class Factorization(Protocol):
     @property
     def damping(self) -> complex:
         """ε."""
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What these factors are computed in."""
 
     @property
     def answers(self) -> frozenset[str]:
@@ -178,6 +187,11 @@ class Congruence(ABC):
     def project(self, w: Tensor) -> Tensor:
         """Return the coordinates that occur, of any (M, k)."""
         return w
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the factors are computed in."""
+        return self.analysis.problem.dtype
 
     @property
     def pivots(self) -> Tensor:
@@ -242,6 +256,8 @@ class Method:
         Whether it factors at complex dampings too; its factors then answer solves alone.
     of_matrix : bool
         Whether it needs H alone, and no stages.
+    single : Method or None
+        The same with factors in float32 for problems in float64.
     forecast : callable or None
         Of a method that iterates: ``forecast(analysis, asked, worth)`` gives its `Cost` for what is asked; it need not look further where
         the cost exceeds `worth` seconds.
@@ -254,6 +270,7 @@ class Method:
     is_automatic: bool = True
     is_complex: bool = False
     of_matrix: bool = False
+    single: Method | None = None
     forecast: Callable[[Analysis, Any, float], Cost] | None = None
 
     @property

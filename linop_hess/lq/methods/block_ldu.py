@@ -87,6 +87,11 @@ class BlockLdu:
                 after, torch.linalg.lu_solve(packed, pivots, _to_next(layer, after, eye))[p : p + m]
             )
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What the factors are computed in."""
+        return self.analysis.problem.dtype
+
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k)."""
         layout = self.analysis.problem.layout

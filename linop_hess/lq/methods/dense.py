@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,14 +33,32 @@ _KEPT_UP_TO = 64 << 20
 
 def assembled(analysis: Analysis) -> Tensor:
     """H as a dense matrix, shape (N, N), read only: kept for all dampings where it is small."""
-    return analysis.once(_assemble) if _is_kept(analysis.problem) else _assemble(analysis)
+    return analysis.once(_assemble) if _is_kept(analysis.problem, analysis.problem.dtype) else _assemble(analysis)
 
 
-def _is_kept(problem: Problem) -> bool:
-    return problem.size**2 * problem.dtype.itemsize <= _KEPT_UP_TO
+def fresh(analysis: Analysis, dtype: torch.dtype) -> Tensor:
+    """H in memory that may be overwritten, in float32 or in the dtype of the problem."""
+    own = dtype == analysis.problem.dtype
+    if not own and analysis.has(_assemble):
+        return analysis.once(_assemble).to(dtype)
+    make = _assemble if own else _assemble_single
+    return analysis.once(make).clone() if _is_kept(analysis.problem, dtype) else make(analysis)
 
 
-def _assemble(analysis: Analysis) -> Tensor:
+def factoring_copies(problem: Problem, dtype: torch.dtype) -> float:
+    """How many matrices of N² numbers exist while H is factored."""
+    return 3.0 if _is_kept(problem, dtype) else 2.0
+
+
+def _is_kept(problem: Problem, dtype: torch.dtype) -> bool:
+    return problem.size**2 * dtype.itemsize <= _KEPT_UP_TO
+
+
+def _assemble_single(analysis: Analysis) -> Tensor:
+    return _assemble(analysis, torch.float32)
+
+
+def _assemble(analysis: Analysis, dtype: torch.dtype | None = None) -> Tensor:
     """Form H and compare it with a product, so that what is asked of its factors without a certificate is not asked of another matrix.
 
     Raises
@@ -49,9 +68,9 @@ def _assemble(analysis: Analysis) -> Tensor:
     ArithmeticError
         If they differ.
     """
-    H = assemble(analysis.problem)
-    v, product = analysis.probe
-    if not bool(torch.isfinite(product).all()):
+    H = assemble(analysis.problem, dtype)
+    v, product = (x.to(H.dtype) for x in analysis.probe)
+    if not bool(torch.isfinite(product).all()) or not math.isfinite(float(H.norm())):
         raise SingularPivotError(None)  # entries beyond the range of the dtype
     gap, bound = float((H @ v - product).norm()), ASSEMBLED * torch.finfo(H.dtype).eps * float(H.norm())
     bound = max(bound, ASSEMBLED * torch.finfo(H.dtype).eps * float(product.norm()))
@@ -64,36 +83,51 @@ def _assemble(analysis: Analysis) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Counted:
-    """Flops of an assembly, its peak bytes, the bytes it moves beside its products, samples summed over in one, and calls of torch."""
+class Counted:
+    """Flops of an assembly, its peak bytes, the bytes it moves beside its products, samples summed over in one, and calls of torch.
+
+    `product_flops`: of one product of H with a vector.
+    """
 
     flops: float
     nbytes: float
     moved: float
     samples: int
     calls: float
+    product_flops: float
 
 
-def _counted(analysis: Analysis) -> _Counted:
+def counted_single(analysis: Analysis) -> Counted:
+    """Count an assembly in float32."""
+    return counted(analysis, torch.float32)
+
+
+def counted(analysis: Analysis, dtype: torch.dtype | None = None) -> Counted:
     """Count the assembly of a chain, or of a sum over parts as so many as its first one."""
     problem, times = analysis.problem.typical_part()
     apart = 0.0 if problem is analysis.problem else float(problem.nbytes)
     samples, calls = common_samples(problem.blocks), float(_CALLS + times * _CALLS_PER_STAGE * problem.length)
+    sizes = np.array(
+        [
+            sum(s.entries(name) * (1 + (name in "FGB")) for name in {"F", "G"} | (s.nonzero & {"B", "C"}))
+            for s in problem.blocks
+        ]
+    )
+    product = 2.0 * float(sizes[problem.order[:, 0]].sum())
     if problem.length <= _COUNTED_UP_TO:
-        flops, nbytes = assembly_cost(problem)
-        return _Counted(times * flops, nbytes + apart, 0.0, samples, calls)
+        flops, nbytes = assembly_cost(problem, dtype)
+        return Counted(times * flops, nbytes + apart, 0.0, samples, calls, times * product)
     # Counting all columns of a long chain takes longer than inverting it: every pair of controls once a sample, H and work space beside it.
     # Where states are wide, as with parameters that live in them, each stage multiplies and copies the columns of all controls before it.
-    layout, item, N2 = problem.layout, problem.dtype.itemsize, float(problem.size) ** 2
+    layout, item, N2 = problem.layout, (dtype or problem.dtype).itemsize, float(problem.size) ** 2
     of_stacks = [
         (s.entries("F") + (s.entries("C") if "C" in s.nonzero else 0), min(s.p, s.outputs)) for s in problem.blocks
     ]
     entries, added = np.array(of_stacks, dtype=float)[layout.order[:, 0]].T
     columns = np.cumsum(added)
     flops = max(2.0 * samples * N2, 4.0 * float(columns @ entries))
-    return _Counted(
-        times * flops, 1.7 * N2 * item + apart, times * 2.0 * item * float(columns @ layout.n_out), samples, calls
-    )
+    moved = times * 2.0 * item * float(columns @ layout.n_out)
+    return Counted(times * flops, 1.7 * N2 * item + apart, moved, samples, calls, times * product)
 
 
 class DenseFactorization(Congruence):
@@ -110,7 +144,8 @@ class DenseFactorization(Congruence):
 
     def __init__(self, analysis: Analysis, damping: complex) -> None:
         self.analysis, self.damping = analysis.over(damping), damping
-        H = assembled(self.analysis.real).to(self.analysis.problem.dtype, copy=True)
+        real = self.analysis.real
+        H = fresh(real, real.problem.dtype).to(self.analysis.problem.dtype)
         H.diagonal().add_(damping)
         self._factor = SymmetricFactor.of(H)
         if H.numel() and self._factor.smallest_pivot_ratio <= 4 * torch.finfo(H.dtype).eps:
@@ -173,13 +208,13 @@ def estimate(analysis: Analysis) -> Cost:
     """The assembly, and N³/3 flops; in memory that of the assembly or, where more, two copies of H beside H where that is kept."""
     problem, tally = analysis.problem, Tally(analysis.problem.dtype)
     N, item = float(problem.size), problem.dtype.itemsize
-    assembly = analysis.once(_counted)
+    assembly = analysis.once(counted)
     tally.calls(assembly.calls)
     # Samples are what the products of an assembly sum over.
     tally.kernel("gemm", assembly.flops, (assembly.samples * max(N, 1.0)) ** 0.5)
     tally.kernel("ldl", N**3 / 3, N)
     tally.moved(item * 16 * N**2 + assembly.moved)
-    factoring = (3.0 if _is_kept(problem) else 2.0) * N**2 * item
+    factoring = factoring_copies(problem, problem.dtype) * N**2 * item
     return Cost(tally.flops, max(assembly.nbytes, factoring), tally.seconds)
 
 

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from linop_hess._display import Shown
 from linop_hess._memory import available_bytes, format_bytes
-from linop_hess.lq.accuracy import default_tolerance
+from linop_hess.lq.accuracy import SINGLE_DAMPING, SINGLE_NORMS, default_tolerance
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative import plain
 from linop_hess.lq.iterative.options import Asked, SketchOptions
-from linop_hess.lq.methods import banded, block_ldu, dense, riccati, sketched, woodbury
+from linop_hess.lq.methods import banded, block_ldu, dense, mixed, riccati, sketched, woodbury
 from linop_hess.lq.methods.base import Cost, Factor, Method
 from linop_hess.lq.methods.promoted import promoted
 
 METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD for module in (banded, riccati, dense, woodbury, block_ldu, sketched, plain)
+    method.name: method
+    for method in (
+        banded.METHOD,
+        riccati.METHOD,
+        replace(dense.METHOD, single=mixed.METHOD),
+        woodbury.METHOD,
+        block_ldu.METHOD,
+        sketched.METHOD,
+        plain.METHOD,
+    )
 }
 """The methods by name."""
 
 
 # The most robust first.
 _COMPLEX_RUNGS = ["banded", "dense", "riccati"]
+
+# From so many controls on "auto" takes factors in single precision: below, those in double take a few milliseconds, and answer all.
+SINGLE_FROM = 1000
+
+_ONLY_DOUBLE = Cost.impossible('it factors a float64 problem in float64: use method "dense", or another precision')
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,12 +54,20 @@ class Plan(Shown):
         What ``method="auto"`` uses: the fastest that fits in memory (never "ldu", which is there to compare with).
     available : int
         Bytes available when the plan was made.
+    own_costs : dict of str to Cost
+        The same where all methods factor in the precision of the problem, as questions need it.
     """
 
     damping: complex
     costs: dict[str, Cost]
     choice: str
     available: int
+    own_costs: dict[str, Cost]
+
+    @property
+    def in_own_precision(self) -> Plan:
+        """The plan with costs of factors in the precision of the problem."""
+        return replace(self, costs=self.own_costs)
 
     def fits(self, method: str, times: int = 1) -> bool:
         """Whether `method` can run here and `times` its memory fits."""
@@ -66,7 +88,8 @@ class Plan(Shown):
         rows = [["method", "flops", "memory", "seconds", f"(damping {self.damping:g})"]]
         for method, cost in self.costs.items():
             if not cost.why_not:
-                notes = [] if cost.iterations is None else [f"about {cost.iterations} iterations"]
+                notes = [f"in {cost.precision} precision"] if cost.precision else []
+                notes += [] if cost.iterations is None else [f"about {cost.iterations} iterations"]
                 notes += ["<- chosen"] if method == self.choice else []
                 if not self.fits(method):
                     notes = [f"does not fit in {format_bytes(self.available)}"]
@@ -98,25 +121,58 @@ def estimates(analysis: Analysis) -> dict[str, Cost]:
     return processes.from_first(costs)  # all must choose alike, however fast they were measured to be
 
 
+def single_estimates(analysis: Analysis) -> dict[str, Cost]:
+    """The cost of each method that has factors in float32 for a problem in float64; of process 0 where there are several."""
+    with analysis.problem.processes.together("estimating costs in single precision"):
+        costs = {
+            name: method.single.estimate(analysis)
+            for name, method in METHODS.items()
+            if method.single is not None and method.single.estimate is not None
+        }
+    return analysis.problem.processes.from_first(costs)
+
+
+def _in_single(analysis: Analysis, damping: complex, costs: dict[str, Cost], precision: str) -> dict[str, Cost]:
+    """The costs of methods that are to factor in float32."""
+    if analysis.problem.dtype != torch.float64 or isinstance(damping, complex) or precision == "double":
+        return {}
+    if precision == "auto" and (analysis.problem.size < SINGLE_FROM or not _is_worth_trying(analysis, damping)):
+        return {}
+    return {
+        name: cost
+        for name, cost in analysis.once(single_estimates).items()
+        if precision == "single" or cost.seconds < costs[name].seconds
+    }
+
+
+def _is_worth_trying(analysis: Analysis, damping: float) -> bool:
+    """Whether GMRES may reach the solution with factors in float32."""
+    norm = analysis.rough_norm
+    return SINGLE_NORMS[0] <= norm <= SINGLE_NORMS[1] and SINGLE_DAMPING * norm <= abs(damping) <= SINGLE_NORMS[1]
+
+
 def make_plan(
     analysis: Analysis,
     damping: complex,
     right_hand_sides: int = 1,
     tolerance: float | None = None,
     sketch: SketchOptions | None = None,
+    precision: str = "auto",
 ) -> Plan:
     """Estimate every method for a problem and choose.
 
     Parameters
     ----------
     analysis : Analysis
-    damping : float
+    damping : complex
     right_hand_sides : int
         How many solves are to be made: what a factorization costs once, a method that iterates costs with every one.
     tolerance : float, optional
         Backward error that they must reach.
     sketch : SketchOptions, optional
         What is asked of method "sketched".
+    precision : {"auto", "single", "double"}
+        What methods factor in, as of `Solver`.
 
     Returns
     -------
@@ -125,7 +181,8 @@ def make_plan(
     processes = analysis.problem.processes
     available = int(-processes.largest(-float(available_bytes())))  # the least of all processes
     change = analysis.at(damping)
-    costs = change.analysis.once(estimates)
+    own = change.analysis.once(estimates)
+    costs = own | _in_single(change.analysis, change.damping, own, precision)
     if isinstance(change.damping, complex):
         real = Cost.impossible("it takes real dampings alone")
         costs = {name: costs[name].in_complex if method.is_complex else real for name, method in METHODS.items()}
@@ -133,10 +190,12 @@ def make_plan(
         goal = default_tolerance(analysis.problem.dtype) if tolerance is None else tolerance
         asked = Asked(change.damping, right_hand_sides, goal, sketch or SketchOptions())
         costs = _with_forecasts(change.analysis, asked, costs, available)
+    if precision == "single" and analysis.problem.dtype == torch.float64:
+        costs = {name: cost if cost.precision or cost.why_not else _ONLY_DOUBLE for name, cost in costs.items()}
     able = [name for name, cost in costs.items() if METHODS[name].is_automatic and not cost.why_not]
     fitting = _fitting(costs, available)
     choice = min(fitting or able, key=lambda m: costs[m].seconds if fitting else costs[m].nbytes)
-    return Plan(damping, costs, choice, available)
+    return Plan(damping, costs, choice, available, costs | own)
 
 
 def _fitting(costs: dict[str, Cost], available: int) -> list[str]:
@@ -163,19 +222,26 @@ def _with_forecasts(analysis: Analysis, asked: Asked, known: dict[str, Cost], av
 
 
 def ladder(
-    plan: Plan, method: str, dtype: torch.dtype, sketch: SketchOptions | None = None
+    plan: Plan, method: str, dtype: torch.dtype, precision: str = "auto", sketch: SketchOptions | None = None
 ) -> list[tuple[str, Factor]]:
-    """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64."""
+    """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64.
+
+    With factors in single precision of a float64 problem the same in double comes second; none does where "single" is asked for.
+    """
     asked: tuple[str, Factor] = (method, METHODS[method].factor)
-    iterates, is_complex = not METHODS[method].exact, isinstance(plan.damping, complex)
-    if method == sketched.METHOD.name:
-        asked = (method, partial(sketched.factor, options=sketch))
-    tiny = dtype != torch.float64 and 0.0 < abs(plan.damping) < 1.0 / torch.finfo(dtype).max
-    if tiny and not iterates and not is_complex:
-        asked = (method, promoted(asked[1]))  # 1/ε is no number of this dtype
     if isinstance(plan.damping, complex):
         others = [name for name in plan.by_time() if name != method]
         return [asked, *((name, METHODS[name].factor) for name in sorted(others, key=_COMPLEX_RUNGS.index))]
+    single, iterates = METHODS[method].single, not METHODS[method].exact
+    if single is not None and plan.costs[method].precision == "single":
+        first = [(method, single.factor)]
+        return first if precision == "single" else first + ladder(plan.in_own_precision, method, dtype)
+    if method == sketched.METHOD.name:
+        asked = (method, partial(sketched.factor, options=sketch))
+    if dtype != torch.float64 and precision == "single":
+        return [asked]
+    if not iterates and dtype != torch.float64 and 0.0 < abs(plan.damping) < 1.0 / torch.finfo(dtype).max:
+        asked = (method, promoted(asked[1]))  # 1/ε is no number of this dtype
     if not METHODS[method].is_automatic:
         return [asked]  # kept to be compared with, so that no other method may stand in
     robust: list[tuple[str, Factor]] = [
@@ -187,4 +253,5 @@ def ladder(
     if dtype == torch.float64:
         return rungs
     rungs = rungs[1:] if iterates else rungs
-    return [asked] + [(name, promoted(factor)) for name, factor in rungs if plan.fits(name, 2)]
+    first = [] if precision == "double" and not iterates else [asked]
+    return first + [(name, promoted(factor)) for name, factor in rungs if plan.fits(name, 2)]

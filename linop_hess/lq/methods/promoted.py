@@ -40,6 +40,11 @@ class PromotedFactorization:
         self.inner = factor(self.analysis, damping)
         self.method = self.inner.method
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What the factors are computed in."""
+        return self.analysis.problem.dtype
+
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k), in float64 whatever comes."""
         return self.inner.solve(g.to(torch.float64))

@@ -52,6 +52,11 @@ class WoodburyFactorization:
         """Where the objective is not convex, no positive operator, samples or entries."""
         return EVERYTHING if self.is_convex else frozenset({"solve", "inertia", "determinant"})
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What the factors are computed in."""
+        return self.analysis.problem.dtype
+
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k), without refinement."""
         return (g - self.space.Jt(self.factor.solve(self.space.J(g)))) / self.damping

@@ -15,7 +15,7 @@ from tests.lq.methods.conformance import SIZES, WIRED, setting
 def made_up(choice="riccati", available=1000, **nbytes):
     costs = {name: Cost(1.0, 10.0, 1.0) for name in METHODS}
     costs.update({name: Cost(1.0, size, 1.0) for name, size in nbytes.items()})
-    return Plan(1e-3, costs, choice, available)
+    return Plan(1e-3, costs, choice, available, costs)
 
 
 @pytest.mark.parametrize("shape", [*SIZES, *WIRED])

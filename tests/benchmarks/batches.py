@@ -1,0 +1,185 @@
+"""Full batches of digits: what a solve with H + εI costs, in units of the strongest Hessian-vector product of the same run.
+
+Run: python tests/benchmarks/batches.py [--quick] [section ...], with sections of `SECTIONS`; `--quick` leaves out the largest cases.
+One thread: OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+
+import torch
+from common import machine, print_table, retained_hvp, seconds
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import linop_hess as lh
+from linop_hess import lq
+from linop_hess.lq.assembly import assemble
+from linop_hess.lq.methods import dense
+
+LOSS = nn.CrossEntropyLoss()
+
+# Depth, width, Adam steps, damping, and the total of shared measurements that is to be reached.
+CASES: dict[str, tuple[int, int, int, float, int]] = {
+    "6x10": (6, 10, 0, 1e-2, 78),
+    "20x10": (20, 10, 0, 1e-1, 138),
+    "10x16 trained": (10, 16, 200, 1e-2, 237),
+    "20x16 trained": (20, 16, 200, 1e-2, 325),
+    "50x16 trained": (50, 16, 200, 1e-2, 871),
+}
+
+
+def digits(samples: int = 1797) -> tuple[Tensor, Tensor]:
+    """All digits, or so many, those beyond the first 1,797 being copies with noise."""
+    X, y = load_digits(return_X_y=True)
+    X, y = torch.tensor(X / 16.0), torch.tensor(y)
+    copies = -(-samples // len(X))
+    generator = torch.Generator().manual_seed(0)
+    parts = [X] + [X + 0.1 * torch.randn(X.shape, generator=generator, dtype=X.dtype) for _ in range(copies - 1)]
+    return torch.cat(parts)[:samples], y.repeat(copies)[:samples]
+
+
+def network(depth: int, width: int, steps: int, x: Tensor, y: Tensor) -> nn.Sequential:
+    """A tanh network of so many hidden layers, orthogonal with gain 1.2, after so many Adam steps on all data."""
+    torch.manual_seed(0)
+    sizes, layers = [64] + [width] * depth + [10], list[nn.Module]()
+    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        linear = nn.Linear(inputs, outputs, dtype=torch.float64)
+        nn.init.orthogonal_(linear.weight, 1.2)
+        layers += [linear, nn.Tanh()]
+    model = nn.Sequential(*layers[:-1])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        LOSS(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def once(run: Callable[[], object]) -> tuple[float, object]:
+    """Time of one run, and its result."""
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+
+def row(name: str, gemm: float, which: str) -> list[str]:
+    """One network: parts of the way, and totals to a relative residual of 1e-6 and to the certificate."""
+    depth, width, steps, damping, to_reach = CASES[name]
+    x, y = digits()
+    model = network(depth, width, steps, x, y)
+    product, v = retained_hvp(model, LOSS, x, y), [torch.randn_like(p) for p in model.parameters()]
+    unit = seconds(lambda: product(v), 9)
+    linearized, lin = once(lambda: lh.linearize(model, LOSS, x, y))
+    matrix = lin.H if which == "H" else lin.gauss_newton()
+    analysis, g = matrix.analysis, lin.gradient_tensor
+    N = analysis.problem.size
+    assembled, H = once(lambda: assemble(analysis.problem, torch.float32))
+    del H
+    made, solver = once(lambda: lq.Solver(analysis, damping, "dense"))
+    # A residual of 1e-6‖g‖ is a backward error of this or less.
+    tolerance = 1e-6 / (1.0 + analysis.rough_norm / damping)
+    loose, first = once(lambda: solver.solve(g, max(tolerance, 1e-14)))
+    full, second = once(lambda: solver.solve(g))
+    residual = float((analysis.problem.hessian_product(first.x[:, None], damping)[:, 0] - g).norm() / g.norm())
+    return [
+        f"{name}, {damping:g}",
+        f"{N}",
+        f"{unit * 1e3:.1f}",
+        f"{linearized / unit:.0f}",
+        f"{assembled / unit:.0f}",
+        f"{200 * len(x) * N**2 / assembled / gemm:.0f} %",
+        f"{(made - assembled) / unit:.0f}",
+        f"{loose / unit:.0f} ({residual:.0e})",
+        f"{(made + loose) / unit:.0f} ({to_reach})",
+        f"{full / unit:.0f} ({second.backward_error:.0e})",
+        solver.precision,
+    ]
+
+
+def table(quick: bool) -> None:
+    """H and Gauss-Newton of the networks, factored and solved with."""
+    a = torch.randn(1024, 1024, dtype=torch.float32)
+    gemm = 2 * 1024**3 / seconds(lambda: a @ a, 9)
+    print(
+        f"float32 GEMM: {gemm / 1e9:.0f} GFLOP/s; times in Hessian-vector products, in brackets what is to be reached"
+    )
+    header = [
+        "network, damping",
+        "N",
+        "HVP, ms",
+        "linearize",
+        "assemble",
+        "of GEMM",
+        "factor",
+        "to 1e-6",
+        "total",
+        "to 1e-14",
+        "in",
+    ]
+    names = [name for name in CASES if not quick or CASES[name][0] * CASES[name][1] <= 200]
+    for which in ("H", "Gauss-Newton"):
+        print(f"\n{which}")
+        print_table(header, [row(name, gemm, which) for name in names])
+
+
+def batches(quick: bool) -> None:
+    """Time and memory against the number of samples, in batches of 500 and 1,000."""
+    rows = []
+    for depth, width in ((6, 10),) if quick else ((6, 10), (20, 16)):
+        x, y = digits(1797)
+        model = network(depth, width, 200, x, y)
+        before = 0.0
+        for samples in (500, 5000) if quick else (500, 5000, 50000):
+            x, y = digits(samples)
+            parts = list(zip(x.split(min(samples, 1000)), y.split(min(samples, 1000)), strict=True))
+            linearized, lin = once(lambda parts=parts: lh.linearize(model, LOSS, parts))
+            made, inverse = once(lambda lin=lin: lin.inverse(1e-2))
+            solved, solution = once(lambda inverse=inverse, lin=lin: inverse.solve(lin.gradient_tensor))
+            assembled, _ = once(lambda lin=lin: dense.assemble(lin.problem, torch.float32))
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            slope = f"{torch.tensor(assembled / before).log10():.2f}" if before else ""
+            before = assembled
+            rows.append(
+                [
+                    f"{depth}x{width}",
+                    f"{samples}",
+                    f"{linearized:.1f}",
+                    f"{assembled:.1f}",
+                    slope,
+                    f"{made:.1f}",
+                    f"{solved:.1f}",
+                ]
+                + [f"{solution.backward_error:.0e}", inverse.precision, f"{peak:.0f}"]
+            )
+    header = [
+        "network",
+        "samples",
+        "linearize, s",
+        "assemble, s",
+        "slope",
+        "inverse, s",
+        "solve, s",
+        "error",
+        "in",
+        "peak, MiB",
+    ]
+    print_table(header, rows)
+
+
+SECTIONS: dict[str, Callable[[bool], None]] = {"dense": table, "batches": batches}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], default=[])
+    parser.add_argument("--quick", action="store_true")
+    chosen = parser.parse_args()
+    print(machine())
+    for title in chosen.sections or SECTIONS:
+        print(f"\n## {title}\n")
+        SECTIONS[title](chosen.quick)
