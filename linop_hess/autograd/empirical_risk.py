@@ -319,7 +319,7 @@ class RiskCurvature(NamedOperator, MovedByRounding):
                 f"({', '.join(self.names[:4])}, …): see that neither model nor loss detaches its tensors, and that "
                 "`params` names the right ones"
             )
-        gradient = sums[3:].to(self.torch_dtype)
+        gradient = sums[3:].to(self.device, self.torch_dtype)
         self._require_finite(gradient, "the gradient")
         return total, gradient, scale
 

@@ -97,13 +97,9 @@ class Wire:
         return value if self.rank == 0 else _unpacked(message)
 
     def _as_message(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        if tensor.device.type == "cpu" and not self.takes_host:
-            raise ValueError(
-                "expected a model on a CUDA device, which is all that the group's backend (nccl) takes, got one on the host: move it, "
-                'or initialize torch.distributed with "gloo"'
-            )
-        return tensor.cpu() if tensor.device.type != "cpu" and not self.takes_cuda else tensor
+        """A tensor where the group's backend takes it."""
+        is_taken = self.takes_host if tensor.device.type == "cpu" else self.takes_cuda
+        return tensor.contiguous() if is_taken else tensor.contiguous().to(self.device)
 
     def _call(self, collective: Callable[[], Any], message: Tensor) -> None:
         self.messages += 1
