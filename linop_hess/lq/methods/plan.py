@@ -138,11 +138,7 @@ def _in_single(analysis: Analysis, damping: complex, costs: dict[str, Cost], pre
         return {}
     if precision == "auto" and (analysis.problem.size < SINGLE_FROM or not _is_worth_trying(analysis, damping)):
         return {}
-    return {
-        name: cost
-        for name, cost in analysis.once(single_estimates).items()
-        if precision == "single" or cost.seconds < costs[name].seconds
-    }
+    return {name: cost for name, cost in analysis.once(single_estimates).items() if not costs[name].why_not}
 
 
 def _is_worth_trying(analysis: Analysis, damping: float) -> bool:
