@@ -60,7 +60,13 @@ def with_saddle_free(model: nn.Sequential, x: Tensor, y: Tensor) -> Callable[[],
 
 
 def main(
-    depth: int = 16, width: int = 8, batch: int = 32, seconds: float = 25.0, goal: float = 1e-12, seed: int = 0
+    depth: int = 16,
+    width: int = 8,
+    batch: int = 32,
+    seconds: float = 25.0,
+    steps: int = 1_000_000,
+    goal: float = 1e-12,
+    seed: int = 0,
 ) -> dict[str, float]:
     found = {}
     for name, make in (("Adam", with_adam), ("SaddleFree", with_saddle_free)):
@@ -68,7 +74,7 @@ def main(
         x, y = digits(batch)
         step = make(network(depth, width, x.shape[1], 10), x, y)
         start, count, loss = time.perf_counter(), 0, float("inf")
-        while time.perf_counter() - start < seconds and not loss <= goal:
+        while time.perf_counter() - start < seconds and count < steps and not loss <= goal:
             loss = step()
             count += 1
         print(f"{name:<12}loss {loss:.1e} after {count} steps, {time.perf_counter() - start:.1f} s")
