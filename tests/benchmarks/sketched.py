@@ -2,8 +2,8 @@
 
 ``python tests/benchmarks/sketched.py [--case 50x16] [--damping 1e-2] [--lr 1e-3] [--rank 256] [--core 0] [--competitors] [--columns 64]
 [--slope]``. Digits, all 1,797 samples, tanh, cross entropy, orthogonal of gain 1.2, 200 full-batch Adam steps; the right-hand side is the
-gradient. Processor time of one thread, to a relative residual of 1e-6, set-up apart. ``--slope``: set-up and a product from depth 5 to
-100 at width 16.
+gradient. Processor time of one thread, to a relative residual of 1e-6, set-up apart. ``--slope``: set-up and a product from depth 5 to 100
+at width 16.
 """
 
 from __future__ import annotations
