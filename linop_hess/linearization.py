@@ -103,13 +103,7 @@ def linearize(
 
 
 def _linearized(
-    model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
-    loss_fn: Callable[..., Tensor],
-    inputs: Any,
-    targets: Any,
-    params: str | Iterable[str] | Mapping[str, Tensor] | None,
-    verify: bool | None,
-    second: SecondDerivatives,
+    model: Any, loss_fn: Any, inputs: Any, targets: Any, params: Any, verify: bool | None, second: SecondDerivatives
 ) -> Linearization:
     """The same, of a model that no other thread runs meanwhile."""
     if not isinstance(model, nn.Module):
