@@ -94,9 +94,9 @@ def without_collector() -> AbstractContextManager[None]:
 class StandIns:
     """Other tensors in the places of a model's parameters and buffers, tied ones replaced by one; no backward hooks.
 
-    Other tensors that modules hold as attributes are replaced by copies. As a context, as often as needed: on leaving, modules have all that they had before,
-    the attributes that they set while they ran and the lists, dicts and sets that they changed among it. What objects of other classes
-    hold is not followed.
+    Other tensors that modules hold as attributes are replaced by copies. As a context, as often as needed: on leaving, modules have all
+    that they had before, the attributes that they set while they ran and the lists, dicts and sets that they changed among it. What
+    objects of other classes hold is not followed.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ class StandIns:
             for key, value in vars(module).items()
             if isinstance(value, Tensor) and not value.requires_grad
         ]
-        self._places = [
+        self._places: list[tuple[dict[str, Any], str, Tensor]] = [
             (own, key, others[id(tensor)])
             for module in self._modules
             for own in (module._parameters, module._buffers)
@@ -201,6 +201,9 @@ class Memory:
 
     def note(self, out: Any) -> Any:
         """Note that what an operation gave is of the run, and return it."""
+        if isinstance(out, Tensor) and not self._overwritten:
+            self._made.add(out.untyped_storage().data_ptr())
+            return out
         for output in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(output, Tensor) and (key := _address(output)) not in self._overwritten:
                 self._made.add(key)

@@ -114,7 +114,10 @@ class Transition:
     def _by_parts(self, v: Tensor, trans: str) -> Tensor:
         """The same where the states before the last stage fall into parts; what the last stage adds up is apart."""
         layout, stage, out = self._layout, self._last, v.clone()
-        end, before = layout.size_out - int(layout.n_out[-1]), slice(int(layout.out_offsets[-3]), int(layout.out_offsets[-2]))
+        end, before = (
+            layout.size_out - int(layout.n_out[-1]),
+            slice(int(layout.out_offsets[-3]), int(layout.out_offsets[-2])),
+        )
         if trans == "T":
             out[before] += stage.Ft(out[None, end:])[0]
         out[self._of_parts] = self._band_substitute(out[self._of_parts], trans)

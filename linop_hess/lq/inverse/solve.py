@@ -317,19 +317,13 @@ class Solver:
 
     def _fail(self, what: str, stage: int | None) -> None:
         where = None if stage is None else self.problem.name(stage)
-        suggestion = damping_that_works(self.analysis, self.damping, METHODS[self.plan.choice].factor, self.tolerance)
-        advice = (
-            f"damping={suggestion:.1e} works"
-            if suggestion is not None
-            else "no damping up to the norm of H works: look at the model for saturated or dead layers"
-        )
+        analysis, damping, tolerance = self.analysis, self.damping, self.tolerance
+        factor = METHODS[self.plan.choice].factor
         raise FactorizationError(
-            f"H + damping·I with damping={self.damping:g} {what}"
-            + (f" (met at stage {where})" if where else "")
-            + f"; {advice}.",
-            damping=self.damping,
+            f"H + damping·I with damping={damping:g} {what}" + (f" (met at stage {where})" if where else ""),
+            damping=damping,
             stage=where,
-            suggested_damping=suggestion,
+            suggested_damping=lambda: damping_that_works(analysis, damping, factor, tolerance),
         )
 
 

@@ -35,7 +35,9 @@ class ClosedLoop:
         self._factors: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # packed, interchanges, gain, R of each group
         packed = packed_among(factor.elimination for factor in factors)
         # The others, whose place in their group is taken by the identity.
-        self._alone = {k: (factor, factor.elimination.whitened()) for k, factor in enumerate(factors) if k not in packed}
+        self._alone = {
+            k: (factor, factor.elimination.whitened()) for k, factor in enumerate(factors) if k not in packed
+        }
         loops: list[list[Tensor]] = []
         for group, blocks in zip(analysis.groups, analysis.condensed, strict=True):
             R, F = blocks.W[..., : blocks.r], blocks.W[..., blocks.r :]

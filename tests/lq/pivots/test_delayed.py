@@ -10,8 +10,8 @@ from linop_hess.lq.pivots.delayed import (
     PackedElimination,
     eliminate,
     obey,
-    pivots_of,
     packed_among,
+    pivots_of,
     stacked_by_size,
     subtract_gram,
 )
