@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 
@@ -26,7 +29,7 @@ class FactorizationError(np.linalg.LinAlgError):
     stage : str or None
         The stage (layer) at which the factorization failed, when one can be named.
     suggested_damping : complex or None
-        A damping that was tried and works.
+        A damping that was tried and works. It is looked for when it is asked for, here or by the message.
     """
 
     def __init__(
@@ -35,12 +38,31 @@ class FactorizationError(np.linalg.LinAlgError):
         *,
         damping: complex = float("nan"),
         stage: str | None = None,
-        suggested_damping: complex | None = None,
+        suggested_damping: complex | Callable[[], complex | None] | None = None,
     ) -> None:
         super().__init__(message)
         self.damping = damping
         self.stage = stage
-        self.suggested_damping = suggested_damping
+        # A search takes as long as several factorizations: it is made when somebody asks, or reads the message.
+        self._is_searched = callable(suggested_damping)
+        self._suggested = suggested_damping
+
+    @property
+    def suggested_damping(self) -> complex | None:
+        if callable(self._suggested):
+            self._suggested = self._suggested()
+        return self._suggested
+
+    def __str__(self) -> str:
+        if not self._is_searched:
+            return super().__str__()
+        found = self.suggested_damping
+        none = "no damping up to the norm of H works: look at the model for saturated or dead layers"
+        return f"{super().__str__()}; {none if found is None else f'damping={found:.1e} works'}."
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        of_instance = {**vars(self), "_suggested": self.suggested_damping, "_is_searched": False}
+        return type(self), (str(self),), of_instance
 
 
 class NotPositiveDefiniteError(np.linalg.LinAlgError):

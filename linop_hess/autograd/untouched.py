@@ -219,7 +219,7 @@ class StandIns:
             for key, value in vars(module).items()
             if isinstance(value, Tensor) and not value.requires_grad
         ]
-        self._places = [
+        self._places: list[tuple[dict[str, Any], str, Tensor]] = [
             (own, key, others[id(tensor)])
             for module in self._modules
             for own in (module._parameters, module._buffers)
@@ -306,6 +306,9 @@ class Memory:
 
     def note(self, out: Any) -> Any:
         """Note that what an operation gave is of the run, and return it."""
+        if isinstance(out, Tensor) and not self._overwritten:
+            self._made.add(out.untyped_storage().data_ptr())
+            return out
         for output in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(output, Tensor) and (key := _address(output)) not in self._overwritten:
                 self._made.add(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -180,3 +181,35 @@ def _selected(
     if index.ndim < ids.ndim:
         return [ids.gather(dim, index.unsqueeze(dim)).squeeze(dim)]
     return [ids.gather(dim, index) if ids.ndim else ids]
+
+
+@dataclass(frozen=True)
+class Handling:
+    """How an operation is dealt with."""
+
+    writes: tuple[int, ...] = ()  # positions of the arguments that it changes
+    moves: bool = False
+    random: bool = False
+
+
+RELABELS, AS_NEW = Handling(), Handling(moves=True)
+
+
+@cache
+def handling(func: Any) -> Handling:
+    """How an operation is dealt with: `RELABELS`, `AS_NEW`, or what its schema says of it."""
+    if is_creation(func):
+        return AS_NEW
+    if only_relabels(func):
+        return RELABELS
+    schema = func._schema
+    writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+    return Handling(writes, moves(func), torch.Tag.nondeterministic_seeded in func.tags)
+
+
+def draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a random operation draws: some do so in training alone."""
+    for k, argument in enumerate(func._schema.arguments):
+        if argument.name in ("training", "train"):
+            return bool(args[k] if k < len(args) else kwargs.get(argument.name, argument.default_value))
+    return True

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten
 from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.autograd.untouched import Memory
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.movement import is_creation, moved_ids, moves, only_relabels
+from linop_hess.graph.movement import AS_NEW, RELABELS, Handling, draws, handling, moved_ids
 
 _FLOATS = (torch.float32, torch.float64)
 _DTYPES = (*_FLOATS, torch.float16, torch.bfloat16)
@@ -193,19 +193,24 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        how = _handling(func)
-        if how is _RELABELS or how is _CREATES:
+        how = handling(func)
+        if how is RELABELS or how is AS_NEW:
             out = func(*args, **kwargs)
-            return out if how is _RELABELS else self.memory.note(out)
-        flat, spec = tree_flatten((args, kwargs)) if kwargs or _nested(args) else (list(args), None)
+            return out if how is RELABELS else self.memory.note(out)
+        if kwargs or not _SCALARS.issuperset(map(type, args)) and _nested(args):
+            flat, spec = tree_flatten((args, kwargs))
+        else:
+            flat, spec = list(args), None
         active: list[int] = []
         arguments: list[Ids] = []
         tensors: list[int] = []
         # Those of other libraries run with gradients off; what they give counts only where it requires one.
         recording = torch.is_grad_enabled() or func.namespace != "aten"
+        is_complex = False
         for i, a in enumerate(flat):
             if isinstance(a, Tensor):
                 tensors.append(i)
+                is_complex = is_complex or a.is_complex()
                 if a.requires_grad and a.numel():
                     ids = self._ids_of(a)
                     if ids is None:
@@ -213,14 +218,15 @@ class Recorder(TorchDispatchMode):
                     elif isinstance(ids, Strided) or ids.any():
                         active.append(i)
                         arguments.append(ids)
-        if how.random and _draws(func, args, kwargs):
+        if how.random and draws(func, args, kwargs):
             raise UnsupportedModelError(
                 f"expected a model and a loss that give the same value each time, got the random operation "
                 f"{self._where(func)}: call model.eval(), or remove it"
             )
         if not active:
             return self._constant(func, how, flat, args, kwargs)
-        self._refuse_complex(func, flat)
+        if is_complex:
+            raise self._complex(func)
         held = self._before_writing(func, how, flat) if how.writes else None
         if not recording:
             return self.memory.note(func(*args, **kwargs))
@@ -229,7 +235,9 @@ class Recorder(TorchDispatchMode):
             before = {id(flat[i]): as_tensor(a, flat[i].shape) for i, a in zip(active, arguments, strict=True)}
         out = self.memory.note(func(*args, **kwargs))
         results = out if isinstance(out, (tuple, list)) else (out,)
-        self._refuse_complex(func, results)
+        for result in results:
+            if isinstance(result, Tensor) and result.is_complex():
+                raise self._complex(func)
         if before is not None:
             moved = moved_ids(func, args, kwargs, before, results)
             if moved is not None:
@@ -254,11 +262,10 @@ class Recorder(TorchDispatchMode):
         self.trace.nodes.append(node)
         return out
 
-    def _refuse_complex(self, func: Any, values: Sequence[Any]) -> None:
-        if any(isinstance(value, Tensor) and value.is_complex() for value in values):
-            raise UnsupportedModelError(
-                f"expected real numbers, got complex ones in {self._where(func)}: write it with real and imaginary parts"
-            )
+    def _complex(self, func: Any) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"expected real numbers, got complex ones in {self._where(func)}: write it with real and imaginary parts"
+        )
 
     def _where(self, func: Any) -> str:
         return f"{operation_name(func)} in module {self.path[-1]!r}" if self.path[-1] else operation_name(func)
@@ -285,7 +292,7 @@ class Recorder(TorchDispatchMode):
         self._ids.setdefault(tensor.untyped_storage().data_ptr(), _CONSTANT)
         self._alive.append(tensor)
 
-    def _constant(self, func: Any, how: _Handling, flat: list[Any], args: Any, kwargs: Any) -> Any:
+    def _constant(self, func: Any, how: Handling, flat: list[Any], args: Any, kwargs: Any) -> Any:
         """Run what depends on no parameter; what it writes into depends on none any more."""
         if how.writes:
             self._save_readers(how, flat)
@@ -302,7 +309,7 @@ class Recorder(TorchDispatchMode):
                     self._set_constant(output)
         return out
 
-    def _save_readers(self, how: _Handling, flat: list[Any]) -> None:
+    def _save_readers(self, how: Handling, flat: list[Any]) -> None:
         """Give nodes that hold what is about to be overwritten a copy of it."""
         for i in how.writes:
             if i < len(flat) and isinstance(flat[i], Tensor) and flat[i].numel():
@@ -310,7 +317,7 @@ class Recorder(TorchDispatchMode):
                 for node, k in self._read.pop(flat[i].untyped_storage().data_ptr(), ()):
                     node.flat[k] = node.flat[k].clone()
 
-    def _before_writing(self, func: Any, how: _Handling, flat: list[Any]) -> list[Any]:
+    def _before_writing(self, func: Any, how: Handling, flat: list[Any]) -> list[Any]:
         """Save for all nodes, this one included, what is about to be overwritten; give its arguments."""
         self._save_readers(how, flat)
         written = [flat[i] for i in how.writes if i < len(flat) and isinstance(flat[i], Tensor) and flat[i].numel()]
@@ -364,36 +371,9 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(np.prod(shape[k + 1 :], dtype=np.int64)) for k in range(len(shape)))
 
 
+# Of arguments that are not nested, the usual ones.
+_SCALARS = frozenset({Tensor, nn.Parameter, int, float, bool, type(None)})
+
+
 def _nested(args: tuple[Any, ...]) -> bool:
     return any(isinstance(a, (list, tuple, dict)) for a in args)
-
-
-@dataclass(frozen=True)
-class _Handling:
-    """How an operation is dealt with."""
-
-    writes: tuple[int, ...] = ()  # positions of the arguments that it changes
-    moves: bool = False
-    random: bool = False
-
-
-_RELABELS, _CREATES = _Handling(), _Handling(moves=True)
-
-
-@cache
-def _handling(func: Any) -> _Handling:
-    if is_creation(func):
-        return _CREATES
-    if only_relabels(func):
-        return _RELABELS
-    schema = func._schema
-    writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
-    return _Handling(writes, moves(func), torch.Tag.nondeterministic_seeded in func.tags)
-
-
-def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a random operation draws: some do so in training alone."""
-    for k, argument in enumerate(func._schema.arguments):
-        if argument.name in ("training", "train"):
-            return bool(args[k] if k < len(args) else kwargs.get(argument.name, argument.default_value))
-    return True

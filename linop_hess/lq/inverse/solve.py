@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -375,19 +376,15 @@ class Solver:
 
     def _fail(self, what: str, stage: int | None) -> None:
         where = None if stage is None else self.problem.name(stage)
-        suggestion = None
-        if self.escalate:
-            factor = METHODS[self.plan.choice].factor
-            suggestion = damping_that_works(self.analysis, self.damping, factor, self.tolerance)
-        advice = "no damping up to the norm of H works: look at the model for saturated or dead layers"
-        if suggestion is not None:
-            advice = f"damping={suggestion:.1e} works"
-        met = f" (met at stage {where})" if where else ""
+        analysis, damping, tolerance = self.analysis, self.damping, self.tolerance
+        factor = METHODS[self.plan.choice].factor
         raise FactorizationError(
-            f"H + damping·I with damping={self.damping:g} {what}{met}; {advice}.",
-            damping=self.damping,
+            f"H + damping·I with damping={damping:g} {what}" + (f" (met at stage {where})" if where else ""),
+            damping=damping,
             stage=where,
-            suggested_damping=suggestion,
+            suggested_damping=partial(damping_that_works, analysis, damping, factor, tolerance)
+            if self.escalate
+            else None,
         )
 
 

@@ -1,5 +1,6 @@
 """Certified solves by every method, against dense Hessians."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
+from linop_hess.lq.inverse import solve as solve_module
 from linop_hess.lq.inverse.counting import damping_that_works
 from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.methods import plan as plan_module
@@ -154,9 +156,21 @@ def test_singular_is_an_error_with_a_way_out(method):
     with pytest.raises(FactorizationError, match="damping") as caught:
         lq.Solver(problem, 0.0, method).solve(torch.from_numpy(g))
     assert caught.value.damping == 0.0
+    assert "works" in str(pickle.loads(pickle.dumps(caught.value)))
     suggested = caught.value.suggested_damping
     x = solve(problem, suggested, "auto", g).x
     assert backward_error(blocks.hessian(), suggested, x.numpy(), g) <= 1e-14
+
+
+def test_a_damping_that_works_is_looked_for_when_it_is_asked_for(monkeypatch):
+    asked: list[float] = []
+    monkeypatch.setattr(solve_module, "damping_that_works", lambda analysis, damping, *rest: asked.append(damping))
+    blocks = random_blocks([2, 3, 2], [3, 4], seed=43, with_A="none")
+    blocks.B[1][:] = 0
+    with pytest.raises(FactorizationError) as caught:
+        lq.Solver(blocks.problem(), 0.0).solve(torch.from_numpy(right_hand_side(7)))
+    assert not asked and "no damping" in str(caught.value) and asked == [0.0]
+    assert caught.value.suggested_damping is None and asked == [0.0]
 
 
 @pytest.mark.parametrize("method", CERTIFIED)
