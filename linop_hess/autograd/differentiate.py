@@ -193,7 +193,7 @@ def differentiate(
     pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o is not None and o.requires_grad]
     if not pairs or not by:
         return [None] * len(by)
-    return torch.autograd.grad(
+    found = torch.autograd.grad(
         [output for output, _ in pairs],
         by,
         [seed for _, seed in pairs],
@@ -202,6 +202,16 @@ def differentiate(
         allow_unused=True,
         is_grads_batched=batched,
     )
+    return written_out(found)
+
+
+def written_out(derivatives: Gradients) -> Gradients:
+    """The same, what is identically zero with memory of its own.
+
+    Torch gives the derivative of a sign, as in that of |x|, as a tensor of zeros without memory, and its batched backward passes read from
+    where there is none: products are garbage, or the process ends.
+    """
+    return [d.clone() if d is not None and d._is_zerotensor() else d for d in derivatives]
 
 
 def joined(derivatives: Gradients, by: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from linop_hess import _memory
-from linop_hess.autograd import Hessian, recording
+from linop_hess.autograd import GaussNewton, Hessian, recording
 from linop_hess.autograd.differentiate import joined, twice_differentiable
 from linop_hess.operators import to_dense
 from tests.autograd.settings import (
@@ -285,3 +285,24 @@ def test_the_bytes_of_a_graph_are_those_of_its_tensors():
         gradient = joined(torch.autograd.grad(loss, [W], create_graph=True), [W])
     whole = recording.saved_bytes([gradient]) / 8
     assert x.numel() + 2 * z.numel() <= whole <= x.numel() + 6 * z.numel() + W.numel()
+
+
+@pytest.mark.parametrize(
+    "loss_fn", [nn.functional.l1_loss, lambda z, t: (z - t).norm(1), lambda z, t: (z * z.sgn()).sum()]
+)
+@pytest.mark.parametrize("operator", [Hessian, GaussNewton])
+def test_zeros_without_memory_are_no_garbage(operator, loss_fn):
+    # Torch gives the derivative of a sign as zeros without memory, which its batched backward passes read.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    curvature = operator(model, loss_fn, (x, y))
+    V = np.random.default_rng(0).standard_normal((curvature.shape[0], 7))
+    found = curvature @ V
+    if operator is GaussNewton:
+        assert not found.any()
+    else:
+        one_by_one = np.stack([curvature @ v for v in V.T], 1)
+        assert np.abs(found - one_by_one).max() <= 1e-14 * np.abs(one_by_one).max() > 0

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode, enable_reentrant_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from linop_hess.autograd.differentiate import differentiate
 from linop_hess.autograd.kinks.surrogates import is_curved, is_kinked, jumps, operation_name, surrogate
 from linop_hess.errors import UnsupportedModelError
 
@@ -81,7 +82,7 @@ class Kink:
         if not pairs:
             return [None] * len(self.points)
         tensors, seeds = zip(*pairs, strict=True)
-        return list(torch.autograd.grad(tensors, self.points, seeds, create_graph=True, allow_unused=True))
+        return list(differentiate(tensors, self.points, seeds, create_graph=True))
 
 
 @dataclass(frozen=True)

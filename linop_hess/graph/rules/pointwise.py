@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.differentiate import differentiate, twice_differentiable
 from linop_hess.graph.rules.base import Kind, Layer
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.diagonal import DiagonalStage
@@ -69,6 +69,6 @@ class Pointwise(Kind):
             (first,) = torch.autograd.grad(y.sum(), u, create_graph=True)
             second = None
             if first.requires_grad and not isinstance(module, _PIECEWISE_LINEAR):
-                (second,) = torch.autograd.grad(first.sum(), u, allow_unused=True)
+                (second,) = differentiate([first.sum()], [u])
         flat = first.detach().reshape(len(layers), -1)
         return DiagonalStage(flat, second=None if second is None else second.reshape(flat.shape))
