@@ -52,6 +52,8 @@ FLOORS = [
     "spectrum",
     "curvature",
     "linearization",
+    "trust_region",
+    "minimum",
     "krylov",
     "plot",
     "",
