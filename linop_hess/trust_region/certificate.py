@@ -50,7 +50,7 @@ class Certificate(Shown):
         """Return the conditions, a line each."""
         head, *rows = self._cells()
         width = max(len(row[0]) for row in rows)
-        return "\n".join(f"{name:<{width}}  {value:>10}  {verdict}" for name, value, verdict in rows)
+        return "\n".join(f"{name:<{width}}  {value:>10}  {verdict}".rstrip() for name, value, verdict in rows)
 
     def _cells(self) -> list[tuple[str, str, str]]:
         negative = "open" if self.inertia is None else f"{self.inertia.negative} neg."
