@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from linop_hess.autograd import GaussNewton, Hessian
@@ -162,4 +161,4 @@ def _gauss_newton_of(chain: Chain) -> Problem:
 
 
 def _no_cuts(problem: SummedProblem) -> Cuts:
-    return Cuts(None, np.zeros(0, dtype=np.int64), torch.zeros(0, dtype=problem.dtype).element_size())
+    return Cuts(None, np.zeros(0, dtype=np.int64), problem.dtype.itemsize)

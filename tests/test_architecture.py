@@ -56,6 +56,8 @@ FLOORS = [
     "curvature",
     "streamed",
     "linearization",
+    "trust_region",
+    "minimum",
     "optim",
     "krylov",
     "plot",

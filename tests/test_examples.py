@@ -37,6 +37,7 @@ def test_every_example_is_tested():
     tested = {
         "first_steps",
         "influence",
+        "is_it_a_minimum",
         "landscape",
         "laplace",
         "near_inverses",
@@ -505,3 +506,27 @@ def test_near_inverses():
         assert rows["1 steps before", 1] < rows["1 steps before", 10], title
         assert rows["another batch", 1] > rows["1 steps before", 1], title
     assert ("Gauss-Newton", 1) not in found["Gauss-Newton"] and ("Gauss-Newton", 1) in found["Hessian, indefinite"]
+
+
+def test_is_it_a_minimum(tmp_path):
+    example = load("is_it_a_minimum")
+    file = tmp_path / "minimum.png"
+    found = example.main(hidden=2, points=12, figure=str(file))
+    assert file.stat().st_size > 10_000
+    assert found["start"].verdict == "saddle point"
+    assert found["leave"].kind == "hard"
+    assert found["leave"].certificate.holds
+    assert found["rows"][-1][1] <= 1e-10
+    assert found["end"].is_minimum
+    model, x, y = example.problem(2, 12)
+    names = [name for name, _ in model.named_parameters()]
+    sizes = [p.shape for p in model.parameters()]
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        parts = [part.view(shape) for part, shape in zip(w.split([s.numel() for s in sizes]), sizes, strict=True)]
+        params = dict(zip(names, parts, strict=True))
+        return example.loss_fn(torch.func.functional_call(model, params, (x,)), y, params)
+
+    values = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, torch.zeros(7, dtype=torch.float64)))
+    assert found["start"].around.negative == int((values < 0).sum())
+    assert found["start"].lowest == pytest.approx(float(values[0]), abs=1e-8)

@@ -115,15 +115,15 @@ class Additivity:
     def beside(self, few: Part | None) -> Tensor:
         """Compare the first batch with samples of process 0; return the loss of these and its derivatives, as this process has them."""
         if few is None:
-            return torch.zeros(1, dtype=torch.float64)
+            return torch.zeros(1, dtype=torch.float64, device="cpu")
         if self._first is not None:
             self._compare(few, replace(self._first, weight=self._weight(self._first.inputs, self._first.targets)))
         try:
             value, derivatives = _derivatives(self._loss, self._model(few.inputs), few.targets)
         except (RuntimeError, ValueError, TypeError, IndexError):  # a model may take batches of one size alone
-            return torch.zeros(1, dtype=torch.float64)
+            return torch.zeros(1, dtype=torch.float64, device="cpu")
         flat = [tensor.detach().double().reshape(-1).cpu() for tensor in derivatives]
-        return torch.cat([torch.tensor([value], dtype=torch.float64), *flat])
+        return torch.cat([torch.tensor([value], dtype=torch.float64, device="cpu"), *flat])
 
     def _packed_few(self) -> bytes:
         part = self._first

@@ -128,7 +128,7 @@ class Batches:
         """
         if not self._are_weighted:
             return
-        own = torch.tensor([self._own_samples], dtype=torch.float64)
+        own = torch.tensor([self._own_samples], dtype=torch.float64, device="cpu")
         self.samples = float(self.processes.summed("the weights of batches", lambda: own))
         if not self.samples:
             raise ValueError(

@@ -343,7 +343,9 @@ class RiskCurvature(NamedOperator, MovedByRounding):
             total += weight * float(loss.detach())
             gradient += part
             scale += float(torch.linalg.vector_norm(part))
-        return torch.cat([torch.tensor([total, scale, float(used)], dtype=torch.float64), gradient.double().cpu()])
+        return torch.cat(
+            [torch.tensor([total, scale, float(used)], dtype=torch.float64, device="cpu"), gradient.double().cpu()]
+        )
 
     def _compare_with_first(self, additivity: Additivity, is_fixed: bool) -> None:
         """Compare with a few samples of process 0: the first batch, put together with them, and what model and loss give for them."""

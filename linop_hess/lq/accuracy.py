@@ -148,6 +148,19 @@ ENTRIES_SOLVED = 1e-12
 ADDED_CURVATURE = (1e-2, -1e-2, 3e-3, -3e-2)
 ADDED_LIMIT = 100.0
 
+# --- Steps in a trust region ----------------------------------------------------------------------------------------------------
+
+# A condition of a certificate holds where it is broken by so much at most, relatively: solves within 1e-12‖H‖ of a singular matrix.
+CONDITION_HOLDS = 1e-10
+# Newton's method on the secular equation ends where the length is right to this; ...
+SECULAR_LENGTH = 1e-12
+# ... a step with an eigenvector added is taken where its backward error is at most this, with λ within about 1e-12‖H‖ of the edge.
+HARD_CASE = 4e-12
+# A step whose length is right to this is tried with an eigenvector, too: near a singular matrix Newton's method gets no closer.
+SECULAR_NEAR = 1e-6
+# A bracket narrower than this many times ‖H‖ + λ cannot be told apart further.
+NARROW_BRACKET = 4e-16
+
 
 def default_tolerance(dtype: torch.dtype) -> float:
     """Backward error a solve must reach: 1e-14 in float64, 1e-6 in float32."""

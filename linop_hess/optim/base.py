@@ -175,7 +175,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         rates = {id(p): _rate(group["lr"]) for group in self.param_groups for p in group["params"]}
         if all(rate == 1.0 for rate in rates.values()):
             return None
-        parts = [torch.full((p.numel(),), rates[id(p)], dtype=torch.float64) for p in self.named_parameters().values()]
+        parts = [
+            torch.full((p.numel(),), rates[id(p)], dtype=torch.float64, device=p.device)
+            for p in self.named_parameters().values()
+        ]
         return torch.cat(parts).to(next(iter(self.named_parameters().values())).device)
 
     def _recorded(self, record: StepRecord, tally: Tally) -> float:
@@ -311,7 +314,7 @@ class TrialOptimizer(CurvatureOptimizer):
     ) -> tuple[Tensor, float, float, str]:
         """Go to a trial point: the step, the loss there, the gain ratio, and why it is refused."""
         tally.trials += 1
-        nowhere = torch.zeros(0)
+        nowhere = torch.zeros(0, dtype=torch.float64, device="cpu")
         try:
             step, promised = model.propose(self.damping.value)
         except FAILURES as error:

@@ -155,7 +155,8 @@ class Closure(Objective):
 
     def linearize(self, **how: Any) -> Linearization:
         names = [f"model.{name}" for name in self._parameters]
-        nothing = torch.zeros(1, dtype=next(iter(self._parameters.values())).dtype)
+        first = next(iter(self._parameters.values()))
+        nothing = torch.zeros(1, dtype=first.dtype, device=first.device)
         return linearize(self._called, self._loss_fn, nothing, self._target, params=names, **how)
 
 

@@ -44,11 +44,11 @@ def weighted_core(problem: Problem, samples: int, core: int) -> Problem | None:
 def contributions(problem: Problem, samples: int) -> Tensor:
     """What each sample contributes to H, up to a factor, (samples,)."""
     V: Tensor | None = None
-    total = torch.zeros(samples, dtype=torch.float64)
+    total = torch.zeros(samples, dtype=torch.float64, device="cpu")
     for stage in reversed(problem.stages[problem.layout.first :]):
         if stage.p:
             rows = stage.sample_rows(samples)
-            size = torch.ones(samples, dtype=torch.float64)
+            size = torch.ones(samples, dtype=torch.float64, device="cpu")
             if rows is not None:
                 size = rows.Z.double().square().sum(1).cpu()
                 if rows.beta is not None:
@@ -81,8 +81,8 @@ def draw(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
         chance = torch.where(certain, 1.0, score / score[~certain].sum() * left)
     chance = chance.clamp(max=1.0)
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(score.numel(), generator=generator)
-    reached = torch.cumsum(chance[order], 0) - torch.rand(1, generator=generator, dtype=chance.dtype)
-    chosen = torch.diff(torch.floor(reached), prepend=torch.tensor([-1.0], dtype=chance.dtype)) > 0
+    order = torch.randperm(score.numel(), generator=generator, device="cpu")
+    reached = torch.cumsum(chance[order], 0) - torch.rand(1, generator=generator, dtype=chance.dtype, device="cpu")
+    chosen = torch.diff(torch.floor(reached), prepend=-torch.ones_like(chance[:1])) > 0
     which = order[chosen].sort().values
     return which, 1.0 / chance[which]

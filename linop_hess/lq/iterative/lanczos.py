@@ -135,7 +135,7 @@ def spectrum(product: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> S
         if not beta[-1] > SKETCH_SPANNED[like.dtype] * max(map(abs, alpha)):
             break
         Q.append(w / beta[-1])
-    off = torch.tensor(beta[: len(alpha) - 1], dtype=torch.float64)
-    T = torch.diag(torch.tensor(alpha, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+    off = torch.tensor(beta[: len(alpha) - 1], dtype=torch.float64, device="cpu")
+    T = torch.diag(torch.tensor(alpha, dtype=torch.float64, device="cpu")) + torch.diag(off, 1) + torch.diag(off, -1)
     nodes, vectors = torch.linalg.eigh(T)
     return Spectrum(nodes, vectors[0].square(), N)

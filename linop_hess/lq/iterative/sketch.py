@@ -42,7 +42,7 @@ def why_no_sketch(analysis: Analysis, core: int | None) -> str:
 
 
 def _probe() -> tuple[Tensor, Tensor]:
-    return torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64)
+    return torch.zeros(1, dtype=torch.int64, device="cpu"), torch.ones(1, dtype=torch.float64, device="cpu")
 
 
 class Sketch:
