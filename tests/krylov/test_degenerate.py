@@ -136,7 +136,8 @@ def test_atol_is_scipys(solver):
     size = float(np.linalg.norm(B))
     strict = krylov.run(solver, SPD, B, rtol=1e-10)
     loose = krylov.run(solver, SPD, B, rtol=1e-10, atol=1e-2 * size)
-    assert loose.converged and loose.iterations < strict.iterations or solver == "lgmres"
+    # What these two call iterations are cycles of several products.
+    assert loose.converged and (loose.iterations < strict.iterations or solver in ("lgmres", "gcrotmk"))
     assert 1e-9 < loose.residual <= 1.1e-2 or solver == "lgmres"
     assert np.array_equal(krylov.run(solver, SPD, B, rtol=1e-10, atol=1e-13).x, strict.x)
     start = krylov.run(solver, SPD, B, atol=2 * size)

@@ -16,7 +16,7 @@ from linop_hess.lq.iterative import plain
 from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.methods import banded, block_ldu, dense, mixed, riccati, sketched, woodbury
 from linop_hess.lq.methods.base import Cost, Factor, Method
-from linop_hess.lq.methods.promoted import promoted
+from linop_hess.lq.methods.mixed import promoted
 
 METHODS: dict[str, Method] = {
     method.name: method
