@@ -96,8 +96,7 @@ class HessianInverse(NamedOperator):
     ) -> None:
         analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
         sketch = sketch_options(analysis, rank, tol, core, method)
-        N = analysis.problem.size
-        super().__init__((N, N), analysis.problem.dtype, analysis.problem.device)
+        super().__init__((analysis.problem.size,) * 2, analysis.problem.dtype, analysis.problem.device)
         self.parameter_table = table or ParameterTable.of_stages(analysis.problem)
         with torch.no_grad():
             how: dict[str, Any] = {"tolerance": tolerance, "precision": precision, "sketch": sketch}
