@@ -212,10 +212,8 @@ def test_tables():
 
 
 BLOCKS = [
-    ("blocks.0.weight", None),
     ("*.bias", None),
     (["head.weight", "blocks.2.*"], None),
-    ("blocks.*", "head.*"),
     ("blocks.*.weight", "*"),
     ("head.*", ["head.weight", "head.bias"]),
 ]
