@@ -77,7 +77,7 @@ def test_the_residual_is_that_of_x(solver, matrix, dtype):
         for b in sides(A.astype(float), n, dtype):
             b = b.astype(dtype)
             size = float(exact_residual(A, np.zeros(n, dtype), b)[1]) and np.linalg.norm(b.astype(np.longdouble))
-            for M in PRECONDITIONERS.values():
+            for M in list(PRECONDITIONERS.values())[: None if dtype == DTYPES[0] else 1]:
                 starts = [None, np.zeros(n)]
                 if not b.any() or 1e-3 < size < 1e3:
                     starts += [np.ones(n), np.linalg.lstsq(A.astype(float), b.astype(float), rcond=None)[0]]

@@ -60,13 +60,13 @@ def test_close_to_an_eigenvalue():
     eigenvalues = np.linalg.eigvalsh(H)
     solver = Parallel(lin.analysis)
     checked = 0
-    for value in eigenvalues[np.abs(eigenvalues) > 1e-2]:
+    for value in eigenvalues[np.abs(eigenvalues) > 1e-2][::2]:
         for side in (-1, 1):
             damping = -value + side * 1.1e-12 * np.abs(eigenvalues).max()
             found = solver.inertia(damping, ZERO_PIVOT * lin.analysis.norm)
             assert found is None or found == of_eigenvalues(eigenvalues + damping)
             checked += found is not None
-    assert checked >= 20
+    assert checked >= 10
 
 
 def test_a_leg_tries_another_terminal_cost(monkeypatch):
