@@ -72,12 +72,15 @@ def check(record, A, b, allowed):
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("solver", krylov.SOLVERS)
 def test_the_residual_is_that_of_x(solver, matrix, dtype):
+    turn = list(MATRICES).index(matrix)
     for n in SIZES:
         A = MATRICES[matrix](n).astype(dtype)
-        for b in sides(A.astype(float), n, dtype):
+        for i, b in enumerate(sides(A.astype(float), n, dtype)):
             b = b.astype(dtype)
             size = float(exact_residual(A, np.zeros(n, dtype), b)[1]) and np.linalg.norm(b.astype(np.longdouble))
-            for M in list(PRECONDITIONERS.values())[: None if dtype == DTYPES[0] else 1]:
+            for j, M in enumerate(PRECONDITIONERS.values()):
+                if (i + j + turn) % (3 if dtype == DTYPES[0] else 7):  # each with some right-hand sides, all pairs among the matrices
+                    continue
                 starts = [None, np.zeros(n)]
                 if not b.any() or 1e-3 < size < 1e3:
                     starts += [np.ones(n), np.linalg.lstsq(A.astype(float), b.astype(float), rcond=None)[0]]
