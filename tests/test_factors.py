@@ -339,7 +339,7 @@ def test_where_a_block_of_the_chain_is_singular(widths, side, no_columns):
     lin, H = setting(widths=widths, samples=4)
     eigenvalues, offsets = np.linalg.eigvalsh(H), lin.problem.layout.x_offsets
     norm = np.abs(eigenvalues).max()
-    for stage in (2, 4, 6):
+    for stage in (2, 4, 6) if len(H) < 200 else (4,):
         cut = offsets[stage]
         values = np.linalg.eigvalsh(H[:cut, :cut] if side == "leading" else H[cut:, cut:])
         values = values[np.abs(values) > 1e-2 * norm]

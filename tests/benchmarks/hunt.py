@@ -236,6 +236,8 @@ class Check:
         if not finite:
             return f"not finite by autograd, H finite: {bool(np.isfinite(lh.to_dense(lin.H)).all())}"
         self.lin, self.true, self.N = lin, true, size
+        # The truth runs norms in primitive operations, whose loss differs where a group hardly varies: the loss is the model's own.
+        self.loss = float(case.loss_fn(model(*inputs), targets))
         self.derivatives()
         self.products(model, inputs, targets)
         for damping in self.dampings():
@@ -269,9 +271,7 @@ class Check:
         """Loss, gradient and Hessian, and that verify() does not raise."""
         lin, true, case = self.lin, self.true, self.case
         require(lin.names == tuple(case.names()), "names", got=lin.names)
-        require(
-            abs(lin.loss - true.loss) <= 200 * self.eps * (1 + abs(true.loss)), "loss", got=lin.loss, want=true.loss
-        )
+        require(abs(lin.loss - self.loss) <= 4 * self.eps * (1 + abs(self.loss)), "loss", got=lin.loss, want=self.loss)
         try:
             lin.verify()
         except ArithmeticError as error:

@@ -1,6 +1,5 @@
 """Degenerate systems: whatever becomes of a run, its record tells the true residual of the x it returns."""
 
-import itertools
 import json
 
 import numpy as np
@@ -73,22 +72,25 @@ def check(record, A, b, allowed):
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("solver", krylov.SOLVERS)
 def test_the_residual_is_that_of_x(solver, matrix, dtype):
-    options = itertools.cycle(({"maxiter": 20}, {"maxiter": 1, "atol": 1e-3}))
+    turn = list(MATRICES).index(matrix)
     for n in SIZES:
         A = MATRICES[matrix](n).astype(dtype)
-        for b in sides(A.astype(float), n, dtype):
+        for i, b in enumerate(sides(A.astype(float), n, dtype)):
             b = b.astype(dtype)
             size = float(exact_residual(A, np.zeros(n, dtype), b)[1]) and np.linalg.norm(b.astype(np.longdouble))
-            for place, M in enumerate(PRECONDITIONERS.values()):
-                starts = [None if place % 2 else np.zeros(n)]
+            for j, M in enumerate(PRECONDITIONERS.values()):
+                if (i + j + turn) % (3 if dtype == DTYPES[0] else 7):  # each with some right-hand sides, all pairs among the matrices
+                    continue
+                starts = [None, np.zeros(n)]
                 if not b.any() or 1e-3 < size < 1e3:
                     starts += [np.ones(n), np.linalg.lstsq(A.astype(float), b.astype(float), rcond=None)[0]]
                 for x0 in starts:
-                    start, chosen = None if x0 is None else x0.astype(dtype), next(options)
-                    record = krylov.run(solver, A, b, M=M(n), x0=start, **chosen)
-                    with np.errstate(over="ignore"):
-                        allowed = max(1e-8, float(np.longdouble(chosen.get("atol", 0.0)) / (size or 1.0)))
-                    check(record, A, b, allowed)
+                    for options in ({"maxiter": 20}, {"maxiter": 1, "atol": 1e-3}):
+                        start = None if x0 is None else x0.astype(dtype)
+                        record = krylov.run(solver, A, b, M=M(n), x0=start, **options)
+                        with np.errstate(over="ignore"):
+                            allowed = max(1e-8, float(np.longdouble(options.get("atol", 0.0)) / (size or 1.0)))
+                        check(record, A, b, allowed)
 
 
 @pytest.mark.parametrize("solver", krylov.SOLVERS)
