@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ from tests.graph.case import Case
 from tests.graph.zoo import CASES
 from tests.test_architecture import MODULES, name_of, tree_of
 
-DEFAULTS = [("meta", torch.float32), ("cpu", torch.float16), ("cpu", torch.float64), ("meta", torch.bfloat16)]
+DEFAULTS = [("meta", torch.bfloat16), ("cpu", torch.float16), ("cpu", torch.float64)]
+# Structures that differ from others in no operation but in how the same ones are connected.
+VARIANTS = {
+    "branches", "causal_attention", "chain_mlp", "cross_attention", "densenet", "gru_bidirectional", "gru_by_hand", "gru_cell",
+    "highway", "lora_merged", "lstm_cell", "residual_pre_norm", "residual_two_layer", "resnet_relu", "tied_autoencoder",
+    "transformer_encoder_train", "transformer_layer_pre_norm", "two_towers", "unet",
+}  # fmt: skip
 
 # Calls that make a tensor on the default device where none is said; the second ones take their dtype from what they are given.
 MAKERS = {
@@ -104,27 +111,34 @@ def answers(model, loss_fn, x, y, methods) -> dict[str, object]:
     return found
 
 
+METHODS = ("auto", "riccati", "banded", "dense", "ldu")
+
+
+@cache
+def answers_without_defaults() -> dict[str, object]:
+    model, (x, y) = mlp_and_batch()
+    return answers(model, nn.CrossEntropyLoss(), x, y, METHODS)
+
+
 def alike(one: object, other: object) -> bool:
     return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEFAULTS, ids=str)
 def test_every_question_is_answered_alike(device, dtype):
-    model, (x, y) = mlp_and_batch()
-    methods = ("auto", "riccati", "banded", "dense", "ldu")
-    truth = answers(model, nn.CrossEntropyLoss(), x, y, methods)
+    (model, (x, y)), truth = mlp_and_batch(), answers_without_defaults()
     with defaults(device, dtype):
-        found = answers(model, nn.CrossEntropyLoss(), x, y, methods)
+        found = answers(model, nn.CrossEntropyLoss(), x, y, METHODS)
     assert found.keys() == truth.keys()
     assert [key for key in truth if not alike(found[key], truth[key])] == []
 
 
 def linearized(case: Case) -> list[object]:
     lin = lh.linearize(case.model, case.loss_fn, case.inputs, case.targets, params=case.params)
-    return [lin.loss, lin.gradient, lh.to_dense(lin.H), lin.inverse(0.1) @ lin.gradient, lin.verify() < 1e-10]
+    return [lin.loss, lin.gradient, lin.H @ lin.gradient, lin.inverse(0.1) @ lin.gradient]
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - VARIANTS))
 def test_every_structure_is_linearized_alike(name):
     case = CASES[name](3)
     truth = linearized(case)
