@@ -79,7 +79,9 @@ def test_the_residual_is_that_of_x(solver, matrix, dtype):
             b = b.astype(dtype)
             size = float(exact_residual(A, np.zeros(n, dtype), b)[1]) and np.linalg.norm(b.astype(np.longdouble))
             for j, M in enumerate(PRECONDITIONERS.values()):
-                if (i + j + turn) % (3 if dtype == DTYPES[0] else 7):  # each with some right-hand sides, all pairs among the matrices
+                if (i + j + turn) % (
+                    3 if dtype == DTYPES[0] else 7
+                ):  # each with some right-hand sides, all pairs among the matrices
                     continue
                 starts = [None, np.zeros(n)]
                 if not b.any() or 1e-3 < size < 1e3:
