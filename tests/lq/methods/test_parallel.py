@@ -1,5 +1,7 @@
 """Inertia of long chains with legs eliminated side by side, against dense eigenvalues."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,11 @@ from tests.lq.graphs import residual
 
 
 def chain(widths, samples=1, seed=0, act=nn.Tanh, gain=1.3):
+    return _chain(tuple(widths), samples, seed, act, gain)
+
+
+@cache
+def _chain(widths, samples, seed, act, gain):
     model = make_mlp(list(widths), act, seed=seed, gain=gain)
     x, y = make_batch(widths[0], widths[-1], samples, seed)
     return lh.linearize(model, f.cross_entropy, x, y), oracle_hessian(model, f.cross_entropy, x, y)
