@@ -59,6 +59,7 @@ FLOORS = [
     "trust_region",
     "minimum",
     "optim",
+    "tasks",
     "krylov",
     "plot",
     "",

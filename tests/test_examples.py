@@ -42,6 +42,7 @@ def test_every_example_is_tested():
         "laplace",
         "near_inverses",
         "optimal_control",
+        "pendulum",
         "preconditioner_clinic",
         "preconditioning",
         "residual_network",
@@ -532,3 +533,12 @@ def test_is_it_a_minimum(tmp_path):
     values = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, torch.zeros(7, dtype=torch.float64)))
     assert found["start"].around.negative == int((values < 0).sum())
     assert found["start"].lowest == pytest.approx(float(values[0]), abs=1e-8)
+
+
+def test_pendulum(tmp_path):
+    file = tmp_path / "pendulum.png"
+    found = load("pendulum").main(length=50, most=100, figure=str(file))
+    assert file.stat().st_size > 10_000
+    newton = found["exact Newton"]
+    assert newton.is_minimum and newton.records[-1].gradient_norm <= 1e-10
+    assert not found["L-BFGS"].is_minimum

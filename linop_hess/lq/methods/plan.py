@@ -132,6 +132,14 @@ def single_estimates(analysis: Analysis) -> dict[str, Cost]:
     return analysis.problem.processes.from_first(costs)
 
 
+def plan_for(analysis: Analysis, damping: float, method: str) -> Plan:
+    """Return the plan where one method is all that there is to be: nothing else is estimated, and its factors are in own precision."""
+    change, estimate = analysis.at(damping), METHODS[method].estimate
+    assert estimate is not None
+    costs = {name: Cost.impossible("it was not asked for") for name in METHODS} | {method: estimate(change.analysis)}
+    return Plan(damping, costs, method, available_bytes(), costs)
+
+
 def _in_single(analysis: Analysis, damping: complex, costs: dict[str, Cost], precision: str) -> dict[str, Cost]:
     """The costs of methods that are to factor in float32."""
     if analysis.problem.dtype != torch.float64 or isinstance(damping, complex) or precision == "double":

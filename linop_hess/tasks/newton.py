@@ -1,0 +1,237 @@
+"""Newton's method on control tasks, each step with its certificate; and Gauss-Newton (iLQR) and L-BFGS to compare it with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from linop_hess.lq import Analysis, Inverse
+from linop_hess.lq.inverse.counting import smallest_convex_damping
+from linop_hess.tasks.control import ControlTask, Expansion, Trajectory, regulator
+
+# Of a step's first-order decrease, what the cost must fall by (Armijo); and, in terms of the cost, the rounding of its sum.
+_ARMIJO = 1e-4
+_ROUNDING = 1e-13
+
+# The shortest step tried, in terms of the full one; how far above the least convex damping to go, and how close that is found.
+_SHORTEST = 1e-9
+_ABOVE, _CLOSE = 1.1, 0.1
+
+# Inverse iterations for a direction of negative curvature, and the length of the first step along it.
+_ITERATIONS, _FIRST = 6, 30.0
+
+
+@dataclass(frozen=True)
+class ControlRecord:
+    """One iteration.
+
+    Attributes
+    ----------
+    cost, gradient_norm : float
+        Before the step; of the controls u, without feedback.
+    damping : float
+        ε; 0 where H is positive definite by inertia.
+    backward_error : float
+        Of the solve for the step; NaN where there was none.
+    length : float
+        Of the step, in terms of the full one.
+    seconds : float
+        Since the start.
+    """
+
+    cost: float
+    gradient_norm: float
+    damping: float
+    backward_error: float
+    length: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """Where a method ended.
+
+    Attributes
+    ----------
+    trajectory : Trajectory
+    records : list of ControlRecord
+        The last is of the point where it ended.
+    is_minimum : bool
+        The gradient norm is at most the tolerance, and H of the controls is positive definite by inertia there.
+    """
+
+    trajectory: Trajectory
+    records: list[ControlRecord]
+    is_minimum: bool
+
+    @property
+    def iterations(self) -> int:
+        """Steps taken."""
+        return len(self.records) - 1
+
+
+def newton(
+    task: ControlTask,
+    u: np.ndarray | None = None,
+    *,
+    gtol: float = 1e-10,
+    most: int = 200,
+    curvature: Literal["exact", "gauss-newton"] = "exact",
+) -> ControlResult:
+    """Minimize a task's cost over its controls, by Newton steps in the loop that a regulator closes.
+
+    Each iteration closes the loop by the regulator of the linearized system, so that second derivatives are those of a stable system,
+    solves (H + εI)s = −g with the least damping at which H + εI is positive definite by inertia, and searches along s on the true
+    cost. At a stationary point that is no minimum it leaves along negative curvature, found by inverse iteration.
+
+    Parameters
+    ----------
+    task : ControlTask
+    u : ndarray, shape (L,), optional
+        Controls to start from; by default zeros.
+    gtol : float
+        It ends where the norm of the gradient by the controls is at most this and H is positive definite.
+    most : int
+        Steps.
+    curvature : {"exact", "gauss-newton"}
+        H, or iLQR's matrix without the curvature of the dynamics.
+
+    Returns
+    -------
+    ControlResult
+
+    Raises
+    ------
+    ValueError
+        If the controls have another shape, or their rollout no finite cost.
+    FactorizationError
+        If no damping makes H positive definite.
+    """
+    at = task.rollout(np.zeros(task.length) if u is None else np.asarray(u, dtype=np.float64))
+    if not np.isfinite(at.cost):
+        raise ValueError("expected controls whose rollout has a finite cost: start from smaller ones")
+    began, records = time.perf_counter(), list[ControlRecord]()
+    gauss_newton = curvature == "gauss-newton"
+    while True:
+        free = task.expand(at, gauss_newton=gauss_newton)
+        slope = float(np.linalg.norm(free.gradient))
+        if slope <= gtol or len(records) >= most:
+            # Where it may end the certificate is that of the controls themselves, without feedback.
+            certain = Inverse(free.problem, 0.0).is_positive_definite if not gauss_newton else False
+            if (slope <= gtol and (certain or gauss_newton)) or len(records) >= most:
+                seconds = time.perf_counter() - began
+                records.append(ControlRecord(at.cost, slope, 0.0, np.nan, 0.0, seconds))
+                return ControlResult(at, records, certain and slope <= gtol)
+        K = regulator(free.F, free.G, task.h * np.array(task.weight), task.h * task.effort)
+        closed = task.expand(at, K, gauss_newton=gauss_newton)
+        inverse, damping = _convex(closed)
+        solution = inverse.solve(torch.from_numpy(-closed.gradient)[:, None])
+        step, first = solution.x[:, 0].numpy(), 1.0
+        if slope <= gtol:
+            step, first = _negative_curvature(inverse, closed.gradient), _FIRST
+        found = _search(task, at, K, step, float(closed.gradient @ step), first, damping > 0.0)
+        length = 0.0 if found is None else found[1]
+        records.append(
+            ControlRecord(at.cost, slope, damping, solution.backward_error, length, time.perf_counter() - began)
+        )
+        if found is None:  # nothing falls: rounding
+            return ControlResult(at, records, False)
+        at = found[0]
+
+
+def _convex(closed: Expansion) -> tuple[Inverse, float]:
+    analysis = Analysis(closed.problem)
+    inverse = Inverse(analysis, 0.0)
+    if inverse.is_positive_definite:
+        return inverse, 0.0
+    damping = _ABOVE * smallest_convex_damping(analysis, _CLOSE)
+    return Inverse(analysis, damping), damping
+
+
+def _negative_curvature(inverse: Inverse, gradient: np.ndarray) -> np.ndarray:
+    """A unit vector near the lowest eigenspace, with −g and otherwise with a sum that is positive."""
+    v = torch.from_numpy(np.random.default_rng(0).standard_normal(gradient.size))[:, None]
+    for _ in range(_ITERATIONS):
+        v = inverse.solve(v).x
+        v = v / v.norm()
+    step: np.ndarray = v[:, 0].numpy()
+    return step if step.sum() >= 0.0 else -step
+
+
+def _search(
+    task: ControlTask, at: Trajectory, K: np.ndarray, step: np.ndarray, slope: float, first: float, grow: bool
+) -> tuple[Trajectory, float] | None:
+    """Halve until the cost falls enough; where the step was damped, double while it falls further."""
+
+    def trial(length: float) -> Trajectory:
+        return task.rollout(at.u + length * step, at, K)
+
+    length, found = first, trial(first)
+    while not found.cost <= at.cost + _ARMIJO * length * min(slope, 0.0) + _ROUNDING * abs(at.cost):
+        length /= 2
+        if length < _SHORTEST:
+            return None
+        found = trial(length)
+    while grow and (further := trial(2 * length)).cost < found.cost:
+        length, found = 2 * length, further
+    return found, length
+
+
+def lbfgs(
+    task: ControlTask, u: np.ndarray | None = None, *, gtol: float = 1e-10, most: int = 3000, history: int = 20
+) -> ControlResult:
+    """Minimize a task's cost over its controls by torch's L-BFGS with strong Wolfe line searches, without feedback.
+
+    Parameters
+    ----------
+    task : ControlTask
+    u : ndarray, shape (L,), optional
+    gtol : float
+    most : int
+        Evaluations of cost and gradient.
+    history : int
+
+    Returns
+    -------
+    ControlResult
+        With a record an evaluation; `is_minimum` is False, since nothing here knows of inertia.
+    """
+    began, records, seen = time.perf_counter(), list[ControlRecord](), list[Trajectory]()
+    x = torch.zeros(task.length, dtype=torch.float64) if u is None else torch.tensor(u, dtype=torch.float64)
+    x.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [x],
+        max_iter=most,
+        max_eval=most,
+        history_size=history,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        at = task.rollout(x.detach().numpy().copy())
+        gradient = task.gradient(at) if np.isfinite(at.cost) else np.full(task.length, np.nan)
+        x.grad = torch.from_numpy(gradient)
+        slope = float(np.linalg.norm(gradient))
+        records.append(ControlRecord(at.cost, slope, 0.0, np.nan, 1.0, time.perf_counter() - began))
+        seen[:] = [at] if not seen or at.cost <= seen[0].cost else seen
+        if slope <= gtol:
+            raise _Reached
+        return at.cost
+
+    step: Callable[..., object] = optimizer.step
+    try:
+        step(closure)
+    except _Reached:
+        pass
+    return ControlResult(seen[0], records, False)
+
+
+class _Reached(Exception):
+    """The gradient is small enough."""
