@@ -497,7 +497,9 @@ def test_laplace_jacobian_and_confidence():
 
 
 def test_near_inverses():
-    found = load("near_inverses").main(width=3, batch=8, steps=25, maxiter=120)
+    example = load("near_inverses")
+    example.TIMES, example.BEFORE = (1, 10), (1, 20)
+    found = example.main(width=3, batch=8, steps=25, maxiter=60)
     assert list(found) == ["Gauss-Newton", "Hessian, positive definite", "Hessian, indefinite"]
     for title, rows in found.items():
         without = rows["none", 1.0]

@@ -1,5 +1,7 @@
 """What the factors know, against dense eigenvalues, determinants and inverses by LAPACK."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ def inertia_of(eigenvalues):
 @pytest.mark.parametrize("batch_of_seeds", range(4))
 def test_random_networks(batch_of_seeds):
     indefinite = 0
-    for seed in range(400 + 10 * batch_of_seeds, 410 + 10 * batch_of_seeds):
+    for seed in range(400 + 10 * batch_of_seeds, 406 + 10 * batch_of_seeds):
         model, loss_fn, x, y = random_network(seed)
         lin = lh.linearize(model, loss_fn, x, y)
         H = oracle_hessian(model, loss_fn, x, y)
@@ -48,7 +50,7 @@ def test_random_networks(batch_of_seeds):
             doubt = 2 * len(H) * np.finfo(float).eps * np.abs(eigenvalues).max() * (1 / np.abs(shifted)).sum()
             assert sign == (-1) ** found.negative
             assert abs(logdet - np.log(np.abs(shifted)).sum()) <= 1e-10 * abs(logdet) + doubt
-    assert indefinite >= 15
+    assert indefinite >= 9
 
 
 def test_gauss_newton():
@@ -61,13 +63,17 @@ def test_gauss_newton():
     np.testing.assert_allclose(inverse.slogdet()[1], logdet, rtol=1e-10)
 
 
+WIDE = (6, 16, 15, 17, 3)  # by 4 samples wider than what is condensed
+
+
+@cache
 def setting(seed=2, widths=(3, 5, 4, 4, 3), samples=3):
     model = make_mlp(list(widths), seed=seed, gain=1.4)
     x, y = make_batch(widths[0], widths[-1], samples)
     return lh.linearize(model, f.cross_entropy, x, y), oracle_hessian(model, f.cross_entropy, x, y)
 
 
-@pytest.mark.parametrize("widths", [(3, 5, 4, 4, 3), (3, 30, 30, 3)])
+@pytest.mark.parametrize("widths", [(3, 5, 4, 4, 3), (3, 20, 20, 3)])
 @pytest.mark.parametrize("damping", [1e-2, -1e-2, 1e-4])
 def test_positive(widths, damping):
     lin, H = setting(widths=widths)
@@ -323,19 +329,17 @@ def test_diagonal_of_deep_chains(widths, samples):
         np.testing.assert_allclose(diagonal[entries], solved, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("widths", [(4, 5, 6, 4, 3), (10, 30, 28, 32, 3)])
+@pytest.mark.parametrize("widths", [(4, 5, 6, 4, 3), WIDE])
 @pytest.mark.parametrize("side", ["leading", "trailing"])
 def test_where_a_block_of_the_chain_is_singular(widths, side, no_columns):
     """Diagonal, inertia and determinant at dampings for which the leading or trailing Hessian has an eigenvalue δ.
 
     Nothing is small in H + εI itself.
     """
-    model = make_mlp(list(widths), seed=2, gain=1.4)
-    x, y = make_batch(widths[0], 3, 4)
-    lin, H = lh.linearize(model, f.cross_entropy, x, y), oracle_hessian(model, f.cross_entropy, x, y)
+    lin, H = setting(widths=widths, samples=4)
     eigenvalues, offsets = np.linalg.eigvalsh(H), lin.problem.layout.x_offsets
     norm = np.abs(eigenvalues).max()
-    for stage in (2, 4, 6):
+    for stage in (2, 4, 6) if len(H) < 200 else (4,):
         cut = offsets[stage]
         values = np.linalg.eigvalsh(H[:cut, :cut] if side == "leading" else H[cut:, cut:])
         values = values[np.abs(values) > 1e-2 * norm]
@@ -378,9 +382,7 @@ def test_a_singular_matrix():
 @pytest.mark.parametrize("damping", [1e-4, -1e-5, 1e-7])
 def test_wide_segments_at_small_dampings(damping):
     """Hidden directions that are coupled too strongly for their elimination are delayed."""
-    model = make_mlp([10, 30, 28, 32, 3], seed=2, gain=1.4)
-    x, y = make_batch(10, 3, 4)
-    lin, H = lh.linearize(model, f.cross_entropy, x, y), oracle_hessian(model, f.cross_entropy, x, y)
+    lin, H = setting(widths=WIDE, samples=4)
     shifted = np.linalg.eigvalsh(H) + damping
     inverse = lin.inverse(damping, "riccati")
     found = inverse.inertia()

@@ -229,6 +229,8 @@ def test_blocks(whole, rows, columns):
     inverse = np.linalg.inv(whole.H + 0.1 * np.eye(len(whole.H)))
     condition = np.linalg.cond(whole.H + 0.1 * np.eye(len(whole.H)))
     for one, dense in zip(whole.all()[1:], [whole.H, G, inverse, whole.H, G], strict=True):
+        if one is not whole.lin.H and (rows, columns) not in BLOCKS[2:4]:
+            continue  # how names become places is the same for all
         block = one.block(rows, columns)
         bound = (1e-14 * condition if dense is inverse else 1e-13) * np.abs(dense).max()
         np.testing.assert_allclose(lh.to_dense(block), dense[np.ix_(i, j)], rtol=0, atol=bound)

@@ -60,6 +60,10 @@ ROUNDINGS = 3
 # of torch's have constants in float32 whatever they compute in (hardsigmoid's 1/6 is off by 3e-8), and so no symmetric Hessian.
 BACKWARD_CONSTANTS = 2.0**-24
 
+# Where all cancels (softmax with equal adjoints) an operation's first derivatives are rounding, and so is the asymmetry of its second
+# ones: up to this many eps of what is summed, the adjoints, it is no sign that autograd's derivatives are wrong.
+CANCELLED = 100.0
+
 # A dense Hessian is compared with a product on a random unit vector: it is right where they differ by so many eps of its norm.
 ASSEMBLED = 1e4
 

@@ -27,7 +27,6 @@ from linop_hess.operators.parameters import ParameterTable
 MethodName = Literal["auto", "banded", "riccati", "dense", "woodbury", "sketched", "iterative", "ldu"]
 """How to factor H + εI; "auto" chooses by the cost model."""
 
-
 PrecisionName = Literal["auto", "single", "double"]
 """What to factor in."""
 
@@ -49,12 +48,10 @@ class HessianInverse(NamedOperator):
     tolerance : float, optional
         Backward error every solve must reach; default 1e-14 in float64 and 1e-6 in float32.
     precision : {"auto", "single", "double"}
-        What to factor in. "auto": a float64 problem in float32 where method "dense" is faster so and ‖H‖/|ε| allows it, refined by GMRES to
-        the same tolerance, and in float64 where that is not reached; "single": in float32 alone; "double": in float64. All but solves is
-        answered by factors in float64.
+        What to factor in. "auto": a float64 problem in float32 where "dense" is faster so and ‖H‖/|ε| allows it, refined by GMRES to the
+        same tolerance, else in float64; "single": in float32 alone. All but solves is answered by factors in float64.
     rank, tol, core : int, float and int, optional
-        Of method "sketched": the number of directions, or the part of ‖H‖ below which directions are left out; and of how many samples,
-        weighted, the sketch is made, by default all.
+        Of "sketched": the number of directions, or the part of ‖H‖ below which they are left out; and of how many samples it is made.
     right_hand_sides : int
         For how many solves "auto" chooses: what a factorization costs once, a method that iterates costs with every one.
     table : ParameterTable, optional
@@ -98,11 +95,8 @@ class HessianInverse(NamedOperator):
         right_hand_sides: int = 1,
     ) -> None:
         analysis = problem if isinstance(problem, Analysis) else Analysis(problem)
-        sketch = sketch_options(analysis, rank, tol, core)
-        if method not in ("sketched", "auto") and not sketch.is_default:
-            raise ValueError(f'expected no rank, tol or core for method {method!r}: they are of method "sketched"')
-        N = analysis.problem.size
-        super().__init__((N, N), analysis.problem.dtype, analysis.problem.device)
+        sketch = sketch_options(analysis, rank, tol, core, method)
+        super().__init__((analysis.problem.size,) * 2, analysis.problem.dtype, analysis.problem.device)
         self.parameter_table = table or ParameterTable.of_stages(analysis.problem)
         with torch.no_grad():
             how: dict[str, Any] = {"tolerance": tolerance, "precision": precision, "sketch": sketch}
@@ -115,7 +109,6 @@ class HessianInverse(NamedOperator):
 
     @property
     def formula(self) -> str:
-        """How it is written where it is shown."""
         return f"inverse of H + {self.damping:g}·I by {self.method}"
 
     @property
@@ -338,8 +331,7 @@ class HessianInverse(NamedOperator):
 
     def quadratic_form(self, v: Any) -> float | np.ndarray:
         """Return vᵀ (H + εI)⁻¹ v for v of shape (N,), or those of the columns of v of shape (N, k); v as in `solve`."""
-        v = v.detach() if isinstance(v, Tensor) else v
-        x = self.solve(v).x
+        x = self.solve(v := v.detach() if isinstance(v, Tensor) else v).x
         x, v = (np.asarray(a.cpu() if isinstance(a, Tensor) else a, dtype=np.float64) for a in (x, v))
         forms = np.einsum("i...,i...->...", x, v)
         return float(forms) if forms.ndim == 0 else forms

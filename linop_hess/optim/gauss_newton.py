@@ -146,6 +146,7 @@ class _Solves:
                 tolerance=max(tolerance, TOLERANCES[self._dtype]),
                 max_refinements=refinements,
                 escalate=False,
+                precision="double",
             )
 
     def __call__(self, g: Tensor) -> Tensor:

@@ -189,9 +189,9 @@ class _SaddleFree:
         g = self._chain.gradient[:, None].to(torch.complex128)
         z = solve(g)
         self._chain.tally.products += 2
-        r = g - self._chain.analysis.in_float64.problem.hessian_product(z, damping)
-        scale = (self._chain.norm() + abs(damping)) * float(z.norm()) + float(g.norm())
-        return float(r.norm()) / scale
+        product = self._chain.analysis.in_float64.problem.hessian_product(z, damping)
+        # ‖Kz‖ for ‖K‖‖z‖, which is no smaller: the norm of H would take as many products as half a factorization.
+        return float((g - product).norm()) / (float(product.norm()) + float(g.norm()))
 
 
 class _Products:

@@ -51,7 +51,17 @@ def parts(*tensors):
         (in_place, None),
         (nn.MSELoss(), None),
     ],
-    ids=str,
+    ids=[
+        "masked",
+        "ignored index",
+        "weights in a partial",
+        "weights in a module",
+        "weights in a lambda",
+        "three a sample",
+        "smooth targets",
+        "in place",
+        "squares",
+    ],
 )
 def test_means_are_those_of_all_data(kind, loss_fn, weight_fn):
     model, (x, y) = mlp_and_batch(samples=11)

@@ -100,7 +100,7 @@ def test_threads_that_ask_about_one_model_get_what_one_thread_gets():
         (lambda: lh.Hessian(one, entropy, (x, y)), truths[0]),
         (lambda: lh.GaussNewton(one, entropy, (x, y)), None),
         *functions,
-    ] * 2
+    ]
     before = {name: (id(p), p.detach().clone()) for name, p in one.named_parameters()}
     found = at_once([job for job, _ in jobs])
     for operator, (_, truth) in zip(found, jobs, strict=True):

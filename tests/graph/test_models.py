@@ -44,8 +44,10 @@ def test_hessian(name, samples):
     assert np.linalg.norm(found - H, 2) <= 1e-14 * np.linalg.norm(H, 2)
 
 
-@pytest.mark.parametrize("damping", DAMPINGS)
-@pytest.mark.parametrize("name, samples", BATCHES)
+@pytest.mark.parametrize(
+    "name, samples, damping",
+    [(name, 5, damping) for name in CASES for damping in DAMPINGS] + [(name, 1, -1e-2) for name in CASES],
+)
 def test_inverse(name, samples, damping):
     """Backward errors and inertia by the oracle's H: no damping is an eigenvalue (`test_zoo_oracle`)."""
     _, gradient, H = truth(name, samples)
@@ -74,14 +76,12 @@ def test_operations(name):
 @pytest.mark.parametrize("method", ["riccati", "banded", "dense"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_certified_method(name, method):
-    _, gradient, H = truth(name, 3)
-    for damping in (1e-3, -1e-2):
-        x = linearized(name, 3).inverse(damping, method) @ gradient
-        assert backward_error(H, damping, x, gradient) <= 1e-14, damping
+    _, gradient, H = truth(name, 5)
+    x = linearized(name, 5).inverse(-1e-2, method) @ gradient
+    assert backward_error(H, -1e-2, x, gradient) <= 1e-14
 
 
-@pytest.mark.parametrize("samples", [1, 5])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, samples", [(name, (1, 5)[place % 2]) for place, name in enumerate(CASES)])
 def test_float32(name, samples):
     """In single precision torch's own double backward is up to 1.3e-6 ‖H‖ from that in double (transformer_decoder_layer).
 

@@ -72,12 +72,17 @@ def check(record, A, b, allowed):
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("solver", krylov.SOLVERS)
 def test_the_residual_is_that_of_x(solver, matrix, dtype):
+    turn = list(MATRICES).index(matrix)
     for n in SIZES:
         A = MATRICES[matrix](n).astype(dtype)
-        for b in sides(A.astype(float), n, dtype):
+        for i, b in enumerate(sides(A.astype(float), n, dtype)):
             b = b.astype(dtype)
             size = float(exact_residual(A, np.zeros(n, dtype), b)[1]) and np.linalg.norm(b.astype(np.longdouble))
-            for M in PRECONDITIONERS.values():
+            for j, M in enumerate(PRECONDITIONERS.values()):
+                if (i + j + turn) % (
+                    3 if dtype == DTYPES[0] else 7
+                ):  # each with some right-hand sides, all pairs among the matrices
+                    continue
                 starts = [None, np.zeros(n)]
                 if not b.any() or 1e-3 < size < 1e3:
                     starts += [np.ones(n), np.linalg.lstsq(A.astype(float), b.astype(float), rcond=None)[0]]
@@ -136,7 +141,8 @@ def test_atol_is_scipys(solver):
     size = float(np.linalg.norm(B))
     strict = krylov.run(solver, SPD, B, rtol=1e-10)
     loose = krylov.run(solver, SPD, B, rtol=1e-10, atol=1e-2 * size)
-    assert loose.converged and loose.iterations < strict.iterations or solver == "lgmres"
+    # What these two call iterations are cycles of several products.
+    assert loose.converged and (loose.iterations < strict.iterations or solver in ("lgmres", "gcrotmk"))
     assert 1e-9 < loose.residual <= 1.1e-2 or solver == "lgmres"
     assert np.array_equal(krylov.run(solver, SPD, B, rtol=1e-10, atol=1e-13).x, strict.x)
     start = krylov.run(solver, SPD, B, atol=2 * size)

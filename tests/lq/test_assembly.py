@@ -201,7 +201,7 @@ def test_every_kind_of_stage(name: str, every_way: EveryWay) -> None:
         ([6, 3, 5, 5, 2], 40),
         ([5, 3], 30),
         ([4, 7, 3, 7, 3], 9),
-        ([4] * 30 + [3], 2),
+        ([4] * 14 + [3], 2),
     ],
 )
 def test_networks(widths: list[int], samples: int, bias: bool, dtype: torch.dtype, every_way: EveryWay) -> None:

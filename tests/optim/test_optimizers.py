@@ -11,6 +11,7 @@ import linop_hess as lh
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.optim import (
     ConditionNumber,
+    Damping,
     Fixed,
     GainRatio,
     GaussNewton,
@@ -34,6 +35,10 @@ def same(model, before):
     return all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+def _shown(option):
+    return type(option).__name__ if isinstance(option, Damping) else option
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -45,7 +50,7 @@ def same(model, before):
         (GaussNewton, {"form": "trust-region"}),
         (GaussNewton, {"damping": ResidualMonitored(0.1)}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or ", ".join(f"{k} {_shown(v)}" for k, v in value.items()),
 )
 def test_a_deep_narrow_network_is_fitted(kind, options):
     model, x, y = chain(depth=5, width=4)

@@ -17,6 +17,7 @@ from linop_hess.autograd.finite import finite_difference_hessian
 from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.rules.operation import CONTROL, NOTHING, STATE, Operation, Placement, Rule, is_aten, out_of_place
+from linop_hess.lq.accuracy import CANCELLED
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.stages.diagonal import DiagonalStage
@@ -149,8 +150,8 @@ class _Run:
             R, m = first.shape
             units = torch.eye(m, dtype=first.dtype, device=first.device)[:, None].expand(m, R, m)
             Q = torch.cat([row.view(m, R, -1) for row in vjps(first, leaves, units)], 2).transpose(0, 1)
-        # Where all cancels, as in softmax with equal adjoints, first derivatives are rounding as well: 100 eps of what is summed.
-        summed = 100.0 * torch.finfo(first.dtype).eps ** 0.5 * float(beta.abs().max())
+        # symmetric() allows √eps of the size it is given: CANCELLED·eps of the adjoints in all.
+        summed = CANCELLED * torch.finfo(first.dtype).eps ** 0.5 * float(beta.abs().max())
         Q = symmetric(Q.contiguous(), self.title, max(float(first.detach().abs().max()), summed))
         return Q if bool(Q.any()) else None
 

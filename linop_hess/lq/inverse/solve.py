@@ -37,15 +37,13 @@ from linop_hess.lq.inverse.structured import StructuredSolver
 from linop_hess.lq.iterative.gmres import MOST_ITERATIONS, gmres
 from linop_hess.lq.iterative.options import SketchOptions
 from linop_hess.lq.methods.base import Factor, Factorization
-from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan
+from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan, plan_for
 from linop_hess.lq.problem import Problem
 
 PRECISIONS = ("auto", "single", "double")
 
-# A solution that looks singular is worth so many times the fastest factorization to tell.
-_WORTH = 100.0
-# One that is nearly so is worth less.
-_WORTH_A_LOOK = 4.0
+# A solution that looks singular is worth so many times the fastest factorization to tell; one that is nearly so is worth less.
+_WORTH, _WORTH_A_LOOK = 100.0, 4.0
 
 
 # Flops of a solve for each entry of the factors, four times: what a refinement may cost is a fourth of the factorization.
@@ -124,9 +122,10 @@ class Solver:
         self.max_refinements, self.escalate = max_refinements, escalate
         self.change = self.analysis.at(self.damping)
         self.sketch, self.right_hand_sides = sketch, whole(right_hand_sides, "right_hand_sides", least=1)
-        self.plan: Plan = make_plan(
-            self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch, precision
-        )
+        if self._is_alone:
+            self.plan: Plan = plan_for(self.analysis, self.damping.real, method)
+        else:
+            self.plan = make_plan(self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch, precision)
         v, product = self.analysis.probe
         self._norm_bound = float(norms(product + self.damping * v).max())
         self._norm_is_final = False
@@ -135,10 +134,16 @@ class Solver:
         chosen = self.plan.choice if method == "auto" else method
         rungs = ladder(self.plan, chosen, self.problem.dtype, precision, sketch)
         if not escalate or (method != "auto" and not METHODS[method].exact):
-            # Asked for by name, so that none that takes more memory may stand in.
+            # Asked for by name: none that takes more memory may stand in.
             rungs = [rung for rung in rungs if rung[0] == chosen]
         self._ladder: list[tuple[str, Factor]] = rungs
         self._climb()
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether nothing but one exact method in own precision is to be tried, so that no other cost matters."""
+        is_own = self.requested_precision == "double" and not self.is_complex and not self.escalate
+        return is_own and self.requested != "auto" and METHODS[self.requested].exact
 
     def __reduce__(self) -> tuple[Callable[..., Solver], tuple[Any, ...]]:
         """Pickle problem, damping and method, no factors: they are made again when it is loaded."""

@@ -78,14 +78,19 @@ class Asked:
 
 
 def sketch_options(
-    analysis: Analysis, rank: int | None = None, tol: float | None = None, core: int | None = None
+    analysis: Analysis,
+    rank: int | None = None,
+    tol: float | None = None,
+    core: int | None = None,
+    method: str = "sketched",
 ) -> SketchOptions:
     """Check what is asked of a sketch.
 
     Raises
     ------
     ValueError
-        If rank is none of 1..N, core none of 1..samples, tol not between 0 and 1, or rank and tol are both given.
+        If rank is none of 1..N, core none of 1..samples, tol not between 0 and 1, rank and tol are both given, or some of them are for
+        a method that makes no sketch.
     TypeError
         If they are no numbers.
     """
@@ -100,7 +105,10 @@ def sketch_options(
         core = _among(core, "core", analysis.samples, "samples")
     if tol is not None and not 0.0 < finite_real(tol, "tol") < 1.0:
         raise ValueError(f"expected tol between 0 and 1, a part of the norm of H, got {tol!r}: pass one such as 1e-2")
-    return SketchOptions(rank, None if tol is None else float(tol), core)
+    options = SketchOptions(rank, None if tol is None else float(tol), core)
+    if method not in ("sketched", "auto") and not options.is_default:
+        raise ValueError(f'expected no rank, tol or core for method {method!r}: they are of method "sketched"')
+    return options
 
 
 def _among(value: int, name: str, most: int, what: str) -> int:

@@ -1,4 +1,6 @@
-"""Method "dense" in mixed precision: H + εI assembled and factored in float32, its solves refined by GMRES on products in float64.
+"""Factors in another precision than the problem's: any method in float64 for float32, and "dense" in float32 for float64.
+
+In mixed precision: H + εI assembled and factored in float32, its solves refined by GMRES on products in float64.
 
 With M ≈ H + εI to single precision, (H + εI)M⁻¹ is I up to κ·1e-7, and GMRES takes a few products to gain seven digits where κ allows
 that at all. Restarted from the residual, as refinement does, this reaches the backward error of a solve in double precision (GMRES-based
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from torch import Tensor
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.accuracy import REFINED_BY
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.methods.base import Cost, Method, Tally
+from linop_hess.lq.methods.base import Cost, Factor, Method, Tally
 from linop_hess.lq.methods.dense import counted_single, factoring_copies, fresh
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 
@@ -128,3 +131,47 @@ def factor(analysis: Analysis, damping: float) -> MixedFactorization:
 
 
 METHOD = Method("dense", factor, estimate, MixedFactorization.answers, of_matrix=True)
+
+
+def promoted(factor: Factor) -> Factor:
+    """Return the method that factors in float64, whatever the precision of the problem."""
+    return partial(PromotedFactorization, factor)
+
+
+class PromotedFactorization:
+    """Factors of a float32 problem's H + εI, computed and applied in float64.
+
+    Parameters
+    ----------
+    factor : Factor
+        The method.
+    analysis : Analysis
+        Of the problem in float32; its twin in float64 is made once for all dampings.
+    damping : float
+
+    Raises
+    ------
+    SingularPivotError
+        If H + εI is singular to double precision.
+    """
+
+    answers = frozenset({"solve"})
+
+    def __init__(self, factor: Factor, analysis: Analysis, damping: complex) -> None:
+        self.analysis, self.damping = analysis.in_float64, damping
+        self.inner = factor(self.analysis, damping)
+        self.method = self.inner.method
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the factors are computed in."""
+        return self.analysis.problem.dtype
+
+    def solve(self, g: Tensor) -> Tensor:
+        """(H + εI)⁻¹ g for g of shape (N, k), in float64 whatever comes."""
+        return self.inner.solve(g.to(torch.float64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the factors and the promoted problem."""
+        return self.inner.nbytes + self.analysis.problem.nbytes

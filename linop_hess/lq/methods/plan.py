@@ -16,7 +16,7 @@ from linop_hess.lq.iterative import plain
 from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.methods import banded, block_ldu, dense, mixed, riccati, sketched, woodbury
 from linop_hess.lq.methods.base import Cost, Factor, Method
-from linop_hess.lq.methods.promoted import promoted
+from linop_hess.lq.methods.mixed import promoted
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -130,6 +130,14 @@ def single_estimates(analysis: Analysis) -> dict[str, Cost]:
             if method.single is not None and method.single.estimate is not None
         }
     return analysis.problem.processes.from_first(costs)
+
+
+def plan_for(analysis: Analysis, damping: float, method: str) -> Plan:
+    """Return the plan where one method is all that there is to be: nothing else is estimated, and its factors are in own precision."""
+    change, estimate = analysis.at(damping), METHODS[method].estimate
+    assert estimate is not None
+    costs = {name: Cost.impossible("it was not asked for") for name in METHODS} | {method: estimate(change.analysis)}
+    return Plan(damping, costs, method, available_bytes(), costs)
 
 
 def _in_single(analysis: Analysis, damping: complex, costs: dict[str, Cost], precision: str) -> dict[str, Cost]:

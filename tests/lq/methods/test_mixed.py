@@ -135,7 +135,7 @@ def test_the_plan_knows_time_and_memory(network):
     own, single = plan.estimates(analysis)["dense"], plan.single_estimates(analysis)["dense"]
     assert single.precision == "single" and not own.precision
     assert own.flops < single.flops < 3 * own.flops
-    told = lq.make_plan(analysis, 0.1, "single")
+    told = lq.make_plan(analysis, 0.1, precision="single")
     assert told.costs["dense"] == single and told.in_own_precision.costs["dense"] == own
     assert "in single precision <- chosen" in str(told)
     assert lq.make_plan(analysis, 0.1).costs["dense"] == own  # too small to be worth it

@@ -1,5 +1,7 @@
 """Inertia of long chains with legs eliminated side by side, against dense eigenvalues."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,11 @@ from tests.lq.graphs import residual
 
 
 def chain(widths, samples=1, seed=0, act=nn.Tanh, gain=1.3):
+    return _chain(tuple(widths), samples, seed, act, gain)
+
+
+@cache
+def _chain(widths, samples, seed, act, gain):
     model = make_mlp(list(widths), act, seed=seed, gain=gain)
     x, y = make_batch(widths[0], widths[-1], samples, seed)
     return lh.linearize(model, f.cross_entropy, x, y), oracle_hessian(model, f.cross_entropy, x, y)
@@ -60,13 +67,13 @@ def test_close_to_an_eigenvalue():
     eigenvalues = np.linalg.eigvalsh(H)
     solver = Parallel(lin.analysis)
     checked = 0
-    for value in eigenvalues[np.abs(eigenvalues) > 1e-2]:
+    for value in eigenvalues[np.abs(eigenvalues) > 1e-2][::2]:
         for side in (-1, 1):
             damping = -value + side * 1.1e-12 * np.abs(eigenvalues).max()
             found = solver.inertia(damping, ZERO_PIVOT * lin.analysis.norm)
             assert found is None or found == of_eigenvalues(eigenvalues + damping)
             checked += found is not None
-    assert checked >= 20
+    assert checked >= 10
 
 
 def test_a_leg_tries_another_terminal_cost(monkeypatch):

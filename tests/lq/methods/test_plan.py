@@ -7,8 +7,8 @@ import torch
 
 from linop_hess.lq.methods import plan as plan_module
 from linop_hess.lq.methods.base import Cost
+from linop_hess.lq.methods.mixed import PromotedFactorization
 from linop_hess.lq.methods.plan import METHODS, Plan, estimates, ladder, make_plan, promoted
-from linop_hess.lq.methods.promoted import PromotedFactorization
 from tests.lq.methods.conformance import SIZES, WIRED, setting
 
 

@@ -5,7 +5,7 @@ import torch
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.methods import banded, dense, riccati
-from linop_hess.lq.methods.promoted import PromotedFactorization
+from linop_hess.lq.methods.mixed import PromotedFactorization
 from tests.lq.methods.conformance import SHAPES, right_hand_side, setting
 from tests.lq.problems import backward_error
 

@@ -129,8 +129,10 @@ WIRINGS = {"whole": whole, "beside": beside, "between": between, "repeated": rep
 class TestWired(StageConformance):
     cases = {
         f"{name}, {which}": functools.partial(lambda make, wiring: wired(make(), wiring), make, wiring)
-        for name, make in INNER.items()
-        for which, wiring in WIRINGS.items()
+        # Each kind in two wirings, each wiring with four or five kinds: what a wiring does, it does to products of any kind.
+        for i, (name, make) in enumerate(INNER.items())
+        for j, (which, wiring) in enumerate(WIRINGS.items())
+        if (i + j) % len(WIRINGS) in (0, 2)
     } | {
         name: functools.partial(lambda make, wiring: wired(make(), wiring), make, wiring)
         for name, make, wiring in (
