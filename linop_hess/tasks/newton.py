@@ -62,7 +62,8 @@ class ControlResult:
     records : list of ControlRecord
         The last is of the point where it ended.
     is_minimum : bool
-        The gradient norm is at most the tolerance, and H of the controls is positive definite by inertia there.
+        The gradient norm is at most the tolerance, and H is positive definite there, by the inertia of the closed loop's, congruent to
+        it where g = 0.
     """
 
     trajectory: Trajectory
@@ -120,16 +121,14 @@ def newton(
     while True:
         free = task.expand(at, gauss_newton=gauss_newton)
         slope = float(np.linalg.norm(free.gradient))
-        if slope <= gtol or len(records) >= most:
-            # Where it may end the certificate is that of the controls themselves, without feedback.
-            certain = Inverse(free.problem, 0.0).is_positive_definite if not gauss_newton else False
-            if (slope <= gtol and (certain or gauss_newton)) or len(records) >= most:
-                seconds = time.perf_counter() - began
-                records.append(ControlRecord(at.cost, slope, 0.0, np.nan, 0.0, seconds))
-                return ControlResult(at, records, certain and slope <= gtol)
         K = regulator(free.F, free.G, task.h * np.array(task.weight), task.h * task.effort)
         closed = task.expand(at, K, gauss_newton=gauss_newton)
         inverse, damping = _convex(closed)
+        # Where g = 0, the two H are congruent, so that inertia in the loop is that of the controls, which rounding reaches sooner.
+        is_end = slope <= gtol and damping == 0.0
+        if is_end or len(records) >= most:
+            records.append(ControlRecord(at.cost, slope, damping, np.nan, 0.0, time.perf_counter() - began))
+            return ControlResult(at, records, is_end and not gauss_newton)
         solution = inverse.solve(torch.from_numpy(-closed.gradient)[:, None])
         step, first = solution.x[:, 0].numpy(), 1.0
         if slope <= gtol:

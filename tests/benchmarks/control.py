@@ -25,7 +25,7 @@ def row(name: str, method: str, found: ControlResult) -> list[str]:
         method,
         str(found.iterations),
         f"{found.trajectory.cost:.6f}",
-        f"{min(record.gradient_norm for record in found.records):.1e}",
+        f"{found.records[-1].gradient_norm:.1e}",
         f"{max(errors):.1e}" if errors else "-",
         "yes" if found.is_minimum else "no",
         f"{found.records[-1].seconds:.1f}",
