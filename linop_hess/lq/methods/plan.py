@@ -39,6 +39,9 @@ _COMPLEX_RUNGS = ["banded", "dense", "riccati"]
 # From so many controls on "auto" takes factors in single precision: below, those in double take a few milliseconds, and answer all.
 SINGLE_FROM = 1000
 
+# A method that iterates must be expected to be so many times as fast as one that factors.
+_GUESSED = 2.0
+
 _ONLY_DOUBLE = Cost.impossible('it factors a float64 problem in float64: use method "dense", or another precision')
 
 
@@ -198,8 +201,13 @@ def make_plan(
         costs = {name: cost if cost.precision or cost.why_not else _ONLY_DOUBLE for name, cost in costs.items()}
     able = [name for name, cost in costs.items() if METHODS[name].is_automatic and not cost.why_not]
     fitting = _fitting(costs, available)
-    choice = min(fitting or able, key=lambda m: costs[m].seconds if fitting else costs[m].nbytes)
+    choice = min(fitting or able, key=lambda m: _weighed(m, costs[m]) if fitting else costs[m].nbytes)
     return Plan(damping, costs, choice, available, costs | own)
+
+
+def _weighed(method: str, cost: Cost) -> float:
+    """Seconds; of methods whose iterations are a guess, and whose next solve costs the same again, more."""
+    return cost.seconds if METHODS[method].exact else _GUESSED * cost.seconds
 
 
 def _fitting(costs: dict[str, Cost], available: int) -> list[str]:
