@@ -173,7 +173,7 @@ class ControlTask(ABC):
         if gauss_newton:
             W, C_last = _without_negative(W), _without_negative(C_last)
         if K is not None:  # (x, v) to (x, u)
-            T = torch.eye(n + 1, dtype=torch.float64).repeat(self.length, 1, 1)
+            T = torch.eye(n + 1, dtype=torch.float64, device="cpu").repeat(self.length, 1, 1)
             T[:, n, :n] = torch.from_numpy(K)
             W = T.mT @ W @ T
         stages = DenseStage.plain(
@@ -183,7 +183,7 @@ class ControlTask(ABC):
             W[:, n:, :n].contiguous(),
             W[:, :n, :n].contiguous(),
         )
-        closing = DenseStage.plain(torch.zeros(1, 0, n, dtype=torch.float64), None, None, None, C_last)
+        closing = DenseStage.plain(torch.zeros(1, 0, n, dtype=torch.float64, device="cpu"), None, None, None, C_last)
         order = np.array([(0, l) for l in range(self.length)] + [(1, 0)])
         return Expansion(first.gradient, Problem([stages, closing], order), first.F, first.G)
 
@@ -225,7 +225,7 @@ def regulator(F: np.ndarray, G: np.ndarray, weight: np.ndarray, effort: float) -
 def _slopes(value: Tensor, z: Sequence[Tensor]) -> Tensor:
     """Derivatives by each column, shape (L, columns), differentiable."""
     if not value.requires_grad:
-        return torch.zeros(len(z[0]), len(z), dtype=torch.float64)
+        return torch.zeros(len(z[0]), len(z), dtype=torch.float64, device="cpu")
     found = torch.autograd.grad(value.sum(), z, retain_graph=True, allow_unused=True)
     return torch.stack([torch.zeros_like(c) if g is None else g for c, g in zip(z, found, strict=True)], 1)
 
@@ -233,7 +233,9 @@ def _slopes(value: Tensor, z: Sequence[Tensor]) -> Tensor:
 def _curvature(value: Tensor, z: Sequence[Tensor]) -> Tensor:
     """Second derivatives (L, columns, columns), by double backward."""
     first = torch.autograd.grad(value.sum(), z, create_graph=True, allow_unused=True)
-    rows = [torch.zeros(len(z[0]), len(z), dtype=torch.float64) if g is None else _slopes(g, z) for g in first]
+    rows = [
+        torch.zeros(len(z[0]), len(z), dtype=torch.float64, device="cpu") if g is None else _slopes(g, z) for g in first
+    ]
     found = torch.stack(rows, 1).detach()
     return (found + found.mT) / 2
 

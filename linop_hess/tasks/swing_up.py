@@ -100,7 +100,7 @@ class ControlStage(nn.Module):
     def __init__(self, task: ControlTask, u: float = 0.0) -> None:
         super().__init__()
         self.task = task
-        self.u = nn.Parameter(torch.tensor([float(u)], dtype=torch.float64))
+        self.u = nn.Parameter(torch.tensor([float(u)], dtype=torch.float64, device="cpu"))
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the state and the cost after the stage."""
@@ -117,5 +117,5 @@ def as_network(task: ControlTask, u: Sequence[float]) -> tuple[nn.Sequential, An
         z = output.unbind(1)
         return (z[-1] + task.terminal(z[:-1], torch)).sum()
 
-    inputs = torch.tensor([[*task.start, 0.0]], dtype=torch.float64)
-    return model, loss_fn, inputs, torch.zeros(1, dtype=torch.float64)
+    inputs = torch.tensor([[*task.start, 0.0]], dtype=torch.float64, device="cpu")
+    return model, loss_fn, inputs, torch.zeros(1, dtype=torch.float64, device="cpu")
