@@ -201,11 +201,7 @@ def lbfgs(
         With a record an evaluation; `is_minimum` is False, since nothing here knows of inertia.
     """
     began, records, seen = time.perf_counter(), list[ControlRecord](), list[Trajectory]()
-    x = (
-        torch.zeros(task.length, dtype=torch.float64)
-        if u is None
-        else torch.tensor(u, dtype=torch.float64, device="cpu")
-    )
+    x = torch.tensor(np.zeros(task.length) if u is None else u, dtype=torch.float64, device="cpu")
     x.requires_grad_()
     optimizer = torch.optim.LBFGS(
         [x],
