@@ -5,6 +5,7 @@ from linop_hess.optim.damping import ConditionNumber, Damping, Fixed, GainRatio,
 from linop_hess.optim.gauss_newton import GaussNewton
 from linop_hess.optim.preconditioned import PreconditionedSGD
 from linop_hess.optim.record import StepRecord
+from linop_hess.optim.region import TrustRegion
 from linop_hess.optim.saddle_free import SaddleFree
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ResidualMonitored",
     "SaddleFree",
     "StepRecord",
+    "TrustRegion",
     "inverse_absolute",
     "quadrature",
 ]

@@ -19,6 +19,7 @@ from linop_hess.optim import (
     PreconditionedSGD,
     ResidualMonitored,
     SaddleFree,
+    TrustRegion,
 )
 from tests.optim.problems import chain, dense_hessian, digits_like
 
@@ -49,6 +50,7 @@ def _shown(option):
         (GaussNewton, {}),
         (GaussNewton, {"form": "trust-region"}),
         (GaussNewton, {"damping": ResidualMonitored(0.1)}),
+        (TrustRegion, {}),
     ],
     ids=lambda value: getattr(value, "__name__", None) or ", ".join(f"{k} {_shown(v)}" for k, v in value.items()),
 )
