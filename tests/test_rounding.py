@@ -120,3 +120,12 @@ def test_gradients_that_are_rounding_altogether_agree():
 
     t = 2.0 * model(x).detach().flatten(1)
     assert np.abs(lh.linearize(model, loss, x, t).gradient).max() <= 1e-9
+
+
+def test_what_a_mask_excludes_stays_excluded():
+    """−∞ moved by a share of the largest entry was NaN, so that rounding explained nothing."""
+    scores = torch.tensor([[1.0, -torch.inf, 0.3], [-torch.inf, 2.0, -0.5]], dtype=torch.float64)
+    with Rounded(0):
+        weights = scores.softmax(1)
+    assert torch.isfinite(weights).all() and bool((weights[scores == -torch.inf] == 0).all())
+    assert 0.0 < float((weights - scores.softmax(1)).abs().max()) < 1e-14

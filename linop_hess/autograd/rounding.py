@@ -47,7 +47,8 @@ class Rounded(TorchDispatchMode):
     def _moved_normwise(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or x.dtype not in _ROUNDED or x.ndim < 2 or not x.numel():
             return x
-        return x + self._noise(x) * x.abs().amax((-2, -1), keepdim=True)
+        finite = torch.where(torch.isfinite(x), x, 0.0)  # a mask is −∞ and stays so
+        return x + self._noise(x) * finite.abs().amax((-2, -1), keepdim=True)
 
     def _noise(self, like: Tensor) -> Tensor:
         noise = torch.randn(like.shape, generator=self._generator, dtype=like.dtype, device="cpu")
@@ -103,9 +104,7 @@ class MovedByRounding(Operator):
         """Return the size of the same where all that is computed changes by a few units in the last place, the largest of some tries."""
         moved = self.moved_by_rounding(X, products).abs()
         for seed in range(ROUNDINGS):
-            with (
-                suppress(ValueError, torch.linalg.LinAlgError),
-                Rounded(seed),
-            ):  # at the edge of where it is differentiable
+            # Errors at the edge of where it is differentiable.
+            with suppress(ValueError, torch.linalg.LinAlgError), Rounded(seed):
                 moved = torch.maximum(moved, self.moved_by_rounding(X, products).abs())
         return moved
