@@ -1,4 +1,4 @@
-"""Optimizers on exact curvature, as `torch.optim.Optimizer`s that know the model and the loss."""
+"""Optimizers on exact curvature: each a `torch.optim.Optimizer` that knows the model and the loss."""
 
 from linop_hess.optim.absolute import inverse_absolute, quadrature
 from linop_hess.optim.damping import ConditionNumber, Damping, Fixed, GainRatio, JustConvex, ResidualMonitored
