@@ -78,7 +78,7 @@ def gmres(
     length = max(2, min(_LONGEST, most, N, _NUMBERS // (2 * max(1, N * k))))
     done, last = 0, math.inf
     while done < most:
-        correction, steps = _cycle(product, precondition, r, x, allowed, min(length, most - done))
+        correction, steps = cycle(product, precondition, r, x, allowed, min(length, most - done))
         done += steps
         x = x + correction
         r = g - product(x)
@@ -92,7 +92,7 @@ def gmres(
     return Iterated(x, done, False)
 
 
-def _cycle(
+def cycle(
     product: Callable[[Tensor], Tensor],
     precondition: Callable[[Tensor], Tensor],
     r: Tensor,
@@ -100,7 +100,24 @@ def _cycle(
     allowed: Callable[[Tensor], Tensor],
     length: int,
 ) -> tuple[Tensor, int]:
-    """One cycle of Arnoldi: the correction, (N, k), and its steps."""
+    """One cycle of flexible GMRES, for each column by itself; products are of all columns.
+
+    Parameters
+    ----------
+    product, precondition, allowed : callable
+        As of `gmres`.
+    r : Tensor, shape (N, k)
+        The residual that it begins from.
+    x : Tensor, shape (N, k)
+        The solution so far, whose size `allowed` is told.
+    length : int
+        Most steps.
+
+    Returns
+    -------
+    correction : Tensor, shape (N, k)
+    steps : int
+    """
     N, k = r.shape
     V, Z = r.new_empty(k, length + 1, N), r.new_empty(k, length, N)
     sizes = _norms(r)

@@ -10,7 +10,6 @@ iterative refinement: Carson, Higham, SIAM J. Sci. Comput. 40, 2018), for half t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.accuracy import REFINED_BY
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.iterative.gmres import cycle
 from linop_hess.lq.methods.base import Cost, Factor, Method, Tally
 from linop_hess.lq.methods.dense import counted_single, factoring_copies, fresh
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
@@ -31,8 +31,6 @@ _VECTORS_BYTES = 1 << 27
 _EXTRA_PRODUCTS, _SOLVES = 4, 6
 # Calls of torch in a product, as a part of those in an assembly, and about how wide its matrices are.
 _CALLS_SHARE, _WIDTH = 0.2, 32.0
-
-Map = Callable[[Tensor], Tensor]
 
 
 class MixedFactorization:
@@ -61,7 +59,11 @@ class MixedFactorization:
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k) in float64, to `REFINED_BY`‖g‖ or as far as some steps of GMRES come."""
         at_once = max(1, _VECTORS_BYTES // (16 * (_STEPS + 1) * max(len(g), 1)))
-        return torch.cat([gmres(self._product, self._approximate, part) for part in g.split(at_once, 1)], 1)
+        return torch.cat([self._refined(part) for part in g.split(at_once, 1)], 1)
+
+    def _refined(self, g: Tensor) -> Tensor:
+        enough = REFINED_BY * torch.linalg.vector_norm(g, dim=0)
+        return cycle(self._product, self._approximate, g, torch.zeros_like(g), lambda sizes: enough, _STEPS)[0]
 
     def _product(self, x: Tensor) -> Tensor:
         return self.analysis.problem.hessian_product(x, self.damping)
@@ -73,40 +75,6 @@ class MixedFactorization:
     def nbytes(self) -> int:
         """Bytes held."""
         return self._factor.nbytes
-
-
-def gmres(product: Map, precondition: Map, g: Tensor) -> Tensor:
-    """Flexible GMRES from zero with right preconditioning, for each column of g, shape (N, k), by itself; products are of all columns.
-
-    With V the orthonormal basis of a column, Z = M⁻¹V and K Z = V H̄, x = Z y with y the least squares solution of H̄y = ‖g‖e₁.
-    """
-    size = torch.linalg.vector_norm(g, dim=0)
-    basis, directions = [g / size.clamp_min(torch.finfo(g.dtype).tiny)], []
-    H = g.new_zeros(g.shape[1], _STEPS + 1, _STEPS)
-    first = g.new_zeros(g.shape[1], _STEPS + 1, 1)
-    first[:, 0, 0] = (size > 0.0).to(g.dtype)
-    y = g.new_zeros(g.shape[1], 0, 1)
-    for j in range(_STEPS):
-        z = precondition(basis[j])
-        w = product(z)
-        for _ in range(2):  # Gram-Schmidt, twice
-            for i, v in enumerate(basis):
-                h = (v * w).sum(0)
-                w = w - h * v
-                H[:, i, j] += h
-        H[:, j + 1, j] = torch.linalg.vector_norm(w, dim=0)
-        if not bool(torch.isfinite(H[:, : j + 2, j]).all()):
-            break
-        directions.append(z)
-        basis.append(w / H[:, j + 1, j].clamp_min(torch.finfo(g.dtype).tiny))
-        A, b = H[:, : j + 2, : j + 1], first[:, : j + 2]
-        y = torch.linalg.pinv(A) @ b
-        if float(torch.linalg.vector_norm(b - A @ y, dim=(1, 2)).max()) <= REFINED_BY:
-            break
-    x = torch.zeros_like(g)
-    for i, z in enumerate(directions):
-        x += y[:, i, 0] * z
-    return x * size
 
 
 def estimate(analysis: Analysis) -> Cost:

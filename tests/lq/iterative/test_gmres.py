@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linop_hess.lq.iterative.gmres import gmres, vectors_nbytes
+from linop_hess.lq.iterative.gmres import cycle, gmres, vectors_nbytes
 from tests.lq.sketches import analyses
 
 N = 80
@@ -49,3 +49,24 @@ def test_zero():
 def test_memory_is_bounded():
     problem = analyses()[0].problem
     assert vectors_nbytes(problem, 1) < vectors_nbytes(problem, 8) <= vectors_nbytes(problem, 1 << 40)
+
+
+def test_a_cycle_solves_each_column_by_itself():
+    generator = torch.Generator().manual_seed(0)
+    K = torch.randn(30, 30, generator=generator, dtype=torch.float64)
+    K = K + K.T + 20 * torch.eye(30, dtype=torch.float64)
+    g = torch.randn(30, 3, generator=generator, dtype=torch.float64) * torch.tensor(
+        [1.0, 1e-100, 0.0], dtype=torch.float64
+    )
+    calls = []
+
+    def product(x):
+        calls.append(x.shape[1])
+        return K @ x
+
+    approximate = torch.linalg.inv(K + 1e-4 * torch.diag(torch.arange(30.0)))
+    enough = 1e-7 * torch.linalg.vector_norm(g, dim=0)
+    x, steps = cycle(product, lambda v: approximate @ v, g, torch.zeros_like(g), lambda sizes: enough, 20)
+    gap = torch.linalg.vector_norm(K @ x - g, dim=0)
+    assert bool((gap <= 2e-7 * torch.linalg.vector_norm(g, dim=0)).all()) and not bool(x[:, 2].any())
+    assert len(calls) == steps <= 4 and set(calls) == {3}

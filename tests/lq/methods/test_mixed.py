@@ -11,7 +11,6 @@ import linop_hess as lh
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.methods import dense, mixed, plan
-from linop_hess.lq.methods.mixed import MixedFactorization, gmres
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 from tests.lq.methods.conformance import setting
 
@@ -149,24 +148,3 @@ def test_entries_beyond_the_range_of_float32_are_left_to_double(monkeypatch):
     problem = lq.Problem.from_blocks(*(2 * one for one in stages))
     found = lq.Solver(problem, 1e44, "dense", precision="auto")
     assert found.precision == "double" and found.solve(torch.ones(4, 1).double()).backward_error <= 1e-14
-
-
-def test_gmres_solves_each_column_by_itself():
-    generator = torch.Generator().manual_seed(0)
-    K = torch.randn(30, 30, generator=generator, dtype=torch.float64)
-    K = K + K.T + 20 * torch.eye(30, dtype=torch.float64)
-    g = torch.randn(30, 3, generator=generator, dtype=torch.float64) * torch.tensor(
-        [1.0, 1e-100, 0.0], dtype=torch.float64
-    )
-    calls = []
-
-    def product(x):
-        calls.append(x.shape[1])
-        return K @ x
-
-    approximate = torch.linalg.inv(K + 1e-4 * torch.diag(torch.arange(30.0)))
-    x = gmres(product, lambda v: approximate @ v, g)
-    gap = torch.linalg.vector_norm(K @ x - g, dim=0)
-    assert bool((gap <= 2e-7 * torch.linalg.vector_norm(g, dim=0)).all()) and not bool(x[:, 2].any())
-    assert len(calls) <= 4 and set(calls) == {3}
-    assert MixedFactorization.answers == {"solve"}
