@@ -143,8 +143,8 @@ def linearize(
     ValueError
         If `nonsmooth` or `differentiation` is unknown, a sharpness is not positive and finite or not asked for, or smooth comes together
         with finite; if the loss is not scalar, nothing is trainable, the batch is empty, or a value or derivative is NaN or Inf (the
-        layer is named); if several batches are no more what they were in the first pass, as with a loader that shuffles, one is
-        empty, or their losses put together are not the sum of theirs, as `linop_hess.Hessian` says.
+        layer is named); if `verify` is asked of several batches; if several batches are no more what they were in the first pass, as
+        with a loader that shuffles, one is empty, or their losses put together are not the sum of theirs, as `linop_hess.Hessian` says.
     TypeError
         If inputs or parameters have an unusable dtype, inputs are sparse, there are no targets, or targets beside several batches, or
         batches can be gone through only once.
@@ -162,6 +162,11 @@ def linearize(
             if not (several or processes.are_several) and (reduction is not None or weight_fn is not None):
                 raise ValueError(
                     "expected reduction and weight_fn with several batches, got them with one, of which nothing is weighted: leave them out"
+                )
+            if verify and (several or group is not None):
+                raise ValueError(
+                    "expected verify with one batch, got several or a group: there products are double backward's, and each dense "
+                    "matrix is compared with one; leave it out"
                 )
         if several or group is not None:
             batches = inputs if several else [(inputs, targets)]

@@ -83,6 +83,10 @@ class StreamedLinearization(Named, HasHessian):
         self.problem = self._summed(self._hessian, lambda chain: chain.problem)
         self.analysis = Analysis(self.problem)
 
+    def __repr__(self) -> str:
+        dtype = str(self.problem.dtype).removeprefix("torch.")
+        return f"<StreamedLinearization of {self.problem.size:,} parameters by {self.batches:,} batches, {dtype}, loss {self.loss:.6g}>"
+
     def __getattr__(self, name: str) -> NoReturn:
         """Tell why what belongs to one chain is absent."""
         if name in _OF_STAGES:

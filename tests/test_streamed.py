@@ -224,6 +224,23 @@ def test_what_needs_a_chain_is_absent_and_says_why(data):
         lin.inverse(0.1).factor_report()
 
 
+def test_verification_is_of_one_batch_and_a_sum_says_what_it_is(data):
+    batches = unequal(*data)
+    with pytest.raises(ValueError, match="expected verify with one batch"):
+        lh.linearize(model_of("layers"), CE, batches, verify=True)
+    assert repr(lh.linearize(model_of("layers"), CE, batches)).startswith(
+        "<StreamedLinearization of 113 parameters by 4 batches"
+    )
+
+
+def test_iterating_needs_no_stages(data):
+    lin, whole = (lh.linearize(model_of("layers"), CE, *batches) for batches in ([unequal(*data)], data))
+    solution = lin.inverse(0.5, "iterative").solve(lin.gradient)
+    assert solution.method == "iterative" and solution.iterations > 1 and solution.backward_error <= 1e-14
+    x = whole.inverse(0.5, "riccati") @ whole.gradient
+    assert np.linalg.norm(solution.x - x) <= 1e-12 * np.linalg.norm(x)
+
+
 def test_memory_is_asked_for_before_anything_is_allocated(data, monkeypatch):
     lin = lh.linearize(model_of("layers"), CE, unequal(*data))
     monkeypatch.setattr("linop_hess.lq.methods.plan.available_bytes", lambda: 1000)

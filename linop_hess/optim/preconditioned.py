@@ -32,6 +32,8 @@ class PreconditionedSGD(CurvatureOptimizer):
     The curvature is that of a batch of its own, of any size, and is kept for several steps. A step whose loss or gradient is not finite
     is refused, and the damping of the next curvature doubled; so is a curvature that cannot be inverted, the last one staying in use.
 
+    A stored state has momentum and damping and no inverses: loaded, it makes one at the next step.
+
     Parameters
     ----------
     model : torch.nn.Module

@@ -54,7 +54,9 @@ def analysis_of(lin: Any) -> Analysis:
     """
     analysis = getattr(lin, "analysis", None)
     if not isinstance(analysis, Analysis):
-        raise TypeError(f"a spectrum is that of a linearization or of its gauss_newton(), got {type(lin).__name__}")
+        raise TypeError(
+            f"expected a linearization, its H or its gauss_newton(), got {type(lin).__name__}: make one by linearize"
+        )
     return analysis.in_float64
 
 

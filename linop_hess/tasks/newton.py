@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from linop_hess._display import Shown
+from linop_hess._validate import finite_real, whole
 from linop_hess.lq import Analysis, Inverse
 from linop_hess.lq.inverse.counting import smallest_convex_damping
 from linop_hess.tasks.control import ControlTask, Expansion, Trajectory, regulator
@@ -24,6 +26,8 @@ _ABOVE, _CLOSE = 1.1, 0.1
 
 # Inverse iterations for a direction of negative curvature, and the length of the first step along it.
 _ITERATIONS, _FIRST = 6, 30.0
+
+_CURVATURES = ("exact", "gauss-newton")
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class ControlRecord:
     seconds: float
 
 
-@dataclass(frozen=True)
-class ControlResult:
+@dataclass(frozen=True, repr=False)
+class ControlResult(Shown):
     """Where a method ended.
 
     Attributes
@@ -74,6 +78,13 @@ class ControlResult:
     def iterations(self) -> int:
         """Steps taken."""
         return len(self.records) - 1
+
+    def __str__(self) -> str:
+        """Return it in a line."""
+        last, what = self.records[-1], "a minimum, by inertia" if self.is_minimum else "not shown to be a minimum"
+        return (
+            f"cost {last.cost:.8g}, gradient norm {last.gradient_norm:.1e} after {self.iterations} iterations: {what}"
+        )
 
 
 def newton(
@@ -109,10 +120,18 @@ def newton(
     Raises
     ------
     ValueError
-        If the controls have another shape, or their rollout no finite cost.
+        If the controls have another shape, or their rollout no finite cost; if `curvature` is unknown, `gtol` is not positive and finite
+        or `most` less than 1.
+    TypeError
+        If these two are no numbers.
     FactorizationError
         If no damping makes H positive definite.
     """
+    if curvature not in _CURVATURES:
+        raise ValueError(f"expected curvature to be one of {list(_CURVATURES)}, got {curvature!r}: choose one")
+    if not (gtol := finite_real(gtol, "gtol")) > 0.0:
+        raise ValueError(f"expected gtol to be positive, got {gtol:g}: pass the norm of a gradient that will do")
+    most = whole(most, "most", least=1)
     at = task.rollout(np.zeros(task.length) if u is None else np.asarray(u, dtype=np.float64))
     if not np.isfinite(at.cost):
         raise ValueError("expected controls whose rollout has a finite cost: start from smaller ones")

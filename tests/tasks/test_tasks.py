@@ -131,3 +131,6 @@ def test_bad_input():
         newton(Pendulum(5), np.full(5, 1e200))
     with pytest.raises(ValueError, match="finite cost"):
         newton(CartPole(5), np.full(5, np.nan))
+    for options, words in (({"curvature": "exakt"}, "curvature"), ({"gtol": 0.0}, "gtol"), ({"most": 0}, "most")):
+        with pytest.raises(ValueError, match=words):
+            newton(Pendulum(5), **options)
