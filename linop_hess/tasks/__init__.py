@@ -1,6 +1,7 @@
-"""Problems beyond classification, to try optimizers and factorizations on: optimal control."""
+"""Problems to try optimizers and factorizations on: models to train, and optimal control."""
 
 from linop_hess.tasks.control import ControlTask, Expansion, Trajectory, regulator
+from linop_hess.tasks.learning import LearningTask
 from linop_hess.tasks.newton import ControlRecord, ControlResult, lbfgs, newton
 from linop_hess.tasks.swing_up import CartPole, ControlStage, Pendulum, as_network
 
@@ -11,6 +12,7 @@ __all__ = [
     "ControlStage",
     "ControlTask",
     "Expansion",
+    "LearningTask",
     "Pendulum",
     "Trajectory",
     "as_network",
