@@ -7,6 +7,7 @@ One thread: OMP_NUM_THREADS=1.
 from __future__ import annotations
 
 import argparse
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 import linop_hess as lh
 from linop_hess import lq
 from linop_hess.lq.assembly import assemble
-from linop_hess.lq.methods import dense
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -128,47 +128,23 @@ def table(quick: bool) -> None:
 
 
 def batches(quick: bool) -> None:
-    """Time and memory against the number of samples, in batches of 500 and 1,000."""
-    rows = []
+    """Time and memory against the number of samples, in batches of at most 1,000; a network's rows as they come."""
+    header = ["network", "samples", "linearize, s", "inverse, s", "slope", "solve, s", "error", "in", "peak, MiB"]
     for depth, width in ((6, 10),) if quick else ((6, 10), (20, 16)):
-        x, y = digits(1797)
-        model = network(depth, width, 200, x, y)
-        before = 0.0
+        model, rows, before = network(depth, width, 200, *digits(1797)), [], 0.0
         for samples in (500, 5000) if quick else (500, 5000, 50000):
             x, y = digits(samples)
-            parts = list(zip(x.split(min(samples, 1000)), y.split(min(samples, 1000)), strict=True))
+            parts = list(zip(x.split(1000), y.split(1000), strict=True))
             linearized, lin = once(lambda parts=parts: lh.linearize(model, LOSS, parts))
             made, inverse = once(lambda lin=lin: lin.inverse(1e-2))
             solved, solution = once(lambda inverse=inverse, lin=lin: inverse.solve(lin.gradient_tensor))
-            assembled, _ = once(lambda lin=lin: dense.assemble(lin.problem, torch.float32))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            slope = f"{torch.tensor(assembled / before).log10():.2f}" if before else ""
-            before = assembled
-            rows.append(
-                [
-                    f"{depth}x{width}",
-                    f"{samples}",
-                    f"{linearized:.1f}",
-                    f"{assembled:.1f}",
-                    slope,
-                    f"{made:.1f}",
-                    f"{solved:.1f}",
-                ]
-                + [f"{solution.backward_error:.0e}", inverse.precision, f"{peak:.0f}"]
-            )
-    header = [
-        "network",
-        "samples",
-        "linearize, s",
-        "assemble, s",
-        "slope",
-        "inverse, s",
-        "solve, s",
-        "error",
-        "in",
-        "peak, MiB",
-    ]
-    print_table(header, rows)
+            slope, before = f"{math.log10(made / before):.2f}" if before else "", made
+            row = [f"{depth}x{width}", f"{samples}", f"{linearized:.1f}", f"{made:.1f}", slope, f"{solved:.1f}"]
+            rows.append([*row, f"{solution.backward_error:.0e}", inverse.precision, f"{peak:.0f}"])
+            print(" ".join(rows[-1]), flush=True)
+            del lin, inverse, solution
+        print_table(header, rows)
 
 
 SECTIONS: dict[str, Callable[[bool], None]] = {"dense": table, "batches": batches}

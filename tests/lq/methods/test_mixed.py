@@ -30,17 +30,23 @@ def network():
 def counted(monkeypatch):
     """How often H was assembled and factored, by precision."""
     made: list[str] = []
-    of, assemble = dense.SymmetricFactor.of.__func__, dense.assemble
+    of, assemble, cholesky = dense.SymmetricFactor.of.__func__, dense.assemble, mixed.CholeskyFactor.of.__func__
 
     def factored(cls, S):
         made.append(f"factored {str(S.dtype)[-7:]}")
         return of(cls, S)
+
+    def tried(cls, S):
+        found = cholesky(cls, S)
+        made.extend(["factored float32"] if found else [])
+        return found
 
     def assembled(problem, dtype=None):
         made.append(f"assembled {str(dtype or problem.dtype)[-7:]}")
         return assemble(problem, dtype)
 
     monkeypatch.setattr(dense.SymmetricFactor, "of", classmethod(factored))
+    monkeypatch.setattr(mixed.CholeskyFactor, "of", classmethod(tried))
     monkeypatch.setattr(dense, "assemble", assembled)
     return made
 
@@ -62,6 +68,35 @@ def test_solves_are_as_good_as_in_double(network, which, damping, counted):
         assert backward_error(H, damping, solution.x, g) <= 2e-14 if g.any() else not solution.x.any()
     assert (inverse.precision, inverse.method) == ("single", "dense")
     assert counted == ["assembled float32", "factored float32"]
+
+
+@pytest.mark.parametrize("shift", [-1.5, -0.5, 0.0, 0.5, 1.5])
+def test_cholesky_is_of_definite_matrices_alone(network, shift):
+    """Around the damping that makes H + εI definite: what Cholesky takes is definite, and either way a solve is certified."""
+    lin, H, _ = network
+    lowest = np.linalg.eigvalsh(H)[0]
+    damping = float(-lowest * (1 + shift))
+    factors = mixed.factor(lq.Analysis(lin.problem), damping)
+    assert lowest < -1e-4
+    if shift:
+        assert isinstance(factors._factor, mixed.CholeskyFactor) == (shift > 0)
+    assert factors.nbytes >= 4 * len(H) ** 2
+    if abs(damping) > 1e-6:
+        inverse = lin.inverse(damping, "dense", precision="single" if shift else "auto")
+        x = inverse.solve(lin.gradient)
+        assert x.backward_error <= 1e-14 and backward_error(H, damping, x.x, lin.gradient) <= 2e-14
+        assert inverse.is_positive_definite == (shift > 0) or not shift
+
+
+def test_cholesky_of_what_has_no_factor():
+    assert mixed.CholeskyFactor.of(torch.tensor([[1.0, 2.0], [2.0, 1.0]])) is None
+    assert mixed.CholeskyFactor.of(torch.full((2, 2), torch.nan)) is None
+    assert mixed.CholeskyFactor.of(torch.diag(torch.tensor([1.0, torch.inf]))) is None
+    assert mixed.CholeskyFactor.of(torch.zeros(2, 2)) is None
+    empty = mixed.CholeskyFactor.of(torch.zeros(0, 0))
+    assert empty is not None and empty.solve(torch.zeros(0, 3)).shape == (0, 3)
+    S, X = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([[1.0], [2.0]])
+    assert torch.allclose(S @ mixed.CholeskyFactor.of(S).solve(X), X, rtol=0, atol=1e-6)
 
 
 def test_all_but_solves_is_answered_in_double(network, counted):
