@@ -37,6 +37,7 @@ def test_every_example_is_tested():
     tested = {
         "first_steps",
         "influence",
+        "influence_on_test",
         "is_it_a_minimum",
         "landscape",
         "laplace",
@@ -206,6 +207,29 @@ def test_influence_retrains_to_what_scipy_finds():
     assert theirs.fun == pytest.approx(objective(torch.from_numpy(w)).item(), abs=1e-10)
     assert np.allclose(theirs.x, w, rtol=0, atol=1e-5)
     assert lin.inverse(damping).is_positive_definite
+
+
+def test_influence_on_test(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    decay, tests = 0.02, 1500  # 297 samples left to train on
+    found = load("influence_on_test").main(1, 4, decay, 100, tests, 30, figure=tmp_path / "influence.png")
+    assert (tmp_path / "influence.png").stat().st_size > 10_000
+    w = parameters_to_vector(found["model"].parameters()).detach()
+
+    def mean_loss(data):
+        return lambda point: at_parameters(found["model"], data, 0.0)(point) / len(data[1])
+
+    H = torch.autograd.functional.hessian(mean_loss(found["data"]), w).numpy()
+    assert -decay < np.linalg.eigvalsh(H)[0] < -decay / 10
+    gradient = torch.func.grad(mean_loss(found["data"]))(w) + decay * w
+    assert gradient.norm() < 1e-8
+    x = np.linalg.solve(H + decay * np.eye(len(H)), torch.func.grad(mean_loss(found["asked"]))(w).numpy())
+    for i in (0, 17, 296, int(found["changed"][0])):
+        alone = tuple(part[i : i + 1] for part in found["data"])
+        truth = torch.func.grad(mean_loss(alone))(w).numpy() @ x / 297
+        assert found["influence"][i] == pytest.approx(truth, rel=1e-7, abs=1e-9 * abs(found["influence"]).max())
+    assert found["found"] > 20  # of 30, where chance finds 3
 
 
 def test_influence_leaves_a_saddle():

@@ -27,7 +27,12 @@ from linop_hess.streamed import StreamedLinearization
 METHODS: tuple[MethodName, ...] = ("banded", "riccati", "dense", "ldu")
 CONVEX: tuple[krylov.SolverName, ...] = ("minres", "cg")
 """What takes a positive definite M."""
-LDU_SECONDS = 60.0
+FULL_BATCH: tuple[MethodName, ...] = ("sketched",)
+"""What is compared besides from `FULL_BATCH_FROM` images on."""
+FULL_BATCH_FROM = 500
+LONGEST_SECONDS = 60.0
+"""What is expected to take longer is left out."""
+POWER_STEPS = 30
 Progress = Callable[[str, int], Any]
 """Given a row's label and its number of steps, returns something with ``update(n)`` and ``close()``."""
 
@@ -88,7 +93,7 @@ def compare_solvers(
     ValueError
         If there are fewer samples than processes.
     """
-    processes = Processes(group)
+    processes, images = Processes(group), len(problem.targets)
     problem = _shard(problem, processes)
     data = [(problem.inputs, problem.targets)]
     judge = Hessian(problem.model, problem.loss_fn, data, group=group).damped(damping)
@@ -99,7 +104,7 @@ def compare_solvers(
     lin = _linearize(problem, group)
     linearizing = time.perf_counter() - begin
     g = np.asarray(lin.gradient)
-    norm = _norm(judge)
+    norm, judging = _timed(lambda: _norm(judge))
     records: list[Record] = []
     skipped: dict[str, str] = {}
 
@@ -127,8 +132,8 @@ def compare_solvers(
             iterate(label, solver, newton, linearizing + seconds)
     except (FactorizationError, MemoryError) as error:
         skipped["M = Gauss-Newton inverse"] = str(error)
-    for method in METHODS:
-        label = "paper's LDU" if method == "ldu" else f"exact inverse, {method}"
+    for method in METHODS + FULL_BATCH * (images >= FULL_BATCH_FROM):
+        label = {"ldu": "paper's LDU", "sketched": "GMRES, M = sketch"}.get(method, f"exact inverse, {method}")
         with _bar(progress, label, 1) as step:
             outcome = _direct(lin, judge, g, damping, method, linearizing, label, rtol)
             step(1)
@@ -136,7 +141,7 @@ def compare_solvers(
             skipped[label] = outcome
         else:
             records.append(outcome)
-    why_not = _dense_does_not_fit(len(g))
+    why_not = _why_not_dense(len(g), len(g) * processes.largest(judging) / POWER_STEPS)
     if not processes.all_of(not why_not):
         skipped["dense LU"] = why_not or "does not fit in another process"
     else:
@@ -181,8 +186,8 @@ def _direct(
     cost = plan.costs[method]
     if not plan.fits(method):
         return cost.why_not or f"needs about {format_bytes(cost.nbytes)}"
-    if cost.seconds > LDU_SECONDS:
-        return f"its plan says about {cost.seconds:.0f} s, more than {LDU_SECONDS:.0f} s"
+    if cost.seconds > LONGEST_SECONDS:
+        return f"its plan says about {cost.seconds:.0f} s, more than {LONGEST_SECONDS:.0f} s"
     try:
         inverse, seconds = _timed(lambda: lin.inverse(damping, method=method))
         solutions = []
@@ -203,12 +208,16 @@ def _direct(
     return record.replace(status=words if used == method else f"{words}, escalated to {used}")
 
 
-def _dense_does_not_fit(n: int) -> str:
+def _why_not_dense(n: int, seconds: float) -> str:
     # The matrix, its factor, and the identity's columns in passing.
     needed, available = 3 * 8 * n**2, available_bytes()
     if needed > available:
         return f"needs about {format_bytes(needed)}, {format_bytes(available)} are available"
-    return "" if n <= 10_000 else f"would take {n:,} Hessian products, more than 10,000"
+    if n > 10_000:
+        return f"would take {n:,} Hessian products, more than 10,000"
+    if seconds > LONGEST_SECONDS:
+        return f"its {n:,} Hessian products would take about {seconds:.0f} s, more than {LONGEST_SECONDS:.0f} s"
+    return ""
 
 
 def _dense_lu(judge: LinearOperator, g: np.ndarray, rtol: float, step: Callable[[int], Any]) -> Record:
@@ -237,7 +246,7 @@ def _dense_lu(judge: LinearOperator, g: np.ndarray, rtol: float, step: Callable[
     return record.replace(products_A=n, status=f"{record.status}, formed by {n:,} products")
 
 
-def _norm(A: LinearOperator, steps: int = 30) -> float:
+def _norm(A: LinearOperator, steps: int = POWER_STEPS) -> float:
     """Return a lower bound of ``||A||`` for a symmetric A, by power iteration."""
     v = np.random.default_rng(0).standard_normal(A.shape[0])
     norm = 0.0

@@ -1,6 +1,7 @@
 """Factors in another precision than the problem's: any method in float64 for float32, and "dense" in float32 for float64.
 
-In mixed precision: H + εI assembled and factored in float32 (by Cholesky where it is definite, as nothing but solves is asked), its solves refined by GMRES on products in float64.
+In mixed precision: H + εI assembled and factored in float32, its solves refined by GMRES on products in float64. As nothing but solves is
+asked of these factors, they are Cholesky's where H + εI is definite.
 
 With M ≈ H + εI to single precision, (H + εI)M⁻¹ is I up to κ·1e-7, and GMRES takes a few products to gain seven digits where κ allows
 that at all. Restarted from the residual, as refinement does, this reaches the backward error of a solve in double precision (GMRES-based
@@ -89,7 +90,11 @@ class MixedFactorization:
         # Pivoted over the whole matrix: by blocks it would be faster, but lose up to three digits, which GMRES has to make up for.
         self._factor = definite or SymmetricFactor.of(H)
         theta = None if definite else self._factor.theta
-        if theta is not None and theta.numel() and not 0.0 < float(theta.abs().min()) <= float(theta.abs().max()) < math.inf:
+        if (
+            theta is not None
+            and theta.numel()
+            and not 0.0 < float(theta.abs().min()) <= float(theta.abs().max()) < math.inf
+        ):
             raise SingularPivotError(None)
 
     def solve(self, g: Tensor) -> Tensor:
