@@ -108,7 +108,7 @@ class GaussNewton(TrialOptimizer):
                 "expected a closure that returns (output, target) for a Gauss-Newton matrix, got one that returns the loss: it tells "
                 "nothing of the output; use SaddleFree, or return both"
             )
-        lin = objective.linearize(**self._how)
+        lin = self._linearize(objective)
         chain = ChainModel(lin.gauss_newton().analysis, lin.loss, lin.gradient_tensor, tally)
         key = (lin.problem.size, lin.problem.layout.n_out.tobytes())
         if key not in self._chosen:

@@ -171,7 +171,7 @@ class PreconditionedSGD(CurvatureOptimizer):
         return ""
 
     def _inverse(self, objective: Objective) -> Preconditioner:
-        lin, damping = objective.linearize(**self._how), self.damping_value
+        lin, damping = self._linearize(objective), self.damping_value
         if self.kind == "positive":
             product = Inverse(lin.analysis, damping).positive()
             return lambda g: product(g[:, None])[:, 0]

@@ -88,7 +88,7 @@ class TrustRegion(TrialOptimizer):
                 "expected a closure that returns (output, target) for the exact Hessian of a chain, got one that returns the loss: use "
                 "SaddleFree, which takes products, or return both"
             )
-        return _Ball(objective.linearize(**self._how), tally)
+        return _Ball(self._linearize(objective), tally)
 
 
 class _Ball:

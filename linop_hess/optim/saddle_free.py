@@ -126,7 +126,7 @@ class SaddleFree(TrialOptimizer):
             loss, gradient, product = objective.gradient()
             count = self.products or iterations(sum(1 for _ in self.model.modules()))
             return _Products(loss, gradient, product, count, tally)
-        lin = objective.linearize(**self._how)
+        lin = self._linearize(objective)
         chain = ChainModel(lin.analysis, lin.loss, lin.gradient_tensor, tally)
         count = self.products or iterations(lin.problem.length)
         key = (lin.problem.size, lin.problem.layout.n_out.tobytes())
