@@ -2,7 +2,7 @@
 
 from linop_hess.tasks.control import ControlTask, Expansion, Trajectory, regulator
 from linop_hess.tasks.learning import LearningTask
-from linop_hess.tasks.newton import ControlRecord, ControlResult, lbfgs, newton
+from linop_hess.tasks.newton import ControlRecord, ControlResult, lbfgs, newton, refined
 from linop_hess.tasks.swing_up import CartPole, ControlStage, Pendulum, as_network
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "as_network",
     "lbfgs",
     "newton",
+    "refined",
     "regulator",
 ]
