@@ -27,6 +27,9 @@ _ABOVE, _CLOSE = 1.1, 0.1
 # Between dampings tried after the first.
 _STRIDE = 4.0
 
+# Backward error of a step: Newton's method corrects what is left, and 100,000 stages do not always leave less.
+_SOLVED = 1e-12
+
 # Inverse iterations for a direction of negative curvature, and the length of the first step along it.
 _ITERATIONS, _FIRST = 6, 30.0
 
@@ -153,7 +156,7 @@ def newton(
         if is_end or len(records) >= most:
             records.append(ControlRecord(at.cost, slope, damping, np.nan, 0.0, time.perf_counter() - began))
             return ControlResult(at, records, is_end and not gauss_newton)
-        solution = inverse.solve(torch.from_numpy(-closed.gradient)[:, None])
+        solution = inverse.solve(torch.from_numpy(-closed.gradient)[:, None], _SOLVED)
         step, first = solution.x[:, 0].numpy(), 1.0
         if slope <= gtol:
             step, first = _negative_curvature(inverse, closed.gradient), _FIRST
