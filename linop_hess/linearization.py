@@ -9,6 +9,7 @@ from typing import Any, overload
 import numpy as np
 from torch import Tensor, nn
 
+from linop_hess._validate import Differentiation, Nonsmooth, Reduction
 from linop_hess.autograd.calling import (
     NOT_GIVEN,
     FunctionModule,
@@ -45,10 +46,10 @@ def linearize(
     *,
     params: str | Iterable[str] | Mapping[str, Tensor] | None = ...,
     verify: bool | None = ...,
-    nonsmooth: str = ...,
+    nonsmooth: Nonsmooth = ...,
     sharpness: float | None = ...,
-    differentiation: str = ...,
-    reduction: str | None = ...,
+    differentiation: Differentiation = ...,
+    reduction: Reduction | None = ...,
     weight_fn: Callable[[Any, Any], Any] | None = ...,
 ) -> Linearization: ...
 @overload
@@ -59,10 +60,10 @@ def linearize(
     *,
     params: str | Iterable[str] | Mapping[str, Tensor] | None = ...,
     verify: bool | None = ...,
-    nonsmooth: str = ...,
+    nonsmooth: Nonsmooth = ...,
     sharpness: float | None = ...,
-    differentiation: str = ...,
-    reduction: str | None = ...,
+    differentiation: Differentiation = ...,
+    reduction: Reduction | None = ...,
     weight_fn: Callable[[Any, Any], Any] | None = ...,
     group: Any = ...,
 ) -> StreamedLinearization: ...
@@ -75,10 +76,10 @@ def linearize(
     *,
     params: str | Iterable[str] | Mapping[str, Tensor] | None = ...,
     verify: bool | None = ...,
-    nonsmooth: str = ...,
+    nonsmooth: Nonsmooth = ...,
     sharpness: float | None = ...,
-    differentiation: str = ...,
-    reduction: str | None = ...,
+    differentiation: Differentiation = ...,
+    reduction: Reduction | None = ...,
     weight_fn: Callable[[Any, Any], Any] | None = ...,
     group: Any,
 ) -> StreamedLinearization: ...
@@ -90,10 +91,10 @@ def linearize(
     *,
     params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
     verify: bool | None = None,
-    nonsmooth: str = "generalized",
+    nonsmooth: Nonsmooth = "generalized",
     sharpness: float | None = None,
-    differentiation: str = "autograd",
-    reduction: str | None = None,
+    differentiation: Differentiation = "autograd",
+    reduction: Reduction | None = None,
     weight_fn: Callable[[Any, Any], Any] | None = None,
     group: Any = None,
 ) -> Linearization | StreamedLinearization:
@@ -207,7 +208,12 @@ def _of_one_batch(
 
 
 def _checked(
-    model: Any, loss_fn: Any, inputs: Any, targets: Any, params: Any, how: tuple[str, float | None, str]
+    model: Any,
+    loss_fn: Any,
+    inputs: Any,
+    targets: Any,
+    params: Any,
+    how: tuple[Nonsmooth, float | None, Differentiation],
 ) -> tuple[bool, SecondDerivatives, nn.Module, tuple[str, ...]]:
     """Whether there are several batches, how to differentiate, the model as a module, and the names of the chosen parameters."""
     several = are_batches(inputs, targets)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from linop_hess._validate import checked_loss
+from linop_hess._validate import Nonsmooth, checked_loss
 from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.graph.build import AUTOGRAD
@@ -198,7 +198,7 @@ class Linearizer:
         If they are not usable.
     """
 
-    def __init__(self, nonsmooth: str, sharpness: float | None) -> None:
+    def __init__(self, nonsmooth: Nonsmooth, sharpness: float | None) -> None:
         self._second = SecondDerivatives.of(nonsmooth, sharpness, "autograd")
         self._told: Told | None = None
 
