@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real, require_loss_fn, whole
+from linop_hess._validate import Nonsmooth, finite_real, require_loss_fn, whole
 from linop_hess.autograd.calling import NOT_GIVEN
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.errors import FactorizationError, NotFiniteError, SingularPivotError
@@ -84,7 +84,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         *,
         lr: float = 1.0,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
         **defaults: Any,
     ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real
+from linop_hess._validate import Nonsmooth, finite_real
 from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.methods.plan import METHODS, make_plan
 from linop_hess.optim.base import LocalModel, TrialOptimizer
@@ -80,7 +80,7 @@ class GaussNewton(TrialOptimizer):
         tolerance: float = TOLERANCE,
         max_trials: int = 12,
         extrapolate: bool = True,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
     ) -> None:
         if form not in _FORMS:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real, whole
+from linop_hess._validate import Nonsmooth, finite_real, whole
 from linop_hess.autograd.calling import NOT_GIVEN
 from linop_hess.errors import NotFiniteError
 from linop_hess.lq.inverse.inverse import Inverse
@@ -94,7 +94,7 @@ class PreconditionedSGD(CurvatureOptimizer):
         average: int = 1,
         curvature_batch: Callable[[], tuple[Any, Any]] | None = None,
         poles: int = 6,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
     ) -> None:
         if curvature not in _CURVATURES:
