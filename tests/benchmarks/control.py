@@ -53,7 +53,7 @@ def swing(most: int) -> None:
         push = np.full(task.length, 0.1)  # zeros are stationary where it hangs
         rows.append(row(name, "exact Newton", newton(task, most=most)))
         rows.append(row(name, "Gauss-Newton", newton(task, push, most=most, curvature="gauss-newton")))
-        rows.append(row(name, "L-BFGS", lbfgs(task, push, most=3 * most)))
+        rows.append(row(name, "L-BFGS", lbfgs(task, push, most=10 * most)))
         print(*rows[-3:], sep="\n", flush=True)
     print_table(HEADER, rows)
 
