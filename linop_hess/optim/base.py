@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real, require_loss_fn, whole
+from linop_hess._validate import Nonsmooth, finite_real, require_loss_fn, whole
 from linop_hess.autograd.calling import NOT_GIVEN
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.errors import FactorizationError, NotFiniteError, SingularPivotError
 from linop_hess.optim.damping import Curvature, Damping
-from linop_hess.optim.objective import Loss, Objective, objective_of
+from linop_hess.optim.objective import Linearizer, Loss, Objective, objective_of
 from linop_hess.optim.record import StepRecord, Tally
 
 ACCEPTED = 1e-4
@@ -84,7 +84,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         *,
         lr: float = 1.0,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
         **defaults: Any,
     ) -> None:
@@ -92,7 +92,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if loss_fn is not None:
             require_loss_fn(loss_fn)
         self.model, self.loss_fn = model, loss_fn
-        self._how = {"nonsmooth": nonsmooth, "sharpness": sharpness}
+        self._linearize = Linearizer(nonsmooth, sharpness)
         self.records: list[StepRecord] = []
         self._steps = 0
         self._all = params is None

@@ -3,7 +3,7 @@
 from linop_hess.tasks.control import ControlTask, Expansion, Trajectory, regulator
 from linop_hess.tasks.learning import LearningTask
 from linop_hess.tasks.neural_ode import neural_ode
-from linop_hess.tasks.newton import ControlRecord, ControlResult, lbfgs, newton
+from linop_hess.tasks.newton import ControlRecord, ControlResult, lbfgs, newton, refined
 from linop_hess.tasks.physics import burgers, poisson
 from linop_hess.tasks.swing_up import CartPole, ControlStage, Pendulum, as_network
 
@@ -23,5 +23,6 @@ __all__ = [
     "neural_ode",
     "newton",
     "poisson",
+    "refined",
     "regulator",
 ]
