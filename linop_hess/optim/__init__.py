@@ -3,6 +3,7 @@
 from linop_hess.optim.absolute import inverse_absolute, quadrature
 from linop_hess.optim.damping import ConditionNumber, Damping, Fixed, GainRatio, JustConvex, ResidualMonitored
 from linop_hess.optim.gauss_newton import GaussNewton
+from linop_hess.optim.hessian_free import HessianFree
 from linop_hess.optim.preconditioned import PreconditionedSGD
 from linop_hess.optim.record import StepRecord
 from linop_hess.optim.region import TrustRegion
@@ -14,6 +15,7 @@ __all__ = [
     "Fixed",
     "GainRatio",
     "GaussNewton",
+    "HessianFree",
     "JustConvex",
     "PreconditionedSGD",
     "ResidualMonitored",

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from linop_hess._validate import finite_real, require_loss_fn, whole
 from linop_hess.autograd.calling import NOT_GIVEN
+from linop_hess.autograd.kinks.surrogates import checked_sharpness
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.errors import FactorizationError, NotFiniteError, SingularPivotError
 from linop_hess.optim.damping import Curvature, Damping
-from linop_hess.optim.objective import Loss, Objective, objective_of
+from linop_hess.optim.objective import Loss, Objective, Point, objective_of
 from linop_hess.optim.record import StepRecord, Tally
 
 ACCEPTED = 1e-4
@@ -92,7 +93,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if loss_fn is not None:
             require_loss_fn(loss_fn)
         self.model, self.loss_fn = model, loss_fn
-        self._how = {"nonsmooth": nonsmooth, "sharpness": sharpness}
+        self._nonsmooth, self._sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
         self.records: list[StepRecord] = []
         self._steps = 0
         self._all = params is None
@@ -136,6 +137,26 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if not self.records:
             raise IndexError("expected a step before its record is asked for, got none: call step() first")
         return self.records[-1]
+
+    @property
+    def sharpness(self) -> float | None:
+        """Of the surrogates of kinks, None where there are none; it may be set between steps, as to raise it from step to step.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If it is set without ``nonsmooth="smooth"``, or is not positive.
+        """
+        return self._sharpness
+
+    @sharpness.setter
+    def sharpness(self, value: float | None) -> None:
+        self._sharpness = checked_sharpness(self._nonsmooth, value)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """How to linearize."""
+        return {"nonsmooth": self._nonsmooth, "sharpness": self._sharpness}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are optimized, by name, in the order of the model, which is that of flat vectors.
@@ -291,7 +312,7 @@ class TrialOptimizer(CurvatureOptimizer):
         except (NotFiniteError, *FAILURES) as error:
             self.damping.refused()
             return StepRecord(number, loss, loss, reason=first_line(error), damping=self.damping.value)
-        point = _Point(objective, list(self.named_parameters().values()))
+        point = Point(objective, list(self.named_parameters().values()))
         rates, ratio, tried, reason = self._rates(), math.nan, self.damping.value, ""
         try:
             for _ in range(self.max_trials):
@@ -310,7 +331,7 @@ class TrialOptimizer(CurvatureOptimizer):
         return StepRecord(number, loss, loss, False, ratio, tried, reason=reason)
 
     def _try(
-        self, model: LocalModel, point: _Point, rates: Tensor | None, tally: Tally
+        self, model: LocalModel, point: Point, rates: Tensor | None, tally: Tally
     ) -> tuple[Tensor, float, float, str]:
         """Go to a trial point: the step, the loss there, the gain ratio, and why it is refused."""
         tally.trials += 1
@@ -334,7 +355,7 @@ class TrialOptimizer(CurvatureOptimizer):
         ratio = (model.loss - new) / -promised
         return step, new, ratio, "" if ratio > ACCEPTED else "the loss does not fall"
 
-    def _further(self, point: _Point, step: Tensor, new: float, ratio: float, tally: Tally) -> float:
+    def _further(self, point: Point, step: Tensor, new: float, ratio: float, tally: Tally) -> float:
         """Double a step while the loss falls, where it fell by more than the model promised; return the loss.
 
         So it is at the end of a fit by cross entropy, whose logits grow without end: a Newton step takes exp(−z) to a part of 1/e alone.
@@ -373,27 +394,3 @@ def _rate(lr: Any) -> float:
     if not rate > 0.0:
         raise ValueError(f"expected a positive rate lr, got {lr!r}: pass 1.0 for full steps")
     return rate
-
-
-class _Point:
-    """The parameters of a point, which trial points start from."""
-
-    def __init__(self, objective: Objective, parameters: list[nn.Parameter]) -> None:
-        self._objective, self._parameters = objective, parameters
-        self._sizes = [p.numel() for p in parameters]
-        self.keep()
-
-    def keep(self) -> None:
-        """Make the current parameters the point."""
-        self._kept = [p.detach().clone() for p in self._parameters]
-
-    def at(self, step: Tensor) -> float:
-        """Move by a step from the point, and return the loss there."""
-        for p, before, part in zip(self._parameters, self._kept, step.split(self._sizes), strict=True):
-            p.copy_(before + part.view_as(p).to(p.dtype))
-        return self._objective.loss()
-
-    def back(self) -> None:
-        """Return to the point, bit for bit."""
-        for p, before in zip(self._parameters, self._kept, strict=True):
-            p.copy_(before)
