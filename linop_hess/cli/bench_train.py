@@ -29,7 +29,7 @@ from linop_hess.cli.arguments import (
 )
 from linop_hess.cli.contenders import COMPARED, CONTROL, LEARNING, Contender, contenders_of, run
 from linop_hess.cli.trace import Trace
-from linop_hess.cli.train import add_task, chosen_options, describe_tasks, headline, loss_name, made
+from linop_hess.cli.train import CLOCKS, add_task, chosen_options, describe_tasks, headline, loss_name, made
 
 # What a table tells of: losses after so many steps, and the first time below a loss, beside the goal.
 _STEPS, _BELOW = (20, 60), 1e-6
@@ -116,6 +116,8 @@ def _bench(arguments: argparse.Namespace) -> int:
                 continue
             try:
                 rows.append(_row(arguments, chosen, contender, seeds))
+                lowest = _spread([trace.best for trace in rows[-1].traces])
+                print(f"{rows[-1].label}: lowest loss {lowest}, median (worst seed)", flush=True)
             except KeyboardInterrupt:
                 interrupted = True
                 break
@@ -123,6 +125,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         print("interrupted; nothing was written" if interrupted else "nothing to compare", file=sys.stderr)
         return INTERRUPTED if interrupted else 1
     header, cells = table(rows, arguments.seconds, arguments.goal)
+    print()
     print(as_markdown(header, cells))
     for label, why in skipped.items():
         print(f"left out: {label}: {why}")
@@ -162,7 +165,7 @@ def _row(arguments: argparse.Namespace, chosen: dict[str, Any], contender: Conte
 
     def trained(seed: int, rate: float | None, seconds: float) -> Trace:
         task = made(arguments, chosen, seed)
-        trace = run(contender, task, Trace(budget=seconds, goal=arguments.goal), rate)
+        trace = run(contender, task, Trace(seconds, goal=arguments.goal, clock=CLOCKS[arguments.clock]), rate)
         if trace.ended == "interrupted":
             raise KeyboardInterrupt
         if bar is not None:

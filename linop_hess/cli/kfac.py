@@ -67,7 +67,7 @@ class _Kronecker:
 
         g = self._model.gradient
         with self._tally.factoring("kfac"):
-            inverse = KFACInverseLinearOperator(self._factors, damping=damping, use_exact_damping=True)
+            inverse = KFACInverseLinearOperator(self._factors, damping=damping, use_heuristic_damping=True)
         parts = [
             part.view_as(p)
             for part, p in zip(g.split([p.numel() for p in self._parameters]), self._parameters, strict=True)

@@ -27,6 +27,8 @@ class Trace:
         Loss at which it ends.
     watch : callable or None
         ``watch(trace, note)`` after each loss; its own time is not counted.
+    clock : callable
+        Of the seconds: `time.perf_counter`, or `time.process_time` on a machine that others use too.
     losses, seconds : list of float
         The first loss is that of the initial point.
     ended : str
@@ -39,15 +41,18 @@ class Trace:
     most: int | None = None
     goal: float = -math.inf
     watch: Callable[[Trace, str], Any] | None = None
+    clock: Callable[[], float] = time.perf_counter
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     ended: str = "by itself"
     facts: dict[str, float] = field(default_factory=dict)
-    _start: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.start()
 
     def start(self) -> None:
         """Let the clock begin now."""
-        self._start = time.perf_counter()
+        self._start = self.clock()
 
     def add(self, loss: float, note: str = "") -> None:
         """Take down the loss after a step.
@@ -57,7 +62,7 @@ class Trace:
         Finished
             If the run is over.
         """
-        now = time.perf_counter()
+        now = self.clock()
         self.losses.append(loss)
         self.seconds.append(now - self._start)
         if self.watch is not None:
@@ -65,7 +70,7 @@ class Trace:
         if why := self._why():
             self.ended = why
             raise Finished
-        self._start += time.perf_counter() - now
+        self._start += self.clock() - now
 
     def _why(self) -> str:
         if not math.isfinite(self.losses[-1]):

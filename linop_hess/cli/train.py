@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from linop_hess.tasks import TASKS, make_task, task_options
 
 SECONDS = 20.0
 """Budget where none is given."""
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""What seconds are."""
 
 CHOICES = ("depth", "width", "batch", "activation", "init")
 """Options of tasks."""
@@ -63,6 +67,7 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=integer(1), metavar="N", help="samples in the one batch")
     add("--activation", metavar="NAME", help="between the layers: tanh, relu, gelu or silu")
     add("--init", metavar="NAME", help="he, orthogonal or default (torch's)")
+    add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: this process's, where others use the machine")
     add("--goal", type=positive, default=1e-12, metavar="X", help="loss at which a run ends")
 
 
@@ -152,7 +157,7 @@ def _run(arguments: argparse.Namespace, task: Task, contender: Contender, rate: 
             bar.n = min(trace.steps if arguments.steps else round(trace.seconds[-1]), bar.total)
             bar.set_postfix(loss=f"{trace.losses[-1]:.1e}")
 
-    trace = Trace(budget=budget, most=arguments.steps, goal=arguments.goal, watch=watch)
+    trace = Trace(budget, arguments.steps, arguments.goal, watch, CLOCKS[arguments.clock])
     try:
         run(contender, task, trace, rate)
     finally:

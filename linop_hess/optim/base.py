@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +17,9 @@ from linop_hess.autograd.kinks.surrogates import checked_sharpness
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.errors import FactorizationError, NotFiniteError, SingularPivotError
 from linop_hess.optim.damping import Curvature, Damping
-from linop_hess.optim.objective import Loss, Objective, Point, objective_of
+from linop_hess.optim.objective import Loss, Objective, objective_of
 from linop_hess.optim.record import StepRecord, Tally
+from linop_hess.optim.trials import Point, Trial, further, searched
 
 ACCEPTED = 1e-4
 """A trial point is taken where the loss falls by more than this part of what the model promised."""
@@ -319,7 +321,12 @@ class TrialOptimizer(CurvatureOptimizer):
                 tried = self.damping.value
                 step, new, ratio, reason = self._try(model, point, rates, tally)
                 if not reason:
-                    new = self._further(point, step, new, ratio, tally)
+                    trial = Trial(step, new, ratio)
+                    if self.damping.factor is not None:
+                        again = partial(self._try, model, point, rates, tally)
+                        trial = searched(again, point, self.damping, trial, self.max_trials)
+                        tried, ratio = self.damping.value, trial.ratio
+                    new = further(point, trial, tally) if self.extrapolate else trial.loss
                     self.damping.accepted(ratio, tally.backward_error)
                     point.keep()
                     return StepRecord(number, loss, new, True, ratio, tried)
@@ -355,21 +362,6 @@ class TrialOptimizer(CurvatureOptimizer):
         ratio = (model.loss - new) / -promised
         return step, new, ratio, "" if ratio > ACCEPTED else "the loss does not fall"
 
-    def _further(self, point: Point, step: Tensor, new: float, ratio: float, tally: Tally) -> float:
-        """Double a step while the loss falls, where it fell by more than the model promised; return the loss.
-
-        So it is at the end of a fit by cross entropy, whose logits grow without end: a Newton step takes exp(−z) to a part of 1/e alone.
-        """
-        factor = 1.0
-        while self.extrapolate and ratio > 1.0 and factor < _FURTHEST:
-            tally.trials += 1
-            further = point.at(2.0 * factor * step)
-            if not further < new:
-                point.at(factor * step)
-                break
-            factor, new = 2.0 * factor, further
-        return new
-
     def _curvature_state(self) -> dict[str, Any]:
         return {**super()._curvature_state(), "damping": self.damping.state_dict()}
 
@@ -377,9 +369,6 @@ class TrialOptimizer(CurvatureOptimizer):
         super()._load_curvature_state(state)
         self.damping.load_state_dict(state["damping"])
 
-
-# A step is made longer by this at most.
-_FURTHEST = 64.0
 
 _NO_SLOPE = "the gradient is zero"
 

@@ -325,27 +325,3 @@ def _number(loss: Any) -> float:
     if isinstance(loss, Tensor) and loss.numel() == 1 and not bool(torch.isfinite(loss)):
         return math.nan if bool(torch.isnan(loss)) else float(loss.detach())
     return float(checked_loss(loss).detach())
-
-
-class Point:
-    """The parameters of a point, which trial points start from."""
-
-    def __init__(self, objective: Objective, parameters: list[nn.Parameter]) -> None:
-        self._objective, self._parameters = objective, parameters
-        self._sizes = [p.numel() for p in parameters]
-        self.keep()
-
-    def keep(self) -> None:
-        """Make the current parameters the point."""
-        self._kept = [p.detach().clone() for p in self._parameters]
-
-    def at(self, step: Tensor) -> float:
-        """Move by a step from the point, and return the loss there."""
-        for p, before, part in zip(self._parameters, self._kept, step.split(self._sizes), strict=True):
-            p.copy_(before + part.view_as(p).to(p.dtype))
-        return self._objective.loss()
-
-    def back(self) -> None:
-        """Return to the point, bit for bit."""
-        for p, before in zip(self._parameters, self._kept, strict=True):
-            p.copy_(before)
