@@ -90,11 +90,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         return 1
     task = made(arguments, chosen, arguments.seed)
     known = contenders_of(task)
-    names = (
-        arguments.optimizers.split(",")
-        if arguments.optimizers
-        else [n for n in known if n in COMPARED or known is CONTROL]
-    )
+    names = [name for name in known if name in COMPARED or known is CONTROL]
+    if arguments.optimizers is not None:
+        names = arguments.optimizers.split(",")
     for name in names:
         if name not in known:
             arguments.parser.error(
