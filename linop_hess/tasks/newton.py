@@ -93,6 +93,23 @@ class ControlResult(Shown):
         )
 
 
+Watch = Callable[[ControlRecord], object]
+"""Told of each iteration, as soon as it is known."""
+
+
+class _Records(list[ControlRecord]):
+    """Records that a watcher is told of."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def append(self, record: ControlRecord) -> None:
+        super().append(record)
+        if self._watch is not None:
+            self._watch(record)
+
+
 def newton(
     task: ControlTask,
     u: np.ndarray | None = None,
@@ -100,6 +117,7 @@ def newton(
     gtol: float = 1e-10,
     most: int = 200,
     curvature: Literal["exact", "gauss-newton"] = "exact",
+    watch: Watch | None = None,
 ) -> ControlResult:
     """Minimize a task's cost over its controls, by Newton steps in the loop that a regulator closes.
 
@@ -119,6 +137,8 @@ def newton(
         Steps.
     curvature : {"exact", "gauss-newton"}
         H, or iLQR's matrix without the curvature of the dynamics.
+    watch : callable, optional
+        Called with each record; what it raises ends the iteration.
 
     Returns
     -------
@@ -142,7 +162,7 @@ def newton(
     at = task.rollout(np.zeros(task.length) if u is None else np.asarray(u, dtype=np.float64))
     if not np.isfinite(at.cost):
         raise ValueError("expected controls whose rollout has a finite cost: start from smaller ones")
-    began, records = time.perf_counter(), list[ControlRecord]()
+    began, records = time.perf_counter(), _Records(watch)
     gauss_newton, last = curvature == "gauss-newton", 0.0
     while True:
         free = task.expand(at, gauss_newton=True)
@@ -241,7 +261,13 @@ def refined(u: np.ndarray, length: int) -> np.ndarray:
 
 
 def lbfgs(
-    task: ControlTask, u: np.ndarray | None = None, *, gtol: float = 1e-10, most: int = 3000, history: int = 20
+    task: ControlTask,
+    u: np.ndarray | None = None,
+    *,
+    gtol: float = 1e-10,
+    most: int = 3000,
+    history: int = 20,
+    watch: Watch | None = None,
 ) -> ControlResult:
     """Minimize a task's cost over its controls by torch's L-BFGS with strong Wolfe line searches, without feedback.
 
@@ -253,13 +279,15 @@ def lbfgs(
     most : int
         Evaluations of cost and gradient.
     history : int
+    watch : callable, optional
+        As of `newton`, called for each evaluation.
 
     Returns
     -------
     ControlResult
         With a record an evaluation; `is_minimum` is False, since nothing here knows of inertia.
     """
-    began, records, seen = time.perf_counter(), list[ControlRecord](), list[Trajectory]()
+    began, records, seen = time.perf_counter(), _Records(watch), list[Trajectory]()
     x = torch.tensor(np.zeros(task.length) if u is None else u, dtype=torch.float64, device="cpu")
     x.requires_grad_()
     optimizer = torch.optim.LBFGS(
