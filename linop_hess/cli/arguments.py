@@ -58,7 +58,7 @@ def make_folder(arguments: argparse.Namespace) -> None:
 
 
 def missing(command: str) -> str:
-    """Say which package of the extra ``demo`` is not installed, or nothing."""
+    """Say which package of the extra ``demo`` is not installed, if an ImportError shows it, or nothing."""
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
@@ -85,7 +85,13 @@ def is_first() -> bool:
 
 
 def progress_bar(label: str, total: int | None, **how: Any) -> Any:
-    """Return a bar on stderr where that is a terminal."""
+    """Return a bar on stderr where that is a terminal.
+
+    Raises
+    ------
+    ImportError
+        Without tqdm.
+    """
     from tqdm import tqdm
 
     return tqdm(desc=label, total=total, leave=False, delay=0.5, file=sys.stderr, disable=None, **how)

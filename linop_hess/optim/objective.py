@@ -263,13 +263,7 @@ class Linearizer:
 
     @property
     def sharpness(self) -> float | None:
-        """Of the surrogates of kinks; what was told with another one is forgotten.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If it is set without ``nonsmooth="smooth"``, or is not positive.
-        """
+        """Of the surrogates of kinks; where it is set, what was told with another one is forgotten."""
         return self._second.sharpness
 
     @sharpness.setter

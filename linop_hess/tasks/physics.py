@@ -155,7 +155,8 @@ def poisson(seed: int = 0, *, width: int = 32, points: int = 30) -> LearningTask
     zero, one = torch.zeros_like(along), torch.ones_like(along)
     sides = [torch.stack(side, 1) for side in ((along, zero), (along, one), (zero, along), (one, along))]
     x = torch.cat([torch.cartesian_prod(along, along), *sides])
-    model = Poisson(whole(width, "width", least=1)).double()
+    with torch.random.fork_rng(devices=[]):
+        model = Poisson(whole(width, "width", least=1)).double()
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -189,9 +190,9 @@ def burgers(seed: int = 0, *, depth: int = 4, width: int = 20, points: int = 64)
         If a size is no positive integer.
     """
     points = whole(points, "points", least=2)
-    model = Burgers(whole(depth, "depth", least=1), whole(width, "width", least=1)).double()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
+        model = Burgers(whole(depth, "depth", least=1), whole(width, "width", least=1)).double()
         for p in model.parameters():
             if p.ndim == 2:
                 nn.init.xavier_normal_(p)

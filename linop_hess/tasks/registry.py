@@ -105,10 +105,8 @@ def make_task(name: str, seed: int = 0, **options: Any) -> LearningTask | Shooti
 
     Raises
     ------
-    ValueError, TypeError
-        If there is no task of this name, it has no such option, or a value is not usable.
-    ImportError
-        Where the data come from a package that is not installed.
+    ValueError
+        If there is no task of this name, or it has no such option; further what the task itself raises.
 
     Examples
     --------
