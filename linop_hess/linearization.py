@@ -265,7 +265,7 @@ def linearize_again(
     """
     with exclusively(model, loss_fn):
         names = _names(model, loss_fn, inputs, targets, names)
-        known = None if told is None else told.of(model, loss_fn, names, second)
+        known = None if told is None else told.of(model, loss_fn, names, second, (inputs, targets))
         return _of_one_batch(model, loss_fn, inputs, targets, names, verify, second, known)
 
 

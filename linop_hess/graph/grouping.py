@@ -82,8 +82,8 @@ class Group:
         return replace(self, op=replace(self.op, order=parts))
 
     def without_arguments(self) -> Group:
-        """The group without the numbers of its nodes, which `with_arguments` gives it again, or others."""
-        return self.with_arguments([])
+        """The group without the numbers of its nodes, which `with_arguments` gives it again, or others, and without its outputs."""
+        return replace(self.with_arguments([]), outputs=self.outputs[:0].copy())
 
     def with_arguments(self, flats: list[list[Any]]) -> Group:
         """The group of nodes that are like its own, with their arguments."""

@@ -83,10 +83,8 @@ class Structure:
         As of `Problem`.
     cuts : LiveCuts
     of_loss : frozenset of int
-    new, made : Tensor
-        Entries of the states after all events that are computed there, and their element ids.
-    outputs : list of Tensor
-        Element ids of what the stages of each group write.
+    adjoints : list of Tensor
+        Where, in all states after events, that stands which the stages of each group write; −1 where nothing reads it.
     layout : Layout or None
     """
 
@@ -104,9 +102,7 @@ class Structure:
     places: np.ndarray
     cuts: LiveCuts
     of_loss: frozenset[int]
-    new: Tensor
-    made: Tensor
-    outputs: list[Tensor]
+    adjoints: list[Tensor]
     layout: Layout | None = None
 
     def fits(
@@ -191,11 +187,10 @@ def build_graph(
     seed[-1] = 1.0
     adjoint = problem.transition.substitute_adjoint(seed)
     gradient = problem.apply_Gt(adjoint)[:, 0]
-    bars = torch.zeros(trace.ids + 2, dtype=like.dtype, device=like.device)
-    bars[seen.made] = adjoint[seen.new, 0]
+    bars = torch.cat([adjoint[:, 0], adjoint.new_zeros(1)])  # the last for −1
     curved = [
-        group.rule.curve(group.op, maker, bars[outputs]).to(like.dtype)
-        for group, maker, outputs in zip(groups, makers, seen.outputs, strict=True)
+        group.rule.curve(group.op, maker, bars[places]).to(like.dtype)
+        for group, maker, places in zip(groups, makers, seen.adjoints, strict=True)
     ]
     slopes_alone = problem
     problem = problem.with_curvature([_stage(stack, curved, objective, like) for stack in seen.stacks])
@@ -244,6 +239,8 @@ def _analysed(
     of_loss = frozenset(b for b, stack in enumerate(plan.stacks) if stack.group >= 0 and groups[stack.group].in_loss)
     position = {id(node): k for k, node in enumerate(lowered)}
     new = np.flatnonzero(plan.live.is_new)
+    where = np.full(trace.ids + 2, -1, dtype=np.int64)
+    where[plan.live.ids[new]] = new
     return (
         Structure(
             footprints,
@@ -260,9 +257,7 @@ def _analysed(
             places - 1,
             plan.cuts,
             of_loss,
-            torch.from_numpy(new),
-            torch.from_numpy(plan.live.ids[new]),
-            [torch.from_numpy(group.written) for group in groups],
+            [torch.from_numpy(where[group.written]) for group in groups],
         ),
         groups,
         makers,

@@ -224,11 +224,19 @@ class Told:
     known: Known
     reference: Reference
 
-    def of(self, model: nn.Module, loss_fn: Any, names: Sequence[str], second: SecondDerivatives) -> Known:
-        """What is known where a model and a loss are linearized that may be others."""
+    def of(
+        self, model: nn.Module, loss_fn: Any, names: Sequence[str], second: SecondDerivatives, data: Any
+    ) -> Known | None:
+        """What is known where a model and a loss are linearized that may be others; None on data of other shapes."""
         mine = self.reference
+        if _shapes((mine.inputs, mine.targets)) != _shapes(data):
+            return None
         is_same = mine.model is model and mine.loss_fn is loss_fn and mine.second == second
         return replace(self.known, again=is_same and tuple(mine.names) == tuple(names))
+
+
+def _shapes(data: Any) -> list[Any]:
+    return [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in pytree.tree_leaves(data)]
 
 
 class Verified:

@@ -22,6 +22,7 @@ from linop_hess.optim import (
     SaddleFree,
     TrustRegion,
 )
+from linop_hess.optim.objective import Linearizer
 from tests.optim.problems import chain, dense_hessian, digits_like
 
 CE = nn.CrossEntropyLoss()
@@ -488,3 +489,40 @@ def test_options_that_cannot_be():
     ):
         with pytest.raises(ValueError, match=words):
             PreconditionedSGD(model, CE, **options)
+
+
+@pytest.mark.parametrize(("kind", "closure"), [(SaddleFree, False), (GaussNewton, True)])
+def test_steps_reuse_what_numbers_do_not_change(kind, closure, monkeypatch):
+    """Bit for bit the steps of derivatives taken anew, and fewer runs of a recorded model."""
+
+    class Recorded(nn.Module):
+        runs = 0
+
+        def __init__(self):
+            super().__init__()
+            self.inner, _, _ = chain(depth=2)
+
+        def forward(self, x):
+            Recorded.runs += 1
+            return self.inner(x)
+
+    _, x, y = chain()
+
+    def trained():
+        model, Recorded.runs = Recorded(), 0
+        opt = kind(model, CE)
+        for k in range(4):
+            rows = slice(None) if k != 2 else slice(0, 4)  # a batch of another size between
+            opt.step(lambda rows=rows: (model(x[rows]), y[rows])) if closure else opt.step(x[rows], y[rows])
+        return copies(model), Recorded.runs
+
+    found, runs = trained()
+    linearize = Linearizer.__call__
+
+    def anew(self, objective):
+        self._told = None
+        return linearize(self, objective)
+
+    monkeypatch.setattr(Linearizer, "__call__", anew)
+    again, more = trained()
+    assert all(map(torch.equal, found, again)) and runs < more
