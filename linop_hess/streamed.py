@@ -125,7 +125,7 @@ class StreamedLinearization(Named, HasHessian):
         device = parameter.device
         inputs, targets = as_data((inputs, targets), device)
         with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device):
-            return build_chain(hessian.model, hessian.loss_fn, inputs, targets, self.names, self._second)
+            return build_chain(hessian.model, hessian.loss_fn, inputs, targets, self.names, self._second)[0]
 
     @property
     def gradient(self) -> np.ndarray:

@@ -66,7 +66,7 @@ FLOORS = [
     "cli",
     "__main__",
 ]
-OPTIONAL = {"matplotlib", "sklearn", "tqdm"}
+OPTIONAL = {"curvlinops", "matplotlib", "sklearn", "tqdm"}
 ROOMS = ("lq.stages", "lq.pivots", "lq.value", "lq.methods")
 
 

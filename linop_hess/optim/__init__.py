@@ -1,8 +1,9 @@
 """Optimizers on exact curvature: each a `torch.optim.Optimizer` that knows the model and the loss."""
 
 from linop_hess.optim.absolute import inverse_absolute, quadrature
-from linop_hess.optim.damping import ConditionNumber, Damping, Fixed, GainRatio, JustConvex, ResidualMonitored
+from linop_hess.optim.damping import ConditionNumber, Damping, Fixed, GainRatio, JustConvex, ResidualMonitored, Searched
 from linop_hess.optim.gauss_newton import GaussNewton
+from linop_hess.optim.hessian_free import HessianFree
 from linop_hess.optim.preconditioned import PreconditionedSGD
 from linop_hess.optim.record import StepRecord
 from linop_hess.optim.region import TrustRegion
@@ -14,10 +15,12 @@ __all__ = [
     "Fixed",
     "GainRatio",
     "GaussNewton",
+    "HessianFree",
     "JustConvex",
     "PreconditionedSGD",
     "ResidualMonitored",
     "SaddleFree",
+    "Searched",
     "StepRecord",
     "TrustRegion",
     "inverse_absolute",

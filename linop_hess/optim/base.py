@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real, require_loss_fn, whole
+from linop_hess._validate import Nonsmooth, finite_real, require_loss_fn, whole
 from linop_hess.autograd.calling import NOT_GIVEN
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.errors import FactorizationError, NotFiniteError, SingularPivotError
 from linop_hess.optim.damping import Curvature, Damping
-from linop_hess.optim.objective import Loss, Objective, objective_of
+from linop_hess.optim.objective import Linearizer, Loss, Objective, objective_of
 from linop_hess.optim.record import StepRecord, Tally
+from linop_hess.optim.trials import Point, Trial, further, searched
 
 ACCEPTED = 1e-4
 """A trial point is taken where the loss falls by more than this part of what the model promised."""
@@ -84,7 +86,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         *,
         lr: float = 1.0,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
         **defaults: Any,
     ) -> None:
@@ -92,7 +94,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if loss_fn is not None:
             require_loss_fn(loss_fn)
         self.model, self.loss_fn = model, loss_fn
-        self._how = {"nonsmooth": nonsmooth, "sharpness": sharpness}
+        self._linearize = Linearizer(nonsmooth, sharpness)
         self.records: list[StepRecord] = []
         self._steps = 0
         self._all = params is None
@@ -136,6 +138,21 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if not self.records:
             raise IndexError("expected a step before its record is asked for, got none: call step() first")
         return self.records[-1]
+
+    @property
+    def sharpness(self) -> float | None:
+        """Of the surrogates of kinks, None where there are none; it may be set between steps, as to raise it from step to step.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If it is set without ``nonsmooth="smooth"``, or is not positive.
+        """
+        return self._linearize.sharpness
+
+    @sharpness.setter
+    def sharpness(self, value: float | None) -> None:
+        self._linearize.sharpness = value
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are optimized, by name, in the order of the model, which is that of flat vectors.
@@ -291,14 +308,19 @@ class TrialOptimizer(CurvatureOptimizer):
         except (NotFiniteError, *FAILURES) as error:
             self.damping.refused()
             return StepRecord(number, loss, loss, reason=first_line(error), damping=self.damping.value)
-        point = _Point(objective, list(self.named_parameters().values()))
+        point = Point(objective, list(self.named_parameters().values()))
         rates, ratio, tried, reason = self._rates(), math.nan, self.damping.value, ""
         try:
             for _ in range(self.max_trials):
                 tried = self.damping.value
                 step, new, ratio, reason = self._try(model, point, rates, tally)
                 if not reason:
-                    new = self._further(point, step, new, ratio, tally)
+                    trial = Trial(step, new, ratio)
+                    if self.damping.factor is not None:
+                        again = partial(self._try, model, point, rates, tally)
+                        trial = searched(again, point, self.damping, trial, self.max_trials)
+                        tried, ratio = self.damping.value, trial.ratio
+                    new = further(point, trial, tally) if self.extrapolate else trial.loss
                     self.damping.accepted(ratio, tally.backward_error)
                     point.keep()
                     return StepRecord(number, loss, new, True, ratio, tried)
@@ -310,7 +332,7 @@ class TrialOptimizer(CurvatureOptimizer):
         return StepRecord(number, loss, loss, False, ratio, tried, reason=reason)
 
     def _try(
-        self, model: LocalModel, point: _Point, rates: Tensor | None, tally: Tally
+        self, model: LocalModel, point: Point, rates: Tensor | None, tally: Tally
     ) -> tuple[Tensor, float, float, str]:
         """Go to a trial point: the step, the loss there, the gain ratio, and why it is refused."""
         tally.trials += 1
@@ -334,21 +356,6 @@ class TrialOptimizer(CurvatureOptimizer):
         ratio = (model.loss - new) / -promised
         return step, new, ratio, "" if ratio > ACCEPTED else "the loss does not fall"
 
-    def _further(self, point: _Point, step: Tensor, new: float, ratio: float, tally: Tally) -> float:
-        """Double a step while the loss falls, where it fell by more than the model promised; return the loss.
-
-        So it is at the end of a fit by cross entropy, whose logits grow without end: a Newton step takes exp(−z) to a part of 1/e alone.
-        """
-        factor = 1.0
-        while self.extrapolate and ratio > 1.0 and factor < _FURTHEST:
-            tally.trials += 1
-            further = point.at(2.0 * factor * step)
-            if not further < new:
-                point.at(factor * step)
-                break
-            factor, new = 2.0 * factor, further
-        return new
-
     def _curvature_state(self) -> dict[str, Any]:
         return {**super()._curvature_state(), "damping": self.damping.state_dict()}
 
@@ -356,9 +363,6 @@ class TrialOptimizer(CurvatureOptimizer):
         super()._load_curvature_state(state)
         self.damping.load_state_dict(state["damping"])
 
-
-# A step is made longer by this at most.
-_FURTHEST = 64.0
 
 _NO_SLOPE = "the gradient is zero"
 
@@ -373,27 +377,3 @@ def _rate(lr: Any) -> float:
     if not rate > 0.0:
         raise ValueError(f"expected a positive rate lr, got {lr!r}: pass 1.0 for full steps")
     return rate
-
-
-class _Point:
-    """The parameters of a point, which trial points start from."""
-
-    def __init__(self, objective: Objective, parameters: list[nn.Parameter]) -> None:
-        self._objective, self._parameters = objective, parameters
-        self._sizes = [p.numel() for p in parameters]
-        self.keep()
-
-    def keep(self) -> None:
-        """Make the current parameters the point."""
-        self._kept = [p.detach().clone() for p in self._parameters]
-
-    def at(self, step: Tensor) -> float:
-        """Move by a step from the point, and return the loss there."""
-        for p, before, part in zip(self._parameters, self._kept, step.split(self._sizes), strict=True):
-            p.copy_(before + part.view_as(p).to(p.dtype))
-        return self._objective.loss()
-
-    def back(self) -> None:
-        """Return to the point, bit for bit."""
-        for p, before in zip(self._parameters, self._kept, strict=True):
-            p.copy_(before)

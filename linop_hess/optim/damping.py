@@ -48,7 +48,11 @@ class Damping(ABC):
     ----------
     value : float
         λ of the next trial point.
+    factor : float or None
+        By which λ is changed while that lowers the loss of a step further; None where it is left as it is.
     """
+
+    factor: float | None = None
 
     def __init__(self, value: float) -> None:
         self.value = _positive(value, "the damping")
@@ -130,6 +134,45 @@ class GainRatio(Damping):
         super().accepted(ratio, backward_error)
         rho = min(max(ratio, 0.0), 1.0)
         self.value = min(max(self.value * max(1.0 / 3.0, 1.0 - (2.0 * rho - 1.0) ** 3), self.least), _MOST)
+
+
+class Searched(Damping):
+    """The λ whose step lowers the loss most, among those a factor apart around the last one; refusals raise it by that factor squared.
+
+    Each λ takes an evaluation of the loss, and another factorization unless the optimizer finds steps at any damping in one space, as
+    `SaddleFree` does.
+
+    Parameters
+    ----------
+    initial : float
+        λ of the first trial point.
+    factor : float
+        Above 1.
+    least : float
+        λ does not fall below this.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a number is not usable.
+    """
+
+    def __init__(self, initial: float = 1.0, factor: float = 3.0, least: float = _LEAST) -> None:
+        super().__init__(initial)
+        self.factor, self.least = finite_real(factor, "factor"), _positive(least, "the least damping")
+        if not self.factor > 1.0:
+            raise ValueError(f"expected a factor above 1, got {factor!r}: pass 3.0")
+
+    def begin(self, curvature: Curvature) -> Inertia | None:
+        return None
+
+    def accepted(self, ratio: float, backward_error: float) -> None:
+        super().accepted(ratio, backward_error)
+        self.value = min(max(self.value, self.least), _MOST)
+
+    def refused(self) -> None:
+        assert self.factor is not None
+        self.value = min(self.value * self.factor**2, _MOST)
 
 
 class JustConvex(Damping):

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader, Dataset
 
-from linop_hess._validate import checked_loss
-from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model
+from linop_hess._validate import Nonsmooth, checked_loss
+from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model, takes_parameters
 from linop_hess.autograd.differentiate import twice_differentiable
-from linop_hess.linearization import Linearization, linearize
+from linop_hess.graph.build import AUTOGRAD
+from linop_hess.graph.rules.nonsmooth import SecondDerivatives
+from linop_hess.linearization import Linearization, Told, linearize_again
 
 Loss = Callable[..., Tensor]
 
@@ -91,9 +94,55 @@ class Objective(ABC):
         parts = torch.autograd.grad(g, leaves, v, retain_graph=True, allow_unused=True, materialize_grads=True)
         return torch.cat([part.reshape(-1) for part in parts])
 
+    def gauss_newton(self) -> tuple[float, Tensor, Callable[[Tensor], Tensor]]:
+        """Loss, gradient of shape (N,), and the product of Jᵀ(∇²ℓ)J with the columns of (N, k), by double backward.
+
+        Raises
+        ------
+        TypeError
+            If the output is not told from the loss, or is no tensor, or the loss has the parameters as a third argument.
+        """
+        leaves = list(self._parameters.values())
+        # Trial points move parameters in place, which the graph of this point must not see.
+        mine = {p.untyped_storage().data_ptr() for p in leaves}
+        kept = saved_tensors_hooks(
+            lambda t: t.detach().clone() if t.untyped_storage().data_ptr() in mine else t, lambda t: t
+        )
+        with twice_differentiable("the model", leaves[0].device), torch.enable_grad(), kept:
+            output, loss_of = self._parts()
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"expected a model whose output is one tensor, got {_described(output)}: use GaussNewton, which takes nests"
+                )
+            state, spread = output.detach().requires_grad_(), torch.zeros_like(output).requires_grad_()
+            loss = loss_of(state)
+            value = _number(loss)
+            (slope,) = torch.autograd.grad(loss, state, create_graph=True)
+            pulled = torch.autograd.grad(output, leaves, spread, create_graph=True, materialize_grads=True)
+            pullback = torch.cat([part.reshape(-1) for part in pulled])
+
+        def pull(cotangent: Tensor) -> Tensor:
+            parts = torch.autograd.grad(output, leaves, cotangent, retain_graph=True, materialize_grads=True)
+            return torch.cat([part.reshape(-1) for part in parts])
+
+        def product(V: Tensor) -> Tensor:
+            columns = []
+            with twice_differentiable("the model", leaves[0].device):
+                for v in V.to(slope.dtype).unbind(1):
+                    (pushed,) = torch.autograd.grad(pullback, spread, v, retain_graph=True, materialize_grads=True)
+                    (curved,) = torch.autograd.grad(slope, state, pushed, retain_graph=True, materialize_grads=True)
+                    columns.append(pull(curved))
+            return torch.stack(columns, 1).to(V.dtype)
+
+        return value, pull(slope.detach()), product
+
     @abstractmethod
-    def linearize(self, **how: Any) -> Linearization:
-        """First and second derivatives as a chain."""
+    def _parts(self) -> tuple[Any, Callable[[Any], Any]]:
+        """The output of the model, and the loss as a function of it."""
+
+    @abstractmethod
+    def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
+        """First and second derivatives as a chain; `told` by that of an earlier step."""
 
     @property
     def has_output(self) -> bool:
@@ -113,8 +162,12 @@ class Batch(Objective):
     def _compute(self) -> Any:
         return call_loss(self._loss_fn, call_model(self._model, self._inputs), self._targets, self._parameters)
 
-    def linearize(self, **how: Any) -> Linearization:
-        return linearize(self._model, self._loss_fn, self._inputs, self._targets, params=list(self._parameters), **how)
+    def _parts(self) -> tuple[Any, Callable[[Any], Any]]:
+        return call_model(self._model, self._inputs), _of_output(self._loss_fn, self._targets)
+
+    def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
+        names = list(self._parameters)
+        return linearize_again(told, self._model, self._loss_fn, self._inputs, self._targets, names, second)
 
 
 class _Called(nn.Module):
@@ -153,11 +206,14 @@ class Closure(Objective):
     def _compute(self) -> Any:
         return call_loss(self._loss_fn, self._output(), self._target, self._parameters)
 
-    def linearize(self, **how: Any) -> Linearization:
+    def _parts(self) -> tuple[Any, Callable[[Any], Any]]:
+        return self._output(), _of_output(self._loss_fn, self._target)
+
+    def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
         names = [f"model.{name}" for name in self._parameters]
         first = next(iter(self._parameters.values()))
         nothing = torch.zeros(1, dtype=first.dtype, device=first.device)
-        return linearize(self._called, self._loss_fn, nothing, self._target, params=names, **how)
+        return linearize_again(told, self._called, self._loss_fn, nothing, self._target, names, second)
 
 
 class Scalar(Objective):
@@ -170,7 +226,13 @@ class Scalar(Objective):
     def _compute(self) -> Any:
         return self._closure()
 
-    def linearize(self, **how: Any) -> Linearization:
+    def _parts(self) -> tuple[Any, Callable[[Any], Any]]:
+        raise TypeError(
+            "expected a closure that returns (output, target) for a Gauss-Newton matrix, got one that returns the loss: it tells nothing "
+            "of the output; use SaddleFree, or return both"
+        )
+
+    def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
         raise TypeError(
             "expected a closure that returns (output, target) where the curvature is factored, got one that returns the loss: return both, "
             'or use SaddleFree with method="lanczos"'
@@ -179,6 +241,50 @@ class Scalar(Objective):
     @property
     def has_output(self) -> bool:
         return False
+
+
+class Linearizer:
+    """Linearizes the objectives of one step after the other, each with what the last one told.
+
+    Parameters
+    ----------
+    nonsmooth, sharpness
+        As of `linop_hess.linearize`.
+
+    Raises
+    ------
+    ValueError
+        If they are not usable.
+    """
+
+    def __init__(self, nonsmooth: Nonsmooth, sharpness: float | None) -> None:
+        self._nonsmooth = nonsmooth
+        self.sharpness = sharpness
+
+    @property
+    def sharpness(self) -> float | None:
+        """Of the surrogates of kinks; where it is set, what was told with another one is forgotten."""
+        return self._second.sharpness
+
+    @sharpness.setter
+    def sharpness(self, value: float | None) -> None:
+        self._second = SecondDerivatives.of(self._nonsmooth, value, "autograd")
+        self._told: Told | None = None
+
+    def __call__(self, objective: Objective) -> Linearization:
+        """Linearize one; what it raises is what `linop_hess.linearize` does."""
+        lin = objective.linearize(self._second, self._told)
+        self._told = lin.told
+        return lin
+
+
+def _of_output(loss_fn: Loss, targets: Any) -> Callable[[Any], Any]:
+    if takes_parameters(loss_fn):
+        raise TypeError(
+            "expected a loss of (output, target) for products with its Gauss-Newton matrix, got one that takes the parameters too: use "
+            "GaussNewton"
+        )
+    return lambda output: call_loss(loss_fn, output, targets, {})
 
 
 def objective_of(

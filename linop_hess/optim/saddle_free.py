@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real, whole
+from linop_hess._validate import Nonsmooth, finite_real, whole
 from linop_hess.lq.methods.plan import METHODS, make_plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.optim.absolute import Subspace, krylov_subspace, rational_subspace
 from linop_hess.optim.base import LocalModel, TrialOptimizer
-from linop_hess.optim.damping import Curvature, Damping, GainRatio, as_damping, iterations
+from linop_hess.optim.damping import Curvature, Damping, Searched, as_damping, iterations
 from linop_hess.optim.objective import Loss, Objective
 from linop_hess.optim.quadratic import ChainModel
 from linop_hess.optim.record import Tally
 
 _METHODS = ("auto", "rational", "lanczos")
 
-# After so many refusals the subspace of a damping is no longer that of the damping.
-_REFUSALS = 4
+# The subspace of one damping holds the steps of those that are larger by less than this.
+_FAR = 1000.0
 
 
 class SaddleFree(TrialOptimizer):
@@ -41,7 +41,7 @@ class SaddleFree(TrialOptimizer):
     lr : float
         By which steps are multiplied.
     damping : Damping or float, optional
-        By default `GainRatio()`; an object is one optimizer's alone.
+        By default `Searched()`, as another damping costs an evaluation of the loss alone; an object is one optimizer's alone.
     method : {"auto", "rational", "lanczos"}
         "auto" compares the plan's cost of a factorization with that of Lanczos products.
     poles : sequence of float
@@ -94,8 +94,8 @@ class SaddleFree(TrialOptimizer):
         solves: int = 5,
         products: int | None = None,
         max_trials: int = 12,
-        extrapolate: bool = False,
-        nonsmooth: str = "generalized",
+        extrapolate: bool = True,
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
     ) -> None:
         if method not in _METHODS:
@@ -111,7 +111,7 @@ class SaddleFree(TrialOptimizer):
             model,
             loss_fn,
             params,
-            as_damping(damping, GainRatio()),
+            as_damping(damping, Searched()),
             max_trials,
             extrapolate,
             lr=lr,
@@ -126,7 +126,7 @@ class SaddleFree(TrialOptimizer):
             loss, gradient, product = objective.gradient()
             count = self.products or iterations(sum(1 for _ in self.model.modules()))
             return _Products(loss, gradient, product, count, tally)
-        lin = objective.linearize(**self._how)
+        lin = self._linearize(objective)
         chain = ChainModel(lin.analysis, lin.loss, lin.gradient_tensor, tally)
         count = self.products or iterations(lin.problem.length)
         key = (lin.problem.size, lin.problem.layout.n_out.tobytes())
@@ -157,14 +157,13 @@ class _SaddleFree:
         self.loss, self.curvature, self.change = chain.loss, chain, chain.change
         self._chain, self._method, self._poles, self._solves, self._products = chain, method, poles, solves, products
         self._space: Subspace | None = None
-        self._proposals = 0
+        self._made_at = 0.0
 
     def propose(self, damping: float) -> tuple[Tensor, float]:
         if not bool(self._chain.gradient.any()):
             return torch.zeros_like(self._chain.gradient), 0.0
-        if self._space is None or (self._method != "lanczos" and self._proposals >= _REFUSALS):
-            self._space, self._proposals = self._made(damping), 0
-        self._proposals += 1
+        if self._space is None or (self._method != "lanczos" and damping > _FAR * self._made_at):
+            self._space, self._made_at = self._made(damping), damping
         return self._space.step(damping)
 
     def _made(self, damping: float) -> Subspace:
@@ -172,26 +171,36 @@ class _SaddleFree:
         if self._method == "lanczos":
             tally.method = "lanczos"
             return krylov_subspace(chain.product, chain.gradient, self._products)
+        firsts: list[Tensor] = []
         factored = []
         for pole in self._poles:
             with tally.factoring(self._method):
-                factored.append(self._factored(complex(0.0, pole * damping)))
-        tally.backward_error = self._backward_error(factored[0], complex(0.0, self._poles[0] * damping))
-        return rational_subspace(factored, chain.product, chain.gradient, self._solves)
+                factored.append(self._factored(complex(0.0, pole * damping), firsts))
+        space = rational_subspace(factored, chain.product, chain.gradient, self._solves)
+        tally.backward_error = _backward_error(space, firsts[0], complex(0.0, self._poles[0] * damping))
+        return space
 
-    def _factored(self, damping: complex) -> Callable[[Tensor], Tensor]:
+    def _factored(self, damping: complex, solutions: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        """Solves with H + damping·I, each of which is added to a list."""
         change = self._chain.analysis.at(damping)
         factors = METHODS[self._method].factor(change.analysis, change.damping)
-        return lambda g: change.solve(factors, g)
 
-    def _backward_error(self, solve: Callable[[Tensor], Tensor], damping: complex) -> float:
-        """Of the first solve. Steps are right whatever it is, since H is applied by products: it tells how good the subspace is."""
-        g = self._chain.gradient[:, None].to(torch.complex128)
-        z = solve(g)
-        self._chain.tally.products += 2
-        product = self._chain.analysis.in_float64.problem.hessian_product(z, damping)
-        # ‖Kz‖ for ‖K‖‖z‖, which is no smaller: the norm of H would take as many products as half a factorization.
-        return float((g - product).norm()) / (float(product.norm()) + float(g.norm()))
+        def solve(g: Tensor) -> Tensor:
+            solutions.append(change.solve(factors, g))
+            return solutions[-1]
+
+        return solve
+
+
+def _backward_error(space: Subspace, z: Tensor, damping: complex) -> float:
+    """Of the first solve (H + damping·I) z = g/‖g‖, with Hz from the subspace, which holds z.
+
+    Steps are right whatever it is, since H is applied by products: it tells how good the subspace is. ‖Kz‖ stands for ‖K‖‖z‖, which is
+    no smaller: the norm of H would take as many products as half a factorization.
+    """
+    basis, image = space.basis.to(z.dtype), space.image.to(z.dtype)
+    product = image @ (basis.mT @ z) + damping * z
+    return float((basis[:, :1] - product).norm()) / (float(product.norm()) + 1.0)
 
 
 class _Products:

@@ -24,6 +24,12 @@ _ROUNDING = 1e-13
 _SHORTEST = 1e-9
 _ABOVE, _CLOSE = 1.1, 0.1
 
+# Between dampings tried after the first.
+_STRIDE = 4.0
+
+# Backward error of a step: Newton's method corrects what is left, and 100,000 stages do not always leave less.
+_SOLVED = 1e-12
+
 # Inverse iterations for a direction of negative curvature, and the length of the first step along it.
 _ITERATIONS, _FIRST = 6, 30.0
 
@@ -87,6 +93,23 @@ class ControlResult(Shown):
         )
 
 
+Watch = Callable[[ControlRecord], object]
+"""Told of each iteration, as soon as it is known."""
+
+
+class _Records(list[ControlRecord]):
+    """Records that a watcher is told of."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def append(self, record: ControlRecord) -> None:
+        super().append(record)
+        if self._watch is not None:
+            self._watch(record)
+
+
 def newton(
     task: ControlTask,
     u: np.ndarray | None = None,
@@ -94,12 +117,14 @@ def newton(
     gtol: float = 1e-10,
     most: int = 200,
     curvature: Literal["exact", "gauss-newton"] = "exact",
+    watch: Watch | None = None,
 ) -> ControlResult:
     """Minimize a task's cost over its controls, by Newton steps in the loop that a regulator closes.
 
-    Each iteration closes the loop by the regulator of the linearized system, so that second derivatives are those of a stable system,
-    solves (H + εI)s = −g with the least damping at which H + εI is positive definite by inertia, and searches along s on the true
-    cost. At a stationary point that is no minimum it leaves along negative curvature, found by inverse iteration.
+    Each iteration closes the loop by the regulator of the linearized system and the task's own costs, so that second derivatives are those
+    of a stable system that keeps its end, solves (H + εI)s = −g with about the least damping at which H + εI is positive definite by
+    inertia, and searches along s on the true cost. At a stationary point that is no minimum it leaves along negative curvature, found by
+    inverse iteration.
 
     Parameters
     ----------
@@ -112,6 +137,8 @@ def newton(
         Steps.
     curvature : {"exact", "gauss-newton"}
         H, or iLQR's matrix without the curvature of the dynamics.
+    watch : callable, optional
+        Called with each record; what it raises ends the iteration.
 
     Returns
     -------
@@ -135,20 +162,21 @@ def newton(
     at = task.rollout(np.zeros(task.length) if u is None else np.asarray(u, dtype=np.float64))
     if not np.isfinite(at.cost):
         raise ValueError("expected controls whose rollout has a finite cost: start from smaller ones")
-    began, records = time.perf_counter(), list[ControlRecord]()
-    gauss_newton = curvature == "gauss-newton"
+    began, records = time.perf_counter(), _Records(watch)
+    gauss_newton, last = curvature == "gauss-newton", 0.0
     while True:
-        free = task.expand(at, gauss_newton=gauss_newton)
+        free = task.expand(at, gauss_newton=True)
         slope = float(np.linalg.norm(free.gradient))
-        K = regulator(free.F, free.G, task.h * np.array(task.weight), task.h * task.effort)
+        K = regulator(free, task.h * np.array(task.weight))
         closed = task.expand(at, K, gauss_newton=gauss_newton)
-        inverse, damping = _convex(closed)
+        inverse, damping = _convex(closed, last)
+        last = damping or last
         # Where g = 0, the two H are congruent, so that inertia in the loop is that of the controls, which rounding reaches sooner.
         is_end = slope <= gtol and damping == 0.0
         if is_end or len(records) >= most:
             records.append(ControlRecord(at.cost, slope, damping, np.nan, 0.0, time.perf_counter() - began))
             return ControlResult(at, records, is_end and not gauss_newton)
-        solution = inverse.solve(torch.from_numpy(-closed.gradient)[:, None])
+        solution = inverse.solve(torch.from_numpy(-closed.gradient)[:, None], _SOLVED)
         step, first = solution.x[:, 0].numpy(), 1.0
         if slope <= gtol:
             step, first = _negative_curvature(inverse, closed.gradient), _FIRST
@@ -162,13 +190,18 @@ def newton(
         at = found[0]
 
 
-def _convex(closed: Expansion) -> tuple[Inverse, float]:
+def _convex(closed: Expansion, last: float) -> tuple[Inverse, float]:
+    """The inverse of H, or of H + εI at a damping that makes it positive definite; such are near those of the step before, `last`."""
     analysis = Analysis(closed.problem)
-    inverse = Inverse(analysis, 0.0)
-    if inverse.is_positive_definite:
-        return inverse, 0.0
-    damping = _ABOVE * smallest_convex_damping(analysis, _CLOSE)
-    return Inverse(analysis, damping), damping
+    damping = 0.0
+    inverse = Inverse(analysis, damping)
+    while not inverse.is_positive_definite:
+        if last == 0.0:
+            last = _ABOVE * smallest_convex_damping(analysis, _CLOSE)
+            return Inverse(analysis, last), last
+        damping = _STRIDE * damping if damping else last / _STRIDE
+        inverse = Inverse(analysis, damping)
+    return inverse, damping
 
 
 def _negative_curvature(inverse: Inverse, gradient: np.ndarray) -> np.ndarray:
@@ -200,8 +233,41 @@ def _search(
     return found, length
 
 
+def refined(u: np.ndarray, length: int) -> np.ndarray:
+    """Return controls of a horizon cut into `length` stages, interpolated from those of another cut: where to start from.
+
+    Parameters
+    ----------
+    u : ndarray, shape (L,)
+    length : int
+
+    Returns
+    -------
+    ndarray, shape (length,)
+
+    Raises
+    ------
+    ValueError
+        If there are no controls, or `length` is less than 1.
+    TypeError
+        If it is no whole number.
+    """
+    length = whole(length, "length", least=1)
+    u = np.asarray(u, dtype=np.float64)
+    if u.ndim != 1 or not u.size:
+        raise ValueError(f"expected controls of shape (L,), got {u.shape}: one number a stage")
+    middles = [(np.arange(count) + 0.5) / count for count in (length, u.size)]
+    return np.interp(middles[0], middles[1], u)
+
+
 def lbfgs(
-    task: ControlTask, u: np.ndarray | None = None, *, gtol: float = 1e-10, most: int = 3000, history: int = 20
+    task: ControlTask,
+    u: np.ndarray | None = None,
+    *,
+    gtol: float = 1e-10,
+    most: int = 3000,
+    history: int = 20,
+    watch: Watch | None = None,
 ) -> ControlResult:
     """Minimize a task's cost over its controls by torch's L-BFGS with strong Wolfe line searches, without feedback.
 
@@ -213,13 +279,15 @@ def lbfgs(
     most : int
         Evaluations of cost and gradient.
     history : int
+    watch : callable, optional
+        As of `newton`, called for each evaluation.
 
     Returns
     -------
     ControlResult
         With a record an evaluation; `is_minimum` is False, since nothing here knows of inertia.
     """
-    began, records, seen = time.perf_counter(), list[ControlRecord](), list[Trajectory]()
+    began, records, seen = time.perf_counter(), _Records(watch), list[Trajectory]()
     x = torch.tensor(np.zeros(task.length) if u is None else u, dtype=torch.float64, device="cpu")
     x.requires_grad_()
     optimizer = torch.optim.LBFGS(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import linop_hess
-from linop_hess.cli import compare
+from linop_hess.cli import compare, compare_command
 from linop_hess.cli import main as cli
 from linop_hess.cli.models import FAMILIES
 
@@ -50,7 +50,7 @@ def test_wrong_arguments_name_the_valid_range(arguments, words, capsys):
 
 @pytest.mark.parametrize("out", ["/proc/none/out", "/dev/null/out"])
 def test_a_folder_that_cannot_be_made_is_refused_before_any_work(out, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "digits_problem", lambda *_: pytest.fail("computed first"))
+    monkeypatch.setattr(compare_command, "digits_problem", lambda *_: pytest.fail("computed first"))
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", "--out", out])
     assert stop.value.code == 2
@@ -61,7 +61,7 @@ def test_an_interrupt_ends_without_a_traceback(monkeypatch, capsys, tmp_path):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "digits_problem", interrupt)
+    monkeypatch.setattr(compare_command, "digits_problem", interrupt)
     assert cli.main(["compare", "--out", str(tmp_path)]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,94 @@
+"""Trial points of a step: where the parameters are put, and how a point that lowers the loss is bettered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from linop_hess.optim.damping import Damping
+from linop_hess.optim.objective import Objective
+from linop_hess.optim.record import Tally
+
+# A step is made longer by this at most.
+_FURTHEST = 64.0
+
+
+class Point:
+    """The parameters of a point, which trial points start from."""
+
+    def __init__(self, objective: Objective, parameters: list[nn.Parameter]) -> None:
+        self._objective, self._parameters = objective, parameters
+        self._sizes = [p.numel() for p in parameters]
+        self.keep()
+
+    def keep(self) -> None:
+        """Make the current parameters the point."""
+        self._kept = [p.detach().clone() for p in self._parameters]
+
+    def at(self, step: Tensor) -> float:
+        """Move by a step from the point, and return the loss there."""
+        for p, before, part in zip(self._parameters, self._kept, step.split(self._sizes), strict=True):
+            p.copy_(before + part.view_as(p).to(p.dtype))
+        return self._objective.loss()
+
+    def back(self) -> None:
+        """Return to the point, bit for bit."""
+        for p, before in zip(self._parameters, self._kept, strict=True):
+            p.copy_(before)
+
+
+class Trial(NamedTuple):
+    """A trial point that lowers the loss.
+
+    Attributes
+    ----------
+    step : Tensor, shape (N,)
+    loss : float
+        There.
+    ratio : float
+        The gain ratio.
+    """
+
+    step: Tensor
+    loss: float
+    ratio: float
+
+
+Try = Callable[[], tuple[Tensor, float, float, str]]
+"""Go to the trial point of the damping as it is: the step, the loss there, the gain ratio, and why it is refused."""
+
+
+def searched(again: Try, point: Point, damping: Damping, best: Trial, most: int) -> Trial:
+    """Change λ by the factor of its strategy while the loss falls further; be at the best of at most `most` points, and return it."""
+    factor, start = damping.factor, damping.value
+    for change in () if factor is None else (1.0 / factor, factor):
+        while most > 0:
+            most, before = most - 1, damping.value
+            damping.value = before * change
+            step, loss, ratio, reason = again()
+            if reason or not loss < best.loss:
+                damping.value = before
+                break
+            best = Trial(step, loss, ratio)
+        if damping.value != start:
+            break
+    point.at(best.step)
+    return best
+
+
+def further(point: Point, trial: Trial, tally: Tally) -> float:
+    """Double a step while the loss falls, where it fell by more than the model promised; return the loss.
+
+    So it is at the end of a fit by cross entropy, whose logits grow without end: a Newton step takes exp(−z) to a part of 1/e alone.
+    """
+    factor, lowest = 1.0, trial.loss
+    while trial.ratio > 1.0 and factor < _FURTHEST:
+        tally.trials += 1
+        longer = point.at(2.0 * factor * trial.step)
+        if not longer < lowest:
+            point.at(factor * trial.step)
+            break
+        factor, lowest = 2.0 * factor, longer
+    return lowest
