@@ -33,6 +33,8 @@ SECONDS = 20.0
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """What seconds are."""
 
+CLOCK_NAMES = {"wall": "seconds", "cpu": "seconds of the processor"}
+
 CHOICES = ("depth", "width", "batch", "activation", "init")
 """Options of tasks."""
 
@@ -187,7 +189,9 @@ def _draw(
     arguments: argparse.Namespace, chosen: dict[str, Any], contender: Contender, trace: Trace, path: Path
 ) -> None:
     runs = {contender.label: [plot.History(trace.losses, trace.seconds)]}
-    plot.losses(runs, title=headline(arguments.task, chosen), name=loss_name(arguments.task)).savefig(path)
+    plot.losses(
+        runs, title=headline(arguments.task, chosen), name=loss_name(arguments.task), clock=CLOCK_NAMES[arguments.clock]
+    ).savefig(path)
 
 
 def headline(task: str, chosen: dict[str, Any]) -> str:

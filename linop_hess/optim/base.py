@@ -142,13 +142,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     @property
     def sharpness(self) -> float | None:
-        """Of the surrogates of kinks, None where there are none; it may be set between steps, as to raise it from step to step.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If it is set without ``nonsmooth="smooth"``, or is not positive.
-        """
+        """Of the surrogates of kinks, None where there are none; with ``nonsmooth="smooth"`` it may be set between steps."""
         return self._sharpness
 
     @sharpness.setter

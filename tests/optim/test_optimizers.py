@@ -436,3 +436,18 @@ def test_options_that_cannot_be():
         PreconditionedSGD(model, CE, momentum=1.0)
     with pytest.raises(ValueError, match="damping"):
         PreconditionedSGD(model, CE, damping=0.0)
+
+
+def test_sharpness_may_be_raised_between_steps_where_kinks_are_smoothed():
+    model, x, y = chain(act=nn.ReLU)
+    opt, sharp = SaddleFree(model, CE, nonsmooth="smooth", sharpness=2.0), SaddleFree(model, CE, method="lanczos")
+    assert opt.sharpness == 2.0 and sharp.sharpness is None
+    opt.sharpness = 8.0
+    lin = opt._objective(x, y).linearize(**opt._how)
+    expected = lh.linearize(model, CE, x, y, nonsmooth="smooth", sharpness=8.0)
+    v = torch.ones(lin.shape[0]).double().numpy()
+    assert (lin.H @ v == expected.H @ v).all()
+    with pytest.raises(ValueError, match="positive"):
+        opt.sharpness = 0.0
+    with pytest.raises(ValueError, match="smooth"):
+        sharp.sharpness = 1.0
