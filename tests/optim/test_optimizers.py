@@ -445,7 +445,7 @@ def test_sharpness_may_be_raised_between_steps_where_kinks_are_smoothed():
     opt.sharpness = 8.0
     lin = opt._objective(x, y).linearize(**opt._how)
     expected = lh.linearize(model, CE, x, y, nonsmooth="smooth", sharpness=8.0)
-    v = torch.ones(lin.shape[0]).double().numpy()
+    v = torch.ones(lin.problem.size).double().numpy()
     assert (lin.H @ v == expected.H @ v).all()
     with pytest.raises(ValueError, match="positive"):
         opt.sharpness = 0.0
