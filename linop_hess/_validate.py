@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,13 @@ NUMPY_DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float64: np.dtype(np.float64),
 }
 """The dtypes computed in, with NumPy's names of them."""
+
+Nonsmooth = Literal["generalized", "smooth", "error"]
+"""What second derivatives are at kinks."""
+Differentiation = Literal["autograd", "finite"]
+"""How operations without a second derivative in torch are differentiated."""
+Reduction = Literal["sum", "mean"]
+"""What a loss does with its terms."""
 
 
 def is_scalar(value: Any) -> bool:

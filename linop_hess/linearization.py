@@ -7,16 +7,24 @@ from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from linop_hess.autograd.calling import NOT_GIVEN, are_batches, as_module, explained, refuse_empty, refuse_sparse
+from linop_hess._validate import Differentiation, Nonsmooth, Reduction
+from linop_hess.autograd.calling import (
+    NOT_GIVEN,
+    FunctionModule,
+    are_batches,
+    as_module,
+    explained,
+    refuse_empty,
+    refuse_sparse,
+)
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.autograd.untouched import exclusively, untouched_randomness, without_collector
 from linop_hess.curvature import ChainCurvature, HasHessian
-from linop_hess.graph.build import Chain, build_chain, refuse_inside
+from linop_hess.graph.build import Chain, Known, build_chain, refuse_inside
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
-from linop_hess.graph.verification import Reference, compare
+from linop_hess.graph.verification import Reference, Told, Verified
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.convert import plain_arithmetic
@@ -38,10 +46,10 @@ def linearize(
     *,
     params: str | Iterable[str] | Mapping[str, Tensor] | None = ...,
     verify: bool | None = ...,
-    nonsmooth: str = ...,
+    nonsmooth: Nonsmooth = ...,
     sharpness: float | None = ...,
-    differentiation: str = ...,
-    reduction: str | None = ...,
+    differentiation: Differentiation = ...,
+    reduction: Reduction | None = ...,
     weight_fn: Callable[[Any, Any], Any] | None = ...,
 ) -> Linearization: ...
 @overload
@@ -52,10 +60,10 @@ def linearize(
     *,
     params: str | Iterable[str] | Mapping[str, Tensor] | None = ...,
     verify: bool | None = ...,
-    nonsmooth: str = ...,
+    nonsmooth: Nonsmooth = ...,
     sharpness: float | None = ...,
-    differentiation: str = ...,
-    reduction: str | None = ...,
+    differentiation: Differentiation = ...,
+    reduction: Reduction | None = ...,
     weight_fn: Callable[[Any, Any], Any] | None = ...,
     group: Any = ...,
 ) -> StreamedLinearization: ...
@@ -68,10 +76,10 @@ def linearize(
     *,
     params: str | Iterable[str] | Mapping[str, Tensor] | None = ...,
     verify: bool | None = ...,
-    nonsmooth: str = ...,
+    nonsmooth: Nonsmooth = ...,
     sharpness: float | None = ...,
-    differentiation: str = ...,
-    reduction: str | None = ...,
+    differentiation: Differentiation = ...,
+    reduction: Reduction | None = ...,
     weight_fn: Callable[[Any, Any], Any] | None = ...,
     group: Any,
 ) -> StreamedLinearization: ...
@@ -83,10 +91,10 @@ def linearize(
     *,
     params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
     verify: bool | None = None,
-    nonsmooth: str = "generalized",
+    nonsmooth: Nonsmooth = "generalized",
     sharpness: float | None = None,
-    differentiation: str = "autograd",
-    reduction: str | None = None,
+    differentiation: Differentiation = "autograd",
+    reduction: Reduction | None = None,
     weight_fn: Callable[[Any, Any], Any] | None = None,
     group: Any = None,
 ) -> Linearization | StreamedLinearization:
@@ -184,20 +192,28 @@ def _of_one_batch(
     names: Sequence[str],
     verify: bool | None,
     second: SecondDerivatives,
+    known: Known | None = None,
 ) -> Linearization:
     parameter = model.get_parameter(names[0])
     device = parameter.device
     with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device), without_collector():
-        chain = build_chain(model, loss_fn, inputs, targets, names, second)
+        chain, found = build_chain(model, loss_fn, inputs, targets, names, second, known)
     lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names, second, bool(chain.differenced)))
-    # What is left to differences has been compared with those of other steps.
-    if verify or (verify is None and set(chain.unverified) - set(chain.differenced)):
+    lin._known = found
+    # What is left to differences has been compared with those of other steps, and the same operations are verified once.
+    is_seen = known is not None and known.again and found.structure is known.structure
+    if verify or (verify is None and not is_seen and set(chain.unverified) - set(chain.differenced)):
         lin.verify()
     return lin
 
 
 def _checked(
-    model: Any, loss_fn: Any, inputs: Any, targets: Any, params: Any, how: tuple[str, float | None, str]
+    model: Any,
+    loss_fn: Any,
+    inputs: Any,
+    targets: Any,
+    params: Any,
+    how: tuple[Nonsmooth, float | None, Differentiation],
 ) -> tuple[bool, SecondDerivatives, nn.Module, tuple[str, ...]]:
     """Whether there are several batches, how to differentiate, the model as a module, and the names of the chosen parameters."""
     several = are_batches(inputs, targets)
@@ -208,17 +224,52 @@ def _checked(
         raise TypeError(
             "expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model"
         )
+    if several:
+        names = select_parameters(model, params)
+        _require_callable(loss_fn)
+        return several, second, model, tuple(names)
+    return several, second, model, _names(model, loss_fn, inputs, targets, params)
+
+
+def _names(model: nn.Module, loss_fn: Any, inputs: Any, targets: Any, params: Any) -> tuple[str, ...]:
+    """The names of the chosen parameters, of data and a loss that are usable."""
     names = select_parameters(model, params)
+    _require_callable(loss_fn)
+    for what, value in (("inputs", inputs), ("targets", targets)):
+        refuse_sparse(value, what)
+        refuse_empty(value, what)
+    return tuple(names)
+
+
+def _require_callable(loss_fn: Any) -> None:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
-    if not several:
-        for what, value in (("inputs", inputs), ("targets", targets)):
-            refuse_sparse(value, what)
-            refuse_empty(value, what)
-    return several, second, model, tuple(names)
 
 
-class Linearization(Named, HasHessian, HasPieces, Storable, SampleGradients):
+def linearize_again(
+    told: Told | None,
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    names: Sequence[str],
+    second: SecondDerivatives,
+    verify: bool | None = None,
+) -> Linearization:
+    """Linearize one batch as `linearize` does, and take from another linearization what is the same; see `Linearization.again`.
+
+    Raises
+    ------
+    UnsupportedModelError, ValueError, TypeError, MemoryError
+        As `linearize`.
+    """
+    with exclusively(model, loss_fn):
+        names = _names(model, loss_fn, inputs, targets, names)
+        known = None if told is None else told.of(model, loss_fn, names, second)
+        return _of_one_batch(model, loss_fn, inputs, targets, names, verify, second, known)
+
+
+class Linearization(Named, HasHessian, HasPieces, Storable, SampleGradients, Verified):
     """First and second derivatives of a network, as operators. Made by `linearize`.
 
     Attributes
@@ -241,6 +292,56 @@ class Linearization(Named, HasHessian, HasPieces, Storable, SampleGradients):
         self.parameter_table = ParameterTable(chain.names, chain.shapes, self.problem.dtype, self.problem.device)
         self._chain = chain
         self._reference = reference
+        self._known: Known | None = None
+
+    def again(self, inputs: Any = NOT_GIVEN, targets: Any = NOT_GIVEN, *, verify: bool | None = None) -> Linearization:
+        """Linearize the same model and loss at the parameters that it has now, in less time than the first.
+
+        What numbers do not change is kept: the order of operations, live sets, and layout. The model runs and is recorded as by
+        `linearize`, so that one that goes another way is noticed, and analysed anew; so are data of other shapes. The gradient is compared
+        with autograd's as always. Not done again, where the run is alike: that model and loss give the same value twice, and `verify`.
+
+        Parameters
+        ----------
+        inputs, targets : object, optional
+            Another batch; by default the same.
+        verify : bool, optional
+            As in `linearize`; by default only of operations that have not been verified.
+
+        Returns
+        -------
+        Linearization
+            A snapshot of its own.
+
+        Raises
+        ------
+        RuntimeError
+            If there is no model to linearize: this one was stored without it, or is of a plain function, whose parameters are given.
+        TypeError
+            If only one of inputs and targets is given, or as from `linearize`.
+        UnsupportedModelError, ValueError, MemoryError
+            As from `linearize`.
+        """
+        reference = self._reference
+        if reference is None or isinstance(reference.model, FunctionModule):
+            raise RuntimeError(
+                "expected a linearization of a module, whose parameters may have changed, got one without a model, or of a plain function: "
+                "call linearize"
+            )
+        if (inputs is NOT_GIVEN) != (targets is NOT_GIVEN):
+            raise TypeError("expected inputs and targets of another batch, got one of them: pass both, or neither")
+        if inputs is NOT_GIVEN:
+            inputs, targets = reference.inputs, reference.targets
+        return linearize_again(
+            self.told, reference.model, reference.loss_fn, inputs, targets, self.names, reference.second, verify
+        )
+
+    @property
+    def told(self) -> Told | None:
+        """What it tells the next one; None where it has no model."""
+        if self._known is None or self._reference is None:
+            return None
+        return Told(self._known, self._reference)
 
     @property
     def gradient(self) -> np.ndarray:
@@ -281,60 +382,6 @@ class Linearization(Named, HasHessian, HasPieces, Storable, SampleGradients):
         """The stages, a row each: name in the model, operation, sizes, samples, live entries after it, and where derivatives come from."""
         return StageTable(self.problem)
 
-    def verify(self, probes: int = 2) -> float:
-        """Compare `H` with double-backward products on random vectors.
-
-        They must agree parameter by parameter to what rounding explains: how far an ulp in the parameters moves the products,
-        and an ulp of the whole. Where an operation was left to differences, differences of the gradient are compared with, to
-        what these move when their step is halved.
-
-        Parameters
-        ----------
-        probes : int
-            Number of random vectors.
-
-        Returns
-        -------
-        float
-            The largest relative difference, about 1e-13 in float64 when all is well.
-
-        Raises
-        ------
-        ArithmeticError
-            If they disagree; the message names the layers suspected.
-        RuntimeError
-            If the model changed since, or there is no model to compare with.
-        ValueError
-            If `probes` is less than 1.
-        """
-        if probes < 1:
-            raise ValueError(f"probes must be at least 1, got {probes}")
-        if self._reference is None:
-            raise RuntimeError("this linearization was stored without its model, so it cannot be compared with it")
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64, device="cpu")
-        v = v.to(self.problem.dtype).to(self.problem.device)
-        with exclusively(self._reference.model, self._reference.loss_fn):
-            gap, scale, is_rounding = compare(self.H, self._reference, v)
-        worst = float(gap.max())
-        if is_rounding:
-            return worst / scale if scale else 0.0
-        raise ArithmeticError(
-            f"the Hessian differs from double backward by {worst:.1e} of {scale:.1e}; suspected: {self._suspects(gap)}. "
-            "Do not use this linearization; rewrite those layers in primitive operations"
-        )
-
-    def _suspects(self, gap: Tensor) -> str:
-        if self._chain.unverified:
-            return ", ".join(map(repr, self._chain.unverified))
-        layout, table = self.problem.layout, self.parameter_table
-        largest = gap.max(1).values
-        by_control = np.append(layout.in_chain_order(largest).cpu().numpy(), 0.0)
-        by_stage = np.add.reduceat(by_control, layout.x_offsets[:-1]) * (layout.p > 0)
-        parts = table.unflatten(largest)
-        parameter = max(parts, key=lambda name: float(parts[name].sum()))
-        return f"at or after stage {self.problem.name(int(by_stage.argmax()))}, where parameter {parameter} is used"
-
     def __repr__(self) -> str:
         stages, dtype = len(self.stages), str(self.problem.dtype).removeprefix("torch.")
         return (
@@ -344,4 +391,4 @@ class Linearization(Named, HasHessian, HasPieces, Storable, SampleGradients):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model, which may not pickle, and without operators; everything but `verify` survives."""
         kept = ("problem", "analysis", "loss", "parameter_table", "_chain")
-        return {**{name: self.__dict__[name] for name in kept}, "_reference": None}
+        return {**{name: self.__dict__[name] for name in kept}, "_reference": None, "_known": None}

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 from torch import Tensor, nn
 
+from linop_hess._validate import Differentiation, Reduction
 from linop_hess.autograd import GaussNewton, Hessian
 from linop_hess.autograd.batches import SameBatches
 from linop_hess.autograd.calling import as_data, explained
@@ -63,7 +64,7 @@ class StreamedLinearization(Named, HasHessian):
         names: tuple[str, ...],
         second: SecondDerivatives,
         *,
-        reduction: str | None = None,
+        reduction: Reduction | None = None,
         weight_fn: Callable[[Any, Any], Any] | None = None,
         processes: Processes = ALONE,
     ) -> None:
@@ -73,7 +74,7 @@ class StreamedLinearization(Named, HasHessian):
         self._risk["group"] = processes
         with processes.together("reading batches"):
             self._data = SameBatches(batches)
-        how = "finite" if second.finite else "autograd"
+        how: Differentiation = "finite" if second.finite else "autograd"
         with PrimitiveNorms():
             self._hessian = Hessian(model, loss_fn, self._data, differentiation=how, **self._risk)
         self.loss = self._hessian.loss
@@ -124,7 +125,7 @@ class StreamedLinearization(Named, HasHessian):
         device = parameter.device
         inputs, targets = as_data((inputs, targets), device)
         with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device):
-            return build_chain(hessian.model, hessian.loss_fn, inputs, targets, self.names, self._second)
+            return build_chain(hessian.model, hessian.loss_fn, inputs, targets, self.names, self._second)[0]
 
     @property
     def gradient(self) -> np.ndarray:

@@ -1,5 +1,8 @@
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for LAPACK, which reads it when NumPy is imported; torch: below
 
 import pytest
 import torch

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = (
     "python -m pip install -c constraints.txt -e '.[demo]' && linop-hess compare",
-    "python -m pip install -c constraints.txt -e '.[test]' && python -m pytest -n 2",
+    "python -m pip install -c constraints.txt -e '.[test]' && python -m pytest -n 2 --dist loadfile",
 )
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")

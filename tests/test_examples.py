@@ -223,7 +223,7 @@ def test_influence_leaves_a_saddle():
 def test_residual_network(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    sizes = {"images": 10, "blocks": 2, "width": 3, "early": 10, "steps": 300, "decay": 1.0, "retrained": 2}
+    sizes = {"images": 10, "blocks": 2, "width": 3, "early": 10, "steps": 100, "decay": 1.0, "retrained": 2}
     found = load("residual_network").main(**sizes, figure=tmp_path / "residual.png")
     assert (tmp_path / "residual.png").stat().st_size > 0
     model, start, w, data = found["model"], *map(torch.from_numpy, (found["start"], found["w"])), found["data"]
@@ -294,7 +294,7 @@ def test_transformer():
 def clinic():
     with torch.random.fork_rng(devices=[]):
         example = load("preconditioner_clinic")
-        cases, sides = example.main(depth=2, width=3, batch=3, maxiter=30)
+        cases, sides = example.main(depth=2, width=2, batch=3, maxiter=20)
     return example, cases, sides
 
 
@@ -336,7 +336,7 @@ def test_clinic_outcomes_are_those_of_scipy(clinic):
                 assert found != "raised"
                 continue
             try:
-                _, info = minres(case.A, b, M=case.M, rtol=example.RTOL, maxiter=30)
+                _, info = minres(case.A, b, M=case.M, rtol=example.RTOL, maxiter=20)
                 assert info == record.info
             except ValueError as error:
                 assert found == "raised"
@@ -499,7 +499,7 @@ def test_laplace_jacobian_and_confidence():
 def test_near_inverses():
     example = load("near_inverses")
     example.TIMES, example.BEFORE = (1, 10), (1, 20)
-    found = example.main(width=3, batch=8, steps=25, maxiter=60)
+    found = example.main(width=2, batch=6, steps=25, maxiter=40)
     assert list(found) == ["Gauss-Newton", "Hessian, positive definite", "Hessian, indefinite"]
     for title, rows in found.items():
         without = rows["none", 1.0]

@@ -52,7 +52,7 @@ def right_hand_sides(size: int, columns: int = 2, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("batch_of_seeds", range(4))
 def test_random_networks(batch_of_seeds):
     indefinite = 0
-    for seed in range(10 * batch_of_seeds, 10 * batch_of_seeds + 10):
+    for seed in range(10 * batch_of_seeds, 10 * batch_of_seeds + 6):
         model, loss_fn, x, y = random_network(seed)
         lin = lh.linearize(model, loss_fn, x, y)
         H = oracle_hessian(model, loss_fn, x, y)
@@ -63,12 +63,12 @@ def test_random_networks(batch_of_seeds):
             for method in CERTIFIED:
                 X = lin.inverse(damping, method) @ g
                 assert backward_error(H, damping, X, g) <= 1e-14, (seed, damping, method)
-    assert indefinite >= 5
+    assert indefinite >= 3
 
 
 @pytest.mark.parametrize("batch_of_seeds", range(2))
 def test_random_networks_in_float32(batch_of_seeds):
-    for seed in range(100 + 10 * batch_of_seeds, 110 + 10 * batch_of_seeds):
+    for seed in range(100 + 10 * batch_of_seeds, 106 + 10 * batch_of_seeds):
         model, loss_fn, x, y = random_network(seed, torch.float32)
         lin = lh.linearize(model, loss_fn, x, y)
         # The Hessian the package has at hand: in single precision that of autograd differs by rounding of its own.

@@ -270,8 +270,10 @@ OPERATORS = {
 SYMMETRIC = {"DD_xx", "DM_zz", "H", "damped", "gauss_newton", "gauss_newton damped"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    "operator, dtype",
+    [*((name, torch.float64) for name in OPERATORS), *((name, torch.float32) for name in ("M_inv", "H", "composed"))],
+)
 def test_operators_conform(operator, dtype):
     lin = lh.linearize(*network("curved in its parameters", dtype))
     op = OPERATORS[operator](lin)
@@ -297,6 +299,8 @@ def test_inverses_conform(method):
     damping = 0.7 * np.linalg.norm(H, 2)
     inverse = np.linalg.inv(H + damping * np.eye(len(H)))
     check_operator(lin.inverse(damping, method), inverse, rtol=1e-11)
+    if method != "auto":
+        return  # operators of the inverses of Gauss-Newton matrices are the same class
     G = lh.to_dense(lin.gauss_newton())
     inverse = np.linalg.inv(G + damping * np.eye(len(H)))
     check_operator(lin.gauss_newton().inverse(damping, method), inverse, rtol=1e-11)

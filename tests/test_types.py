@@ -101,3 +101,16 @@ def test_operators_give_operators():
         assert_type(lin.M.H, Operator),
     ):
         assert isinstance(result, Operator)
+
+
+def test_choices_are_named():
+    """What is none of them is seen by a type checker: were it not, these remarks would be unused, which is an error too."""
+    lin = linearized()
+    with pytest.raises(ValueError, match="solver"):
+        lh.krylov.run("gmress", np.eye(2), np.ones(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="method"):
+        lin.inverse(0.1, method="riccatti")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="which"):
+        lh.spectrum.eigsh(lin, 2, which="LR")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="nonsmooth"):
+        lh.Hessian(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, [], nonsmooth="exact")  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
+from linop_hess._validate import Reduction
 from linop_hess.autograd.calling import refuse_empty, takes_parameters
 from linop_hess.processes import ALONE, Processes
 from linop_hess.processes.fingerprint import fingerprint
@@ -69,7 +70,7 @@ class Batches:
         self,
         data: Any,
         loss_fn: Callable[..., Any],
-        reduction: str | None = None,
+        reduction: Reduction | None = None,
         progress: Progress = False,
         weight_fn: Callable[[Any, Any], Any] | None = None,
         processes: Processes = ALONE,

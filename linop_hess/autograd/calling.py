@@ -51,7 +51,7 @@ def takes_parameters(loss_fn: Any) -> bool:
     return len(needed) == 3
 
 
-class _Function(nn.Module):
+class FunctionModule(nn.Module):
     """A function of parameters and inputs as a module; dots in names make modules inside."""
 
     def __init__(self, function: Callable[..., Any], params: Mapping[str, Tensor]) -> None:
@@ -103,7 +103,7 @@ def as_module(function: Any, params: Any) -> nn.Module:
     if wrong:
         raise TypeError(f"expected floating tensors in params, got others under {', '.join(wrong)}: leave them out")
     try:
-        return _Function(function, params)
+        return FunctionModule(function, params)
     except KeyError as error:
         raise ValueError(
             f"expected params with names that a module can have, got one that cannot be ({error.args[0]}): rename it"

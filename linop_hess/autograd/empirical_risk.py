@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import checked_loss, require_loss_fn
+from linop_hess._validate import Nonsmooth, Reduction, checked_loss, require_loss_fn
 from linop_hess.autograd.additivity import Additivity, Part
 from linop_hess.autograd.batches import Batches, Progress
 from linop_hess.autograd.calling import as_data, call_loss, call_model
@@ -83,12 +83,12 @@ class RiskCurvature(NamedOperator, MovedByRounding):
         data: Any,
         *,
         params: str | Iterable[str] | None = None,
-        reduction: str | None = None,
+        reduction: Reduction | None = None,
         progress: Progress = False,
         check_deterministic: bool = True,
         check_symmetric: bool = True,
         retain_graph: bool | None = None,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
         weight_fn: Callable[[Any, Any], Any] | None = None,
         group: Any = None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from linop_hess._validate import Differentiation, Nonsmooth, Reduction
 from linop_hess.autograd.batches import Progress
 from linop_hess.autograd.calling import call_model, of_the_output_alone, takes_parameters
 from linop_hess.autograd.differentiate import Gradients, differentiate, joined, once_differentiable_graphs
@@ -158,14 +159,14 @@ class Hessian(RiskCurvature):
         data: Any,
         *,
         params: Iterable[str] | None = None,
-        reduction: str | None = None,
+        reduction: Reduction | None = None,
         progress: Progress = False,
         check_deterministic: bool = True,
         check_symmetric: bool = True,
         retain_graph: bool | None = None,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
-        differentiation: str = "autograd",
+        differentiation: Differentiation = "autograd",
         weight_fn: Callable[[Any, Any], Any] | None = None,
         group: Any = None,
     ) -> None:

@@ -234,7 +234,7 @@ class StandIns:
                 copies[id(value)] = value.detach().clone()
             attributes[key] = copies[id(value)]
         for own, key, tensor in self._places:
-            own[key] = tensor  # type: ignore[assignment]
+            own[key] = tensor
         for module in self._modules:
             as_a_function(module)
         return self

@@ -25,6 +25,8 @@ from linop_hess.processes import Processes
 from linop_hess.streamed import StreamedLinearization
 
 METHODS: tuple[MethodName, ...] = ("banded", "riccati", "dense", "ldu")
+CONVEX: tuple[krylov.SolverName, ...] = ("minres", "cg")
+"""What takes a positive definite M."""
 LDU_SECONDS = 60.0
 Progress = Callable[[str, int], Any]
 """Given a row's label and its number of steps, returns something with ``update(n)`` and ``close()``."""
@@ -101,7 +103,7 @@ def compare_solvers(
     records: list[Record] = []
     skipped: dict[str, str] = {}
 
-    def iterate(label: str, solver: str, M: Any = None, setup: float = 0.0) -> None:
+    def iterate(label: str, solver: krylov.SolverName, M: Any = None, setup: float = 0.0) -> None:
         restart = maxiter if solver == "gmres" else None
         with _bar(progress, label, maxiter) as step:
             record = krylov.run(
@@ -120,7 +122,7 @@ def compare_solvers(
         skipped["GMRES, M = exact inverse"] = str(error)
     try:
         newton, seconds = _timed(lambda: lin.gauss_newton().inverse(damping))
-        for solver in ("minres", "cg"):
+        for solver in CONVEX:
             label = f"{solver.upper()}, M = Gauss-Newton inverse"
             iterate(label, solver, newton, linearizing + seconds)
     except (FactorizationError, MemoryError) as error:

@@ -83,7 +83,7 @@ def _first_order(make: Callable[..., torch.optim.Optimizer]) -> Callable[[Learni
             opt.zero_grad()
             loss = task.loss()
             trace.add(float(loss.detach()))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             opt.step()
 
     return steps
@@ -96,7 +96,7 @@ def _lbfgs(task: LearningTask, trace: Trace, rate: float | None) -> None:
     def closure() -> Tensor:
         opt.zero_grad()
         loss = task.loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         trace.add(float(loss.detach()))
         return loss
 
@@ -104,7 +104,7 @@ def _lbfgs(task: LearningTask, trace: Trace, rate: float | None) -> None:
     while trace.steps - before >= 3:  # else it is at the end of its digits
         before = trace.steps
         opt = torch.optim.LBFGS(task.model.parameters(), history_size=20, line_search_fn="strong_wolfe", **everything)
-        opt.step(closure)  # type: ignore[arg-type]
+        opt.step(closure)
 
 
 def _curved(

@@ -35,7 +35,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 CLOCK_NAMES = {"wall": "seconds", "cpu": "seconds of the processor"}
 
-CHOICES = ("depth", "width", "batch", "activation", "init")
+CHOICES = ("depth", "width", "batch", "points", "activation", "init")
 """Options of tasks."""
 
 
@@ -67,6 +67,7 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     add("--depth", type=integer(1), metavar="N", help="hidden layers, or stages of a pendulum")
     add("--width", type=integer(1), metavar="N", help="neurons a hidden layer")
     add("--batch", type=integer(1), metavar="N", help="samples in the one batch")
+    add("--points", type=integer(1), metavar="N", help="along a side of a domain")
     add("--activation", metavar="NAME", help="between the layers: tanh, relu, gelu or silu")
     add("--init", metavar="NAME", help="he, orthogonal or default (torch's)")
     add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: this process's, where others use the machine")
@@ -77,7 +78,7 @@ def describe_tasks() -> str:
     """What may be chosen of each task, with what it is where nothing is said."""
     lines = ["tasks, with what they are where nothing is said:"]
     for name in TASKS:
-        chosen = ", ".join(f"--{option} {value}" for option, value in task_options(name).items())
+        chosen = ", ".join(f"--{option} {value}" for option, value in task_options(name).items() if option in CHOICES)
         lines.append(f"  {name:16}{chosen or 'no options'}")
     return "\n".join(lines)
 

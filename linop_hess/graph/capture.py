@@ -70,6 +70,7 @@ def capture(
     targets: Any,
     names: Sequence[str],
     selections_compute: bool = False,
+    again: bool = False,
 ) -> Capture:
     """Record loss_fn(model(inputs), targets).
 
@@ -82,6 +83,8 @@ def capture(
         The parameters that are not constants.
     selections_compute : bool
         Whether selections that have a surrogate, as maxima, are operations; else they move entries.
+    again : bool
+        Whether this model and loss have been seen to give the same value each time; else they run twice.
 
     Raises
     ------
@@ -110,11 +113,11 @@ def capture(
         with recorder:
             return checked_loss(own.loss(output, own_targets))
 
-    def once_more() -> tuple[list[Tensor], Tensor]:
-        again, targets_again = own.data()
-        output = call_model(model, again)
+    def once_more() -> list[Tensor]:
+        own_inputs, own_targets = own.data()
+        output = call_model(model, own_inputs)
         kept = [t.detach().clone() for t in _floating(output)]
-        return kept, checked_loss(own.loss(output, targets_again))
+        return [*kept, checked_loss(own.loss(output, own_targets))]
 
     with twice_differentiable("the model", leaves[0].device, model), recorder.memory.restored():
         with own.standing_in(), _module_paths(model, recorder.path):
@@ -127,15 +130,10 @@ def capture(
             )
         gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         recorder.memory.restore()
-        with own.standing_in():
-            outputs, again = once_more()
-    pairs = zip([*_floating(between[0]), value], [*outputs, again], strict=True)
-    if not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs):
-        raise UnsupportedModelError(
-            "expected a model and a loss that give the same value each time, got two values for the same input: call "
-            "model.eval(), or remove the randomness"
-        )
-    kept, ids = between
+        kept, ids = between
+        if not again:
+            with own.standing_in():
+                _require_equal([*_floating(kept), value], once_more())
     given = np.append(ids, np.arange(1, recorder.trace.parameters + 1))
     return Capture(
         recorder.trace,
@@ -147,6 +145,15 @@ def capture(
         _first_beyond(recorder.trace, given)[0],
         partial(own.loss_of_output, loss_fn),
     )
+
+
+def _require_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    pairs = zip(first, second, strict=True)
+    if not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs):
+        raise UnsupportedModelError(
+            "expected a model and a loss that give the same value each time, got two values for the same input: call "
+            "model.eval(), or remove the randomness"
+        )
 
 
 def watched(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from linop_hess.errors import UnsupportedModelError
@@ -63,10 +66,28 @@ class Group:
     paths: tuple[str, ...]
     name: str
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         """What its stages read, control and write."""
         return self.rule.placement(self.op)
+
+    @property
+    def written(self) -> np.ndarray:
+        """Element ids of what its stages write, (K, n_out)."""
+        written = self.placement.written
+        return self.outputs if written is None else self.outputs[:, written]
+
+    def in_order(self, parts: np.ndarray) -> Group:
+        """The group with the equal parts of its operation in another order."""
+        return replace(self, op=replace(self.op, order=parts))
+
+    def without_arguments(self) -> Group:
+        """The group without the numbers of its nodes, which `with_arguments` gives it again, or others."""
+        return self.with_arguments([])
+
+    def with_arguments(self, flats: list[list[Any]]) -> Group:
+        """The group of nodes that are like its own, with their arguments."""
+        return replace(self, op=replace(self.op, flats=flats))
 
 
 def live_nodes(nodes: Sequence[Node], needed: np.ndarray, ids: int) -> list[Node]:
@@ -211,6 +232,39 @@ def _signature(node: Node) -> Hashable:
             parts.append((type(a), a) if isinstance(a, (int, float, bool, str, type(None))) else repr(a))
     outputs = tuple((j, o.start - node.outputs[0][1].start, o.shape, o.stride, o.offset) for j, o in node.outputs)
     return node.func, node.in_loss, tuple(parts), outputs
+
+
+Footprint = tuple[tuple[Any, ...], list[Ids], list[Tensor]]
+"""Of a node: what it is and writes, and shapes; what it reads; constants that are no floats."""
+
+
+def footprint(node: Node) -> Footprint:
+    """All of a node but its numbers, apart from constants that are no floats: these may say what is moved where."""
+    active = set(node.active)
+    parts: list[Any] = []
+    constants = []
+    for i, a in enumerate(node.flat):
+        if isinstance(a, Tensor):
+            parts.append((a.shape, a.dtype, a.device))
+            if i not in active and not a.is_floating_point():
+                constants.append(a)
+        else:
+            parts.append((type(a), a) if isinstance(a, (int, float, bool, str, type(None))) else repr(a))
+    fixed = node.func, node.spec, node.in_loss, node.path, node.operation, node.active, node.outputs, parts
+    return fixed, node.arguments, constants
+
+
+def are_alike(mine: Footprint, theirs: Footprint) -> bool:
+    """Whether two footprints are equal."""
+    if mine[0] != theirs[0] or len(mine[1]) != len(theirs[1]) or len(mine[2]) != len(theirs[2]):
+        return False
+    for ours, other in zip(mine[1], theirs[1], strict=True):
+        if isinstance(ours, Strided) or isinstance(other, Strided):
+            if ours != other:
+                return False
+        elif not np.array_equal(ours, other):
+            return False
+    return all(map(torch.equal, mine[2], theirs[2]))
 
 
 def _pattern(ids: Ids) -> Hashable:

@@ -17,6 +17,7 @@ from linop_hess.graph.rules.convolution import AVERAGE_POOLS, CONVOLUTIONS, Aver
 from linop_hess.graph.rules.loss import linearize_loss
 from linop_hess.graph.rules.normalization import NORMALIZATIONS
 from linop_hess.graph.rules.pointwise import ELEMENTWISE, Pointwise
+from linop_hess.lq.layout import Layout, sizes_of
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage
 from linop_hess.tables import DOUBLE_BACKWARD, StageLabel
@@ -76,7 +77,12 @@ def known_layers(model: nn.Module, inputs: Any, names: Sequence[str]) -> list[La
 
 
 def linearize_layers(
-    layers: Sequence[Layer], loss_fn: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any
+    layers: Sequence[Layer],
+    loss_fn: Callable[[Tensor, Any], Tensor],
+    inputs: Tensor,
+    targets: Any,
+    known: Layout | None = None,
+    again: bool = False,
 ) -> Layers:
     """Linearize a chain of layers at their current parameters.
 
@@ -86,6 +92,10 @@ def linearize_layers(
     loss_fn : callable
     inputs : Tensor
     targets : object
+    known : Layout, optional
+        Of an earlier one, which is taken over where layers have the same sizes.
+    again : bool
+        Whether this loss function has been seen to give the same value each time.
 
     Raises
     ------
@@ -94,7 +104,7 @@ def linearize_layers(
     """
     with torch.no_grad():
         layers, states, output = _forward(layers, inputs)
-        parts = linearize_loss(loss_fn, output, targets)
+        parts = linearize_loss(loss_fn, output, targets, again=again)
         loss, cost = parts.value, parts.stage
         stacks = _stack(layers, states)
         order = np.zeros((len(layers) + 1, 2), dtype=np.int64)
@@ -105,8 +115,7 @@ def linearize_layers(
             blocks.append(chosen[0].kind.linearize(chosen, Z))
         order[-1] = len(blocks), 0
         labels = [StageLabel(layer.name or "<model>", type(layer.module).__name__) for layer in layers]
-        slopes = Problem([*blocks, cost], order, [*labels, StageLabel("", "loss", DOUBLE_BACKWARD)])
-        _check_finite(slopes, slopes.blocks)
+        slopes = _problem([*blocks, cost], order, [*labels, StageLabel("", "loss", DOUBLE_BACKWARD)], known)
         seed = torch.zeros(slopes.layout.size_out, 1, dtype=slopes.dtype, device=slopes.device)
         seed[-1] = 1.0
         adjoint = slopes.transition.substitute_adjoint(seed)
@@ -118,6 +127,12 @@ def linearize_layers(
         problem = slopes.with_curvature([*curved, cost])
         _check_finite(problem, problem.blocks)
     return Layers(problem, loss, gradient, parts.apart)
+
+
+def _problem(blocks: list[Stage], order: np.ndarray, labels: list[StageLabel], known: Layout | None) -> Problem:
+    if known is not None and np.array_equal(known.order, order) and known.sizes == sizes_of(blocks):
+        return Problem.laid_out(known, blocks, labels)
+    return Problem(blocks, order, labels)
 
 
 def _forward(layers: Sequence[Layer], inputs: Tensor) -> tuple[list[Layer], list[Tensor], Tensor]:
@@ -210,6 +225,8 @@ def _memory_of(parameter: Tensor) -> tuple[int, int]:
     """First byte of a tensor and the one after its last; several may lie in one storage without touching."""
     if not parameter.numel():
         return 0, 0
+    if parameter.is_contiguous():
+        return parameter.data_ptr(), parameter.data_ptr() + parameter.numel() * parameter.element_size()
     reach = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
     return parameter.data_ptr(), parameter.data_ptr() + (reach + 1) * parameter.element_size()
 

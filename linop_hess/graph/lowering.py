@@ -299,7 +299,9 @@ def _pieces(node: Node, first: np.ndarray, never: float) -> list[tuple[float, No
     when = first[output.start : output.start + rows * each].reshape(rows, each).min(1)
     edges = [0, *(np.flatnonzero(np.diff(when)) + 1).tolist(), rows]
     read = sum(int(np.prod(a.shape)) if isinstance(a, Strided) else a.size for a in node.arguments)
-    if len(edges) < 3 or bool((when >= never).any()) or read > _WORTH * rows * each:
+    # Where rows of one time lie between others there would be an operation for each row, and no sample by itself.
+    interleaved = len(edges) - 1 > len(np.unique(when))
+    if len(edges) < 3 or interleaved or bool((when >= never).any()) or read > _WORTH * rows * each:
         return None
     return [(when[a] - 0.5, _rows(node, output, a, b, each)) for a, b in pairwise(edges)]
 

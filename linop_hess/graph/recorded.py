@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from linop_hess.errors import NotFiniteError
-from linop_hess.graph.grouping import Group, grouped, live_nodes
+from linop_hess.graph.grouping import Footprint, Group, are_alike, footprint, grouped, live_nodes
 from linop_hess.graph.liveness import LiveCuts
 from linop_hess.graph.lowering import lower, split_late
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.samples import state_order
-from linop_hess.graph.trace import Trace
+from linop_hess.graph.trace import Node, Trace
 from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Stack, schedule
+from linop_hess.lq.layout import Layout
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.injection import IdleStage, InjectionStage
@@ -40,8 +42,9 @@ class Graph:
         What lives in its states.
     differenced : tuple of str
         Operations whose second derivatives are differences of first ones.
-    terms : float
-        Size of what gradients are sums of: rounding in them is relative to it, where all cancels.
+    terms : callable
+        ``terms()`` is the size of what gradients are sums of: rounding in them is relative to it, where all cancels.
+    structure : Structure
     """
 
     problem: Problem
@@ -49,7 +52,86 @@ class Graph:
     generic: tuple[str, ...]
     cuts: LiveCuts
     differenced: tuple[str, ...]
-    terms: float
+    terms: Callable[[], float]
+    structure: Structure
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a recorded run shares with others of the same operations on elements of the same places: all but numbers.
+
+    Attributes
+    ----------
+    nodes : tuple of Footprint
+        Of what was recorded.
+    ids : int
+        The largest element id there.
+    target : ndarray of int
+    samples : int
+        Of the objective.
+    second : SecondDerivatives
+    kept : list of int
+        Which of the lowered nodes are live.
+    splits : bool
+        Whether some of them are computed row by row.
+    groups : list of Group
+        Without arguments.
+    parts : list of int
+        Into how many equal parts the stages of each group fall.
+    stacks : list of Stack
+    order, places : ndarray of int
+        As of `Problem`.
+    cuts : LiveCuts
+    of_loss : frozenset of int
+    new, made : Tensor
+        Entries of the states after all events that are computed there, and their element ids.
+    outputs : list of Tensor
+        Element ids of what the stages of each group write.
+    layout : Layout or None
+    """
+
+    nodes: tuple[Footprint, ...]
+    ids: int
+    target: np.ndarray
+    samples: int
+    second: SecondDerivatives
+    kept: list[int]
+    splits: bool
+    groups: list[Group]
+    parts: list[int]
+    stacks: list[Stack]
+    order: np.ndarray
+    places: np.ndarray
+    cuts: LiveCuts
+    of_loss: frozenset[int]
+    new: Tensor
+    made: Tensor
+    outputs: list[Tensor]
+    layout: Layout | None = None
+
+    def fits(
+        self, trace: Trace, target: np.ndarray, objective: ObjectiveStage | None, second: SecondDerivatives
+    ) -> bool:
+        """Whether a run did the same on elements of the same places: then nothing here would come out otherwise.
+
+        Of constants, numbers that are no floats must be the same, since they may say what is moved where.
+        """
+        return (
+            self.second == second
+            and self.ids == trace.ids
+            and self.samples == (1 if objective is None else objective.samples)
+            and (objective is None) == all(stack.group != OBJECTIVE for stack in self.stacks)
+            and np.array_equal(self.target, target)
+            and len(self.nodes) == len(trace.nodes)
+            and all(are_alike(mine, footprint(node)) for mine, node in zip(self.nodes, trace.nodes, strict=True))
+        )
+
+    def groups_of(self, lowered: list[Node], ids: int) -> list[Group]:
+        """The groups with the arguments of a run's lowered nodes, whose largest element id is `ids`."""
+        nodes = [lowered[k] for k in self.kept]
+        if self.splits:
+            nodes = split_late(nodes, ids)
+        return [group.with_arguments([nodes[k].flat for k in group.nodes.tolist()]) for group in self.groups]
 
 
 def build_graph(
@@ -59,6 +141,7 @@ def build_graph(
     like: Tensor,
     parameters: dict[str, int],
     second: SecondDerivatives,
+    known: Structure | None = None,
 ) -> Graph:
     """Linearize what was recorded.
 
@@ -75,6 +158,8 @@ def build_graph(
         Names of the parameters with their numbers of entries, in order.
     second : SecondDerivatives
         Where those come from that autograd does not have, or that kinks hide.
+    known : Structure, optional
+        That of another run, which is taken over where this one is alike.
 
     Raises
     ------
@@ -83,49 +168,105 @@ def build_graph(
     MemoryError
         If the states do not fit into memory; the message has the widest of them.
     """
-    nodes = live_nodes(lower(trace), target[target > 0], trace.ids)
-    nodes = split_late(nodes, trace.ids)
-    groups = grouped(nodes, trace.parameters, target, second)
-
-    def cuts_of(what: np.ndarray, birth: np.ndarray, last: np.ndarray) -> LiveCuts:
-        return LiveCuts(_labels(groups, what), birth, last, parameters, like.element_size())
-
-    makers = {g: group.rule.linearize(group.op).to(like.dtype) for g, group in enumerate(groups)}
-    parts = [max(1, makers[g].samples) for g in range(len(groups))]
-    rank, orders = state_order(groups, parts, trace.ids, target, 1 if objective is None else objective.samples)
-    for g, parts_order in enumerate(orders):
-        if parts_order is not None:
-            groups[g] = group = replace(groups[g], op=replace(groups[g].op, order=parts_order))
-            makers[g] = group.rule.linearize(group.op).to(like.dtype)
-    plan = schedule(groups, trace.parameters, trace.ids, target, rank, objective is not None, cuts_of)
-    order = plan.order
-    slopes = [_stage(stack, makers, objective, like) for stack in plan.stacks]
-    places = np.concatenate(
-        [plan.stacks[b].controls[k] for b, k in order.tolist()] or [np.zeros(0, dtype=np.int64)]
-    ).astype(np.int64)
-    # Gauss-Newton keeps the curvature of all that the loss runs; an objective keeps its own.
-    of_loss = frozenset(b for b, stack in enumerate(plan.stacks) if stack.group >= 0 and groups[stack.group].in_loss)
-    problem = Problem(slopes, order, plan.cuts.labels, places - 1, of_loss)
+    lowered, seen = None, known
+    if known is not None and known.fits(trace, target, objective, second):
+        lowered = lower(trace)
+        groups = known.groups_of(lowered, trace.ids)
+        makers = [group.rule.linearize(group.op).to(like.dtype) for group in groups]
+        if known.parts != [max(1, maker.samples) for maker in makers]:
+            seen = None
+    else:
+        seen = None
+    if seen is None:
+        seen, groups, makers = _analysed(trace, lowered, target, objective, like, parameters, second)
+    slopes = [_stage(stack, makers, objective, like) for stack in seen.stacks]
+    labels = seen.cuts.labels
+    if seen.layout is None:
+        problem = Problem(slopes, seen.order, labels, seen.places, seen.of_loss)
+        seen = replace(seen, layout=problem.layout)
+    else:
+        problem = Problem.laid_out(seen.layout, slopes, labels, seen.of_loss)
     _require_finite(problem)
     seed = torch.zeros(problem.layout.size_out, 1, dtype=like.dtype, device=like.device)
     seed[-1] = 1.0
     adjoint = problem.transition.substitute_adjoint(seed)
     gradient = problem.apply_Gt(adjoint)[:, 0]
-    terms = _size_of_terms(problem, adjoint)
-    new = torch.from_numpy(np.flatnonzero(plan.live.is_new))
     bars = torch.zeros(trace.ids + 2, dtype=like.dtype, device=like.device)
-    bars[torch.from_numpy(plan.live.ids[plan.live.is_new])] = adjoint[new, 0]
-    curved = {}
-    for g, group in enumerate(groups):
-        written = group.placement.written
-        outputs = group.outputs if written is None else group.outputs[:, written]
-        beta = bars[torch.from_numpy(outputs)]
-        curved[g] = group.rule.curve(group.op, makers[g], beta).to(like.dtype)
-    problem = problem.with_curvature([_stage(stack, curved, objective, like) for stack in plan.stacks])
+    bars[seen.made] = adjoint[seen.new, 0]
+    curved = [
+        group.rule.curve(group.op, maker, bars[outputs]).to(like.dtype)
+        for group, maker, outputs in zip(groups, makers, seen.outputs, strict=True)
+    ]
+    slopes_alone = problem
+    problem = problem.with_curvature([_stage(stack, curved, objective, like) for stack in seen.stacks])
     _require_finite(problem)
     generic = tuple(dict.fromkeys(group.op.title for group in groups if group.rule.is_generic))
     differenced = tuple(dict.fromkeys(group.op.title for group in groups if group.op.by_differences))
-    return Graph(problem, gradient, generic, plan.cuts, differenced, terms)
+    return Graph(
+        problem, gradient, generic, seen.cuts, differenced, partial(_size_of_terms, slopes_alone, adjoint), seen
+    )
+
+
+def _analysed(
+    trace: Trace,
+    lowered: list[Node] | None,
+    target: np.ndarray,
+    objective: ObjectiveStage | None,
+    like: Tensor,
+    parameters: dict[str, int],
+    second: SecondDerivatives,
+) -> tuple[Structure, list[Group], list[Stage]]:
+    """What numbers do not change, worked out; and the groups with their numbers, linearized. `lowered`: that trace, where it is done."""
+    ids = trace.ids
+    footprints = tuple(footprint(node) for node in trace.nodes)
+    lowered = lower(trace) if lowered is None else lowered
+    kept = live_nodes(lowered, target[target > 0], trace.ids)
+    nodes = split_late(kept, trace.ids)
+    groups = grouped(nodes, trace.parameters, target, second)
+
+    def cuts_of(what: np.ndarray, birth: np.ndarray, last: np.ndarray) -> LiveCuts:
+        return LiveCuts(_labels(groups, what), birth, last, parameters, like.element_size())
+
+    makers = [group.rule.linearize(group.op).to(like.dtype) for group in groups]
+    parts = [max(1, maker.samples) for maker in makers]
+    samples = 1 if objective is None else objective.samples
+    rank, orders = state_order(groups, parts, trace.ids, target, samples)
+    for g, parts_order in enumerate(orders):
+        if parts_order is not None:
+            groups[g] = group = groups[g].in_order(parts_order)
+            makers[g] = group.rule.linearize(group.op).to(like.dtype)
+    plan = schedule(groups, trace.parameters, trace.ids, target, rank, objective is not None, cuts_of)
+    order = plan.order
+    places = np.concatenate(
+        [plan.stacks[b].controls[k] for b, k in order.tolist()] or [np.zeros(0, dtype=np.int64)]
+    ).astype(np.int64)
+    # Gauss-Newton keeps the curvature of all that the loss runs; an objective keeps its own.
+    of_loss = frozenset(b for b, stack in enumerate(plan.stacks) if stack.group >= 0 and groups[stack.group].in_loss)
+    position = {id(node): k for k, node in enumerate(lowered)}
+    new = np.flatnonzero(plan.live.is_new)
+    return (
+        Structure(
+            footprints,
+            ids,
+            target,
+            samples,
+            second,
+            [position[id(node)] for node in kept],
+            len(nodes) > len(kept),
+            [group.without_arguments() for group in groups],
+            parts,
+            plan.stacks,
+            order,
+            places - 1,
+            plan.cuts,
+            of_loss,
+            torch.from_numpy(new),
+            torch.from_numpy(plan.live.ids[new]),
+            [torch.from_numpy(group.written) for group in groups],
+        ),
+        groups,
+        makers,
+    )
 
 
 def _size_of_terms(problem: Problem, adjoint: Tensor) -> float:
@@ -137,7 +278,7 @@ def _size_of_terms(problem: Problem, adjoint: Tensor) -> float:
     return max(sizes)
 
 
-def _stage(stack: Stack, makers: dict[int, Stage], objective: ObjectiveStage | None, like: Tensor) -> Stage:
+def _stage(stack: Stack, makers: Sequence[Stage], objective: ObjectiveStage | None, like: Tensor) -> Stage:
     K, p = stack.controls.shape
     inner: Stage
     if stack.group == IDLE:

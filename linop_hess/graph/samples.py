@@ -52,7 +52,7 @@ def state_order(
 
 def _order_of_parts(group: Group, count: int, label: np.ndarray) -> np.ndarray | None:
     """The parts of a stage by the sample they write, where every node of the group has them alike."""
-    of_parts = label[_written(group)].reshape(group.nodes.size, count, -1)
+    of_parts = label[group.written].reshape(group.nodes.size, count, -1)
     first = of_parts[0, :, 0]
     alike = bool((of_parts == first[:, None]).all()) and bool((first != _NONE).all())
     return np.argsort(first, kind="stable") if alike and bool((np.diff(first) < 0).any()) else None
@@ -74,7 +74,7 @@ def _agree(groups: Sequence[Group], parts: Sequence[int], label: np.ndarray, tar
         return False
     for group, count in zip(groups, parts, strict=True):
         placement = group.placement
-        K, written = group.nodes.size, label[_written(group)]
+        K, written = group.nodes.size, label[group.written]
         both = [label[group.op.ids[:, placement.read]].reshape(K, count, -1), written.reshape(K, count, -1)]
         together = np.concatenate(both, 2)
         known = together != _NONE
@@ -93,7 +93,7 @@ def _by_use(groups: Sequence[Group], parts: Sequence[int], ids: int, target: np.
     np.maximum.at(high, target, sample)
     where = [(int(node), g, k) for g, group in enumerate(groups) for k, node in enumerate(group.nodes)]
     reads = [group.op.ids[:, group.placement.read] for group in groups]
-    writes = [_written(group) for group in groups]
+    writes = [group.written for group in groups]
     for _, g, k in sorted(where, reverse=True):
         count, read, written = parts[g], reads[g][k], writes[g][k]
         if read.size:
@@ -101,8 +101,3 @@ def _by_use(groups: Sequence[Group], parts: Sequence[int], ids: int, target: np.
             np.minimum.at(low, read, np.repeat(low[written].reshape(count, -1).min(1), each))
             np.maximum.at(high, read, np.repeat(high[written].reshape(count, -1).max(1), each))
     return np.where(low == high, low, _NONE)
-
-
-def _written(group: Group) -> np.ndarray:
-    written = group.placement.written
-    return group.outputs if written is None else group.outputs[:, written]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
@@ -15,13 +17,16 @@ from torch.utils import _pytree as pytree
 from linop_hess.autograd.calling import as_data, as_module, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.autograd.hessian import Hessian
-from linop_hess.autograd.untouched import StandIns, untouched_randomness
+from linop_hess.autograd.untouched import StandIns, exclusively, untouched_randomness
 from linop_hess.errors import UnsupportedModelError
+from linop_hess.graph.build import Chain, Known
 from linop_hess.graph.rules.elementwise import scale_shift
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.rules.reductions import normalize
 from linop_hess.lq.accuracy import BACKWARD_CONSTANTS, VERIFIED
+from linop_hess.lq.problem import Problem
 from linop_hess.operators.operator import Operator
+from linop_hess.operators.parameters import ParameterTable
 
 
 class Reference:
@@ -203,3 +208,88 @@ def _is_rounding(gap: Tensor, products: Tensor, moved: Tensor, sizes: Sequence[i
     pieces = zip(gap.split(sizes), moved.split(sizes), strict=True)
     norms = ((torch.linalg.vector_norm(g, dim=0), torch.linalg.vector_norm(m, dim=0)) for g, m in pieces)
     return all(bool((seen <= VERIFIED * (explained + floor)).all()) for seen, explained in norms)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a linearization tells the next one of the same model; it holds no numbers of it.
+
+    Attributes
+    ----------
+    known : Known
+    reference : Reference
+        Of its model and loss.
+    """
+
+    known: Known
+    reference: Reference
+
+    def of(self, model: nn.Module, loss_fn: Any, names: Sequence[str], second: SecondDerivatives) -> Known:
+        """What is known where a model and a loss are linearized that may be others."""
+        mine = self.reference
+        is_same = mine.model is model and mine.loss_fn is loss_fn and mine.second == second
+        return replace(self.known, again=is_same and tuple(mine.names) == tuple(names))
+
+
+class Verified:
+    """What compares its Hessian with its model's by double backward."""
+
+    H: Any
+    problem: Problem
+    parameter_table: ParameterTable
+    _chain: Chain
+    _reference: Reference | None
+
+    def verify(self, probes: int = 2) -> float:
+        """Compare `H` with double-backward products on random vectors.
+
+        They must agree parameter by parameter to what rounding explains: how far an ulp in the parameters moves the products,
+        and an ulp of the whole. Where an operation was left to differences, differences of the gradient are compared with, to
+        what these move when their step is halved.
+
+        Parameters
+        ----------
+        probes : int
+            Number of random vectors.
+
+        Returns
+        -------
+        float
+            The largest relative difference, about 1e-13 in float64 when all is well.
+
+        Raises
+        ------
+        ArithmeticError
+            If they disagree; the message names the layers suspected.
+        RuntimeError
+            If the model changed since, or there is no model to compare with.
+        ValueError
+            If `probes` is less than 1.
+        """
+        if probes < 1:
+            raise ValueError(f"probes must be at least 1, got {probes}")
+        if self._reference is None:
+            raise RuntimeError("this linearization was stored without its model, so it cannot be compared with it")
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.problem.size, probes, generator=generator, dtype=torch.float64, device="cpu")
+        v = v.to(self.problem.dtype).to(self.problem.device)
+        with exclusively(self._reference.model, self._reference.loss_fn):
+            gap, scale, is_rounding = compare(self.H, self._reference, v)
+        worst = float(gap.max())
+        if is_rounding:
+            return worst / scale if scale else 0.0
+        raise ArithmeticError(
+            f"the Hessian differs from double backward by {worst:.1e} of {scale:.1e}; suspected: {self._suspects(gap)}. "
+            "Do not use this linearization; rewrite those layers in primitive operations"
+        )
+
+    def _suspects(self, gap: Tensor) -> str:
+        if self._chain.unverified:
+            return ", ".join(map(repr, self._chain.unverified))
+        layout, table = self.problem.layout, self.parameter_table
+        largest = gap.max(1).values
+        by_control = np.append(layout.in_chain_order(largest).cpu().numpy(), 0.0)
+        by_stage = np.add.reduceat(by_control, layout.x_offsets[:-1]) * (layout.p > 0)
+        parts = table.unflatten(largest)
+        parameter = max(parts, key=lambda name: float(parts[name].sum()))
+        return f"at or after stage {self.problem.name(int(by_stage.argmax()))}, where parameter {parameter} is used"

@@ -167,8 +167,9 @@ def schedule(
         events.add(INJECTION, np.zeros((when.size, 0), dtype=np.int64), when, of_size, of_size)
     for g, group in enumerate(groups):
         placement, read = group.placement, group.op.ids
-        outputs = group.outputs if placement.written is None else group.outputs[:, placement.written]
-        events.add(g, read[:, placement.read], event_of(2 * group.nodes + 1), outputs, read[:, placement.controls])
+        events.add(
+            g, read[:, placement.read], event_of(2 * group.nodes + 1), group.written, read[:, placement.controls]
+        )
     if has_objective:
         events.add(OBJECTIVE, target[None], np.array([times.size - 1]), np.array([[ids + 1]]), _NONE)
     return Schedule(events.stacks(), live, int(times.size), cuts)

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from linop_hess.krylov.checks import check_operator
+from linop_hess.krylov.checks import SolverName, check_operator
 from linop_hess.krylov.record import Record
 from linop_hess.krylov.recycled import RecycledSpace
 from linop_hess.krylov.run import run
 
 
 def run_block(
-    solver: str,
+    solver: SolverName,
     A: Any,
     B: Any,
     M: Any = None,

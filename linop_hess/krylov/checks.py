@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from linop_hess._validate import finite_real, whole
+
+SolverName = Literal["cg", "minres", "gmres", "lgmres", "bicgstab", "gcrotmk"]
+"""The Krylov solvers of SciPy that may be asked for."""
 
 
 def check_system(

@@ -12,6 +12,8 @@ import numpy as np
 from scipy.linalg import solve_triangular
 from scipy.sparse.linalg import LinearOperator
 
+from linop_hess.krylov.checks import SolverName
+
 
 def norm(v: np.ndarray) -> float:
     """Return ``||v||``, whose squares neither under- nor overflow."""
@@ -74,7 +76,7 @@ class _Counted(LinearOperator):
     """An operator that counts its products and their negative quadratic forms."""
 
     def __init__(self, name: str, base: LinearOperator, observer: Observer, seen: Callable[..., None]) -> None:
-        super().__init__(base.dtype, base.shape)  # type: ignore[call-arg]
+        super().__init__(base.dtype, base.shape)
         self._name, self._base, self._observer, self._seen = name, base, observer, seen
         self.products = 0
         self.negative = 0
@@ -111,7 +113,7 @@ class Observer:
 
     def __init__(
         self,
-        solver: str,
+        solver: SolverName,
         A: LinearOperator,
         b: np.ndarray,
         M: LinearOperator | None,

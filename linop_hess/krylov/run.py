@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import scipy.sparse.linalg as spla
 
-from linop_hess.krylov.checks import check_atol, check_options, check_rtol, check_system
+from linop_hess.krylov.checks import SolverName, check_atol, check_options, check_rtol, check_system
 from linop_hess.krylov.observer import Breakdown, Observer, Reached, norm, relative_residual
 from linop_hess.krylov.record import Comparison, Record, compare
 from linop_hess.krylov.recycled import RecycledSpace
 
 __all__ = ["SOLVERS", "Comparison", "Record", "compare", "direct", "run"]
 
-SOLVERS: dict[str, Callable[..., Any]] = {
+SOLVERS: dict[SolverName, Callable[..., Any]] = {
     "cg": spla.cg,
     "minres": spla.minres,
     "gmres": spla.gmres,
@@ -37,7 +37,7 @@ _MINRES_INDEFINITE = ("indefinite preconditioner", "non-symmetric matrix")
 
 
 def run(
-    solver: str,
+    solver: SolverName,
     A: Any,
     b: np.ndarray,
     M: Any = None,

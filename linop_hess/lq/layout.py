@@ -112,6 +112,11 @@ class Sized(Protocol):
     def p(self) -> int: ...
 
 
+def sizes_of(stacks: Sequence[Sized]) -> list[tuple[int, int, int]]:
+    """Sizes of the stages of each stack: state before, state after, controls."""
+    return [(int(stack.n_in), int(stack.n_out), int(stack.p)) for stack in stacks]
+
+
 class Layout:
     """Sizes and places of the controls and states of a chain.
 
@@ -137,6 +142,8 @@ class Layout:
         The same by stack.
     first : int
         The first stage with controls: before it no state moves.
+    sizes : list of (int, int, int)
+        Of the stages of each stack: state before, state after, controls.
 
     Raises
     ------
@@ -146,10 +153,9 @@ class Layout:
 
     def __init__(self, stacks: Sequence[Sized], order: np.ndarray, places: np.ndarray | None = None) -> None:
         self.order = np.asarray(order, dtype=np.int64).reshape(-1, 2)
+        self.sizes = sizes_of(stacks)
         of = self.order[:, 0]
-        self.n_in, self.n_out, self.p = (
-            np.array([getattr(stack, size) for stack in stacks], dtype=np.int64)[of] for size in ("n_in", "n_out", "p")
-        )
+        self.n_in, self.n_out, self.p = np.array(self.sizes, dtype=np.int64).reshape(-1, 3)[of].T.copy()
         self.x_offsets, self.in_offsets, self.out_offsets = map(_offsets, (self.p, self.n_in, self.n_out))
         members = [np.flatnonzero(of == b) for b in range(len(stacks))]
         self.places = _permutation(places, self.size)

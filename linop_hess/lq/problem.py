@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.layout import Layout, Slots
+from linop_hess.lq.layout import Layout, Slots, sizes_of
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
 from linop_hess.lq.transition import Sweep, Transition
@@ -68,13 +68,10 @@ class Problem:
         of_loss: frozenset[int] = frozenset(),
         diagonal: Tensor | None = None,
     ) -> None:
-        self.blocks = tuple(blocks)
-        self.names = names
-        self.of_loss = of_loss
-        self.diagonal = diagonal
         if not len(order):
             raise ValueError("expected at least one stage, got none: an LQ problem is a chain of stages")
-        self.layout = layout = Layout(self.blocks, order, places)
+        self._fill(Layout(blocks, order, places), blocks, names, of_loss, diagonal)
+        layout = self.layout
         wrong = np.flatnonzero(layout.n_in[1:] != layout.n_out[:-1])
         if wrong.size:
             l = int(wrong[0])
@@ -82,11 +79,44 @@ class Problem:
                 f"stage {self.name(l)} leaves a state of size {layout.n_out[l]}, but stage {self.name(l + 1)} "
                 f"expects one of size {layout.n_in[l + 1]}: make the F and C of neighbours agree"
             )
+
+    @classmethod
+    def laid_out(
+        cls,
+        layout: Layout,
+        blocks: Sequence[Stage],
+        names: Sequence[object] | None = None,
+        of_loss: frozenset[int] = frozenset(),
+        diagonal: Tensor | None = None,
+    ) -> Problem:
+        """Build a problem of stacks that have the sizes of another's, and so its layout, which is not made again.
+
+        Raises
+        ------
+        ValueError
+            If they have other sizes, or `diagonal` is not one number a control.
+        """
+        if layout.sizes != sizes_of(blocks):
+            raise ValueError("expected stacks of the sizes of the layout, got others: build the problem from its order")
+        problem = cls.__new__(cls)
+        problem._fill(layout, blocks, names, of_loss, diagonal)
+        return problem
+
+    def _fill(
+        self,
+        layout: Layout,
+        blocks: Sequence[Stage],
+        names: Sequence[object] | None,
+        of_loss: frozenset[int],
+        diagonal: Tensor | None,
+    ) -> None:
+        self.blocks, self.layout, self.names, self.of_loss = tuple(blocks), layout, names, of_loss
+        self.diagonal = diagonal
+        self.transition = Transition(self.blocks, layout)
         if diagonal is not None and (diagonal.shape != (layout.size,) or not bool(torch.isfinite(diagonal).all())):
             raise ValueError(
                 f"expected a diagonal of {layout.size} finite numbers, got one of shape {tuple(diagonal.shape)}: give each control its own"
             )
-        self.transition = Transition(self.blocks, layout)
 
     @classmethod
     def from_blocks(
@@ -338,4 +368,4 @@ class Problem:
         return self.with_curvature(blocks, self.diagonal)
 
     def _with(self, blocks: Sequence[Stage], diagonal: Tensor | None) -> Problem:
-        return Problem(blocks, self.order, self.names, self.places, self.of_loss, diagonal)
+        return Problem.laid_out(self.layout, blocks, self.names, self.of_loss, diagonal)

@@ -156,7 +156,7 @@ class Transition:
         if self.is_banded:
             return self._by_parts(v, "N") if self.parts > 1 else self._band_substitute(v, "N")
         out = v.clone()
-        offsets = self._layout.out_offsets
+        offsets = self._layout.out_offsets.tolist()
         for l, stage in enumerate(self.stages):
             if l:
                 before = out[offsets[l - 1] : offsets[l]]
@@ -168,7 +168,7 @@ class Transition:
         if self.is_banded:
             return self._by_parts(v, "T") if self.parts > 1 else self._band_substitute(v, "T")
         out = v.clone()
-        offsets = self._layout.out_offsets
+        offsets = self._layout.out_offsets.tolist()
         for l in range(self._layout.length - 1, 0, -1):
             after = out[offsets[l] : offsets[l + 1]]
             out[offsets[l - 1] : offsets[l]] += self.stages[l].Ft(after[None])[0]

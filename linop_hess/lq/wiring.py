@@ -22,6 +22,22 @@ from linop_hess._memory import empty, zeros
 _RUNS = 6
 
 
+# From so many entries a matrix on, a call for each matrix costs less than all entries along the second axis: 3 µs against 0.09 µs an entry.
+_MATRICES = 40
+
+
+def add_at(out: Tensor, index: Tensor, w: Tensor) -> None:
+    """Add w, (K, count, k), to the entries `index` of out, (K, size, k).
+
+    Along its first axis torch adds one column thirty times as fast as along the second one.
+    """
+    if index.numel() > _MATRICES * len(out):
+        for one, other in zip(out, w, strict=True):
+            one.index_add_(0, index, other)
+    else:
+        out.index_add_(1, index, w)
+
+
 class Selection:
     """Entries of vectors of length `size` by an index, −1 being a zero; and what adds them back.
 
@@ -75,7 +91,7 @@ class Selection:
             return
         (K, _, k), m = w.shape, self._parts
         if self._by_index:
-            out.index_add_(1, self._index, w if self.is_full else w.index_select(1, self._at))
+            add_at(out, self._index, w if self.is_full else w.index_select(1, self._at))
             return
         O, W, along = out, w, 1
         if m > 1:

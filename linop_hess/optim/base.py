@@ -11,13 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real, require_loss_fn, whole
+from linop_hess._validate import Nonsmooth, finite_real, require_loss_fn, whole
 from linop_hess.autograd.calling import NOT_GIVEN
-from linop_hess.autograd.kinks.surrogates import checked_sharpness
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.errors import FactorizationError, NotFiniteError, SingularPivotError
 from linop_hess.optim.damping import Curvature, Damping
-from linop_hess.optim.objective import Loss, Objective, objective_of
+from linop_hess.optim.objective import Linearizer, Loss, Objective, objective_of
 from linop_hess.optim.record import StepRecord, Tally
 from linop_hess.optim.trials import Point, Trial, further, searched
 
@@ -87,7 +86,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         *,
         lr: float = 1.0,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
         **defaults: Any,
     ) -> None:
@@ -95,7 +94,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if loss_fn is not None:
             require_loss_fn(loss_fn)
         self.model, self.loss_fn = model, loss_fn
-        self._nonsmooth, self._sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
+        self._linearize = Linearizer(nonsmooth, sharpness)
         self.records: list[StepRecord] = []
         self._steps = 0
         self._all = params is None
@@ -143,16 +142,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     @property
     def sharpness(self) -> float | None:
         """Of the surrogates of kinks, None where there are none; with ``nonsmooth="smooth"`` it may be set between steps."""
-        return self._sharpness
+        return self._linearize.sharpness
 
     @sharpness.setter
     def sharpness(self, value: float | None) -> None:
-        self._sharpness = checked_sharpness(self._nonsmooth, value)
-
-    @property
-    def _how(self) -> dict[str, Any]:
-        """How to linearize."""
-        return {"nonsmooth": self._nonsmooth, "sharpness": self._sharpness}
+        self._linearize = Linearizer(self._linearize.nonsmooth, value)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are optimized, by name, in the order of the model, which is that of flat vectors.

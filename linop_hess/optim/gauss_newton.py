@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real
+from linop_hess._validate import Nonsmooth, finite_real
 from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.methods.plan import METHODS, make_plan
 from linop_hess.optim.base import LocalModel, TrialOptimizer
@@ -80,7 +80,7 @@ class GaussNewton(TrialOptimizer):
         tolerance: float = TOLERANCE,
         max_trials: int = 12,
         extrapolate: bool = True,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
     ) -> None:
         if form not in _FORMS:
@@ -108,7 +108,7 @@ class GaussNewton(TrialOptimizer):
                 "expected a closure that returns (output, target) for a Gauss-Newton matrix, got one that returns the loss: it tells "
                 "nothing of the output; use SaddleFree, or return both"
             )
-        lin = objective.linearize(**self._how)
+        lin = self._linearize(objective)
         chain = ChainModel(lin.gauss_newton().analysis, lin.loss, lin.gradient_tensor, tally)
         key = (lin.problem.size, lin.problem.layout.n_out.tobytes())
         if key not in self._chosen:

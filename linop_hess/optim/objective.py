@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader, Dataset
 
-from linop_hess._validate import checked_loss
+from linop_hess._validate import Nonsmooth, checked_loss
 from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model, takes_parameters
 from linop_hess.autograd.differentiate import twice_differentiable
-from linop_hess.linearization import Linearization, linearize
+from linop_hess.autograd.kinks.surrogates import checked_sharpness
+from linop_hess.graph.build import AUTOGRAD
+from linop_hess.graph.rules.nonsmooth import SecondDerivatives
+from linop_hess.linearization import Linearization, Told, linearize_again
 
 Loss = Callable[..., Tensor]
 
@@ -139,8 +142,8 @@ class Objective(ABC):
         """The output of the model, and the loss as a function of it."""
 
     @abstractmethod
-    def linearize(self, **how: Any) -> Linearization:
-        """First and second derivatives as a chain."""
+    def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
+        """First and second derivatives as a chain; `told` by that of an earlier step."""
 
     @property
     def has_output(self) -> bool:
@@ -163,8 +166,9 @@ class Batch(Objective):
     def _parts(self) -> tuple[Any, Callable[[Any], Any]]:
         return call_model(self._model, self._inputs), _of_output(self._loss_fn, self._targets)
 
-    def linearize(self, **how: Any) -> Linearization:
-        return linearize(self._model, self._loss_fn, self._inputs, self._targets, params=list(self._parameters), **how)
+    def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
+        names = list(self._parameters)
+        return linearize_again(told, self._model, self._loss_fn, self._inputs, self._targets, names, second)
 
 
 class _Called(nn.Module):
@@ -206,11 +210,11 @@ class Closure(Objective):
     def _parts(self) -> tuple[Any, Callable[[Any], Any]]:
         return self._output(), _of_output(self._loss_fn, self._target)
 
-    def linearize(self, **how: Any) -> Linearization:
+    def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
         names = [f"model.{name}" for name in self._parameters]
         first = next(iter(self._parameters.values()))
         nothing = torch.zeros(1, dtype=first.dtype, device=first.device)
-        return linearize(self._called, self._loss_fn, nothing, self._target, params=names, **how)
+        return linearize_again(told, self._called, self._loss_fn, nothing, self._target, names, second)
 
 
 class Scalar(Objective):
@@ -229,7 +233,7 @@ class Scalar(Objective):
             "of the output; use SaddleFree, or return both"
         )
 
-    def linearize(self, **how: Any) -> Linearization:
+    def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
         raise TypeError(
             "expected a closure that returns (output, target) where the curvature is factored, got one that returns the loss: return both, "
             'or use SaddleFree with method="lanczos"'
@@ -247,6 +251,32 @@ def _of_output(loss_fn: Loss, targets: Any) -> Callable[[Any], Any]:
             "GaussNewton"
         )
     return lambda output: call_loss(loss_fn, output, targets, {})
+
+
+class Linearizer:
+    """Linearizes the objectives of one step after the other, each with what the last one told.
+
+    Parameters
+    ----------
+    nonsmooth, sharpness
+        As of `linop_hess.linearize`.
+
+    Raises
+    ------
+    ValueError
+        If they are not usable.
+    """
+
+    def __init__(self, nonsmooth: Nonsmooth, sharpness: float | None) -> None:
+        self._second = SecondDerivatives.of(nonsmooth, sharpness, "autograd")
+        self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
+        self._told: Told | None = None
+
+    def __call__(self, objective: Objective) -> Linearization:
+        """Linearize one; what it raises is what `linop_hess.linearize` does."""
+        lin = objective.linearize(self._second, self._told)
+        self._told = lin.told
+        return lin
 
 
 def objective_of(

@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real, whole
+from linop_hess._validate import Nonsmooth, finite_real, whole
 from linop_hess.autograd.calling import NOT_GIVEN
 from linop_hess.errors import NotFiniteError
 from linop_hess.lq.inverse.inverse import Inverse
 from linop_hess.lq.inverse.solve import Solver
 from linop_hess.optim.absolute import AbsoluteInverse
+from linop_hess.optim.averaged import DENSE_UP_TO, AveragedCurvature
 from linop_hess.optim.base import FAILURES, CurvatureOptimizer, first_line
 from linop_hess.optim.damping import TOLERANCE
 from linop_hess.optim.objective import Loss, Objective
 from linop_hess.optim.record import StepRecord, Tally
+
+DECAY = 0.9
+"""Of the mean of curvatures, where it is dense by default."""
 
 _CURVATURES = ("gauss_newton", "positive", "absolute")
 
@@ -31,6 +35,8 @@ class PreconditionedSGD(CurvatureOptimizer):
 
     The curvature is that of a batch of its own, of any size, and is kept for several steps. A step whose loss or gradient is not finite
     is refused, and the damping of the next curvature doubled; so is a curvature that cannot be inverted, the last one staying in use.
+    What makes it work (docs/training.md): curvature batches that are larger than those of the gradients, their mean over steps, and a
+    bound on what a step changes by that curvature.
 
     A stored state has momentum and damping and no inverses: loaded, it makes one at the next step.
 
@@ -46,13 +52,18 @@ class PreconditionedSGD(CurvatureOptimizer):
     weight_decay : float
         Each step takes this part of a parameter, times lr, from it.
     curvature : {"gauss_newton", "positive", "absolute"}
-        (G + λI)⁻¹ of Gauss-Newton; `HessianInverse.positive` of H + λI; (H² + λ²I)^(−½) by quadrature.
+        (G + λI)⁻¹ of Gauss-Newton; `HessianInverse.positive` of H + λI; (H² + λ²I)^(−½), by quadrature, or of the mean by eigenvalues.
     damping : float
         λ.
     every : int
         Steps for which a curvature is kept.
+    clip : float or None
+        The most that sᵀP⁻¹s may be of a step s = −lr·Pg without momentum, where P is the inverse: longer ones are shortened. None: any.
+    decay : float or None
+        Of the mean of curvatures over steps, as a dense matrix: the part of the old one that is kept, 0 for none. By default 0.9 up to
+        4096 parameters, else 0; always 0 for "positive".
     average : int
-        The mean of the inverses of this many last curvatures preconditions.
+        The mean of the inverses of this many last curvatures preconditions, where there is no mean of curvatures.
     curvature_batch : callable, optional
         ``curvature_batch()`` gives inputs and targets for the curvature; by default those of the step where it is renewed.
     poles : int
@@ -76,12 +87,14 @@ class PreconditionedSGD(CurvatureOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         curvature: str = "gauss_newton",
-        damping: float = 1.0,
-        every: int = 10,
+        damping: float = 0.1,
+        every: int = 7,
+        clip: float | None = 3e-4,
+        decay: float | None = None,
         average: int = 1,
         curvature_batch: Callable[[], tuple[Any, Any]] | None = None,
         poles: int = 6,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
     ) -> None:
         if curvature not in _CURVATURES:
@@ -94,9 +107,23 @@ class PreconditionedSGD(CurvatureOptimizer):
         self.damping_value = finite_real(damping, "damping")
         if not self.damping_value > 0.0:
             raise ValueError(f"expected damping to be positive, got {damping!r}: pass a positive number")
+        self.clip = None if clip is None else finite_real(clip, "clip")
+        if self.clip is not None and not self.clip > 0.0:
+            raise ValueError(
+                f"expected clip to be positive, got {clip!r}: pass a positive number, or None for no bound"
+            )
+        self.decay = None if decay is None else finite_real(decay, "decay")
+        if self.decay is not None and not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"expected decay in [0, 1), got {decay!r}: pass 0.0 for no mean of curvatures")
+        if self.decay and (curvature == "positive" or average != 1):
+            raise ValueError(
+                f"expected decay=0.0 with {'curvature=' + repr(curvature) if curvature == 'positive' else 'an average of inverses'}, got "
+                f'{decay!r}: a mean of curvatures is inverted once, as Gauss-Newton\'s or "absolute"'
+            )
         self.kind, self.every, self.poles = curvature, whole(every, "every", least=1), whole(poles, "poles", least=1)
         self._curvature_batch = curvature_batch
         self._inverses: deque[Preconditioner] = deque(maxlen=whole(average, "average", least=1))
+        self._mean: AveragedCurvature | None = None
         super().__init__(
             model,
             loss_fn,
@@ -144,16 +171,20 @@ class PreconditionedSGD(CurvatureOptimizer):
             direction = sum((inverse(gradient) for inverse in self._inverses), torch.zeros_like(gradient))
             direction = direction / len(self._inverses)
             if not bool(torch.isfinite(direction).all()):
-                self._inverses.clear()
+                self._forget()
                 self.damping_value *= 2.0
                 return self._recorded(_refused(record, "the preconditioned gradient is not finite"), tally)
-            self._move(direction)
+            self._move(self._clipped(direction, gradient))
         return self._recorded(StepRecord(number, loss, accepted=True, damping=self.damping_value, reason=reason), tally)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; the curvature of all of them is made anew. Raises as `CurvatureOptimizer.add_param_group`."""
         super().add_param_group(param_group)
+        self._forget()
+
+    def _forget(self) -> None:
         self._inverses.clear()
+        self._mean = None
 
     def _is_due(self) -> bool:
         return not self._inverses or self._steps % self.every == 0
@@ -171,7 +202,12 @@ class PreconditionedSGD(CurvatureOptimizer):
         return ""
 
     def _inverse(self, objective: Objective) -> Preconditioner:
-        lin, damping = objective.linearize(**self._how), self.damping_value
+        lin, damping = self._linearize(objective), self.damping_value
+        decay = self._decay_of(lin.problem.size)
+        if decay:
+            self._mean = self._mean or AveragedCurvature(decay, self.kind == "absolute")
+            self._mean.add(lin, damping)
+            return self._mean
         if self.kind == "positive":
             product = Inverse(lin.analysis, damping).positive()
             return lambda g: product(g[:, None])[:, 0]
@@ -181,6 +217,21 @@ class PreconditionedSGD(CurvatureOptimizer):
         tolerance = TOLERANCE if lin.problem.dtype == torch.float64 else None
         solver = Solver(lin.gauss_newton().analysis, damping, tolerance=tolerance)
         return lambda g: solver.solve(g).x
+
+    def _decay_of(self, size: int) -> float:
+        if self.decay is not None:
+            return self.decay
+        one = self._inverses.maxlen == 1 and self.kind != "positive"
+        return DECAY if one and size <= DENSE_UP_TO else 0.0
+
+    def _clipped(self, direction: Tensor, gradient: Tensor) -> Tensor:
+        """The direction, shorter where the step would change too much by its own curvature: (lr·Pg)ᵀP⁻¹(lr·Pg) = lr² gᵀPg."""
+        if self.clip is None:
+            return direction
+        rates = self._rates()
+        scaled = direction if rates is None else direction * rates.square().to(direction)
+        change = float(gradient @ scaled)
+        return direction if change <= self.clip else direction * math.sqrt(self.clip / change)
 
     def _move(self, direction: Tensor) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -202,7 +253,7 @@ class PreconditionedSGD(CurvatureOptimizer):
     def _load_curvature_state(self, state: dict[str, Any]) -> None:
         super()._load_curvature_state(state)
         self.damping_value = float(state["damping"])
-        self._inverses.clear()
+        self._forget()
 
 
 def _refused(record: StepRecord, reason: str) -> StepRecord:

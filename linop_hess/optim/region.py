@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real
+from linop_hess._validate import Nonsmooth, finite_real
 from linop_hess.linearization import Linearization
 from linop_hess.optim.base import LocalModel, TrialOptimizer
 from linop_hess.optim.damping import GainRatio
@@ -69,7 +69,7 @@ class TrustRegion(TrialOptimizer):
         radius: float = 1.0,
         lr: float = 1.0,
         max_trials: int = 12,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
     ) -> None:
         if not (size := finite_real(radius, "radius")) > 0.0:
@@ -88,7 +88,7 @@ class TrustRegion(TrialOptimizer):
                 "expected a closure that returns (output, target) for the exact Hessian of a chain, got one that returns the loss: use "
                 "SaddleFree, which takes products, or return both"
             )
-        return _Ball(objective.linearize(**self._how), tally)
+        return _Ball(self._linearize(objective), tally)
 
 
 class _Ball:

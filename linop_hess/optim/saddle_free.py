@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import finite_real, whole
+from linop_hess._validate import Nonsmooth, finite_real, whole
 from linop_hess.lq.methods.plan import METHODS, make_plan
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.optim.absolute import Subspace, krylov_subspace, rational_subspace
@@ -95,7 +95,7 @@ class SaddleFree(TrialOptimizer):
         products: int | None = None,
         max_trials: int = 12,
         extrapolate: bool = True,
-        nonsmooth: str = "generalized",
+        nonsmooth: Nonsmooth = "generalized",
         sharpness: float | None = None,
     ) -> None:
         if method not in _METHODS:
@@ -126,7 +126,7 @@ class SaddleFree(TrialOptimizer):
             loss, gradient, product = objective.gradient()
             count = self.products or iterations(sum(1 for _ in self.model.modules()))
             return _Products(loss, gradient, product, count, tally)
-        lin = objective.linearize(**self._how)
+        lin = self._linearize(objective)
         chain = ChainModel(lin.analysis, lin.loss, lin.gradient_tensor, tally)
         count = self.products or iterations(lin.problem.length)
         key = (lin.problem.size, lin.problem.layout.n_out.tobytes())

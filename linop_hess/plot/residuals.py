@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def convergence(
     records: Record | Iterable[Record],
     ax: Axes | None = None,
     *,
-    x: str = "iterations",
+    x: Literal["iterations", "seconds"] = "iterations",
     title: str | None = None,
 ) -> Figure:
     """Plot the true relative residual of each record against iterations or time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,7 +32,8 @@ _RESTARTS = 40
 # A shift for the ends is so far outside, in terms of the end; and in terms of ‖H‖ at least.
 _OUTSIDE, _LEAST_OUTSIDE = 0.1, 1e-6
 
-WHICH = ("nearest", "SA", "LA", "LM")
+Which = Literal["nearest", "SA", "LA", "LM"]
+WHICH = get_args(Which)
 
 
 def eigsh(
@@ -39,7 +41,7 @@ def eigsh(
     k: int = 6,
     sigma: float | None = None,
     *,
-    which: str = "nearest",
+    which: Which = "nearest",
     tolerance: float = 1e-8,
     seed: int = 0,
 ) -> Eigenpairs:

@@ -95,9 +95,7 @@ class ControlTask(ABC):
     h : float
         Seconds of a stage.
     weight : tuple of float, length n
-        Of each state in the regulator that closes the loop, a second.
-    effort : float
-        Of the control there, a second.
+        Of each state, beside the task's costs, in the regulator that closes the loop; a second.
 
     Raises
     ------
@@ -106,7 +104,6 @@ class ControlTask(ABC):
     """
 
     weight: tuple[float, ...]
-    effort: float
 
     def __init__(self, length: int, start: Sequence[float], horizon: float) -> None:
         if length < 1 or not (math.isfinite(horizon) and horizon > 0.0):
@@ -210,14 +207,30 @@ class ControlTask(ABC):
         return _FirstOrder(z, end, step, cost, last, F, G, loop, p, gradient)
 
 
-def regulator(F: np.ndarray, G: np.ndarray, weight: np.ndarray, effort: float) -> np.ndarray:
-    """Gains (L, n) of the regulator of δ⁺ = Fδ + Gv with costs δᵀ diag(weight) δ + effort·v², from Riccati's recursion."""
-    V, Q = np.diag(weight), np.diag(weight)
+def regulator(gauss_newton: Expansion, weight: np.ndarray | None = None) -> np.ndarray:
+    """Gains (L, n) of the optimal feedback of a Gauss-Newton expansion, from Riccati's recursion.
+
+    The costs are the task's own, those of its end among them, so that the loop holds to what the task wants: with gains of other costs the
+    end is free to move under small changes of early controls, and steps of Newton's method are short.
+
+    Parameters
+    ----------
+    gauss_newton : Expansion
+        Without feedback, of `ControlTask.expand` with ``gauss_newton=True``.
+    weight : ndarray, shape (n,), optional
+        Of the states, in addition: where the task's costs are not convex, as where a pendulum hangs, they are none.
+    """
+    F, G = gauss_newton.F, gauss_newton.G
+    stages, closing = gauss_newton.problem.blocks
+    A, B, C = (block.numpy() for block in (stages.dense_A()[:, 0, 0], stages.dense_B()[:, 0], stages.dense_C()))
+    extra = np.diag(np.zeros(G.shape[1]) if weight is None else weight)
+    V = closing.dense_C()[0].numpy() + extra
     K = np.empty_like(G)
     for l in range(len(F) - 1, -1, -1):
         VF, VG = V @ F[l], V @ G[l]
-        K[l] = -(G[l] @ VF) / (effort + G[l] @ VG)
-        V = Q + F[l].T @ VF + np.outer(VF.T @ G[l], K[l])
+        E = B[l] + G[l] @ VF
+        K[l] = -E / (A[l] + G[l] @ VG)
+        V = C[l] + extra + F[l].T @ VF + np.outer(E, K[l])
         V = (V + V.T) / 2
     return K
 

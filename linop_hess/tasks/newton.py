@@ -24,6 +24,12 @@ _ROUNDING = 1e-13
 _SHORTEST = 1e-9
 _ABOVE, _CLOSE = 1.1, 0.1
 
+# Between dampings tried after the first.
+_STRIDE = 4.0
+
+# Backward error of a step: Newton's method corrects what is left, and 100,000 stages do not always leave less.
+_SOLVED = 1e-12
+
 # Inverse iterations for a direction of negative curvature, and the length of the first step along it.
 _ITERATIONS, _FIRST = 6, 30.0
 
@@ -115,9 +121,10 @@ def newton(
 ) -> ControlResult:
     """Minimize a task's cost over its controls, by Newton steps in the loop that a regulator closes.
 
-    Each iteration closes the loop by the regulator of the linearized system, so that second derivatives are those of a stable system,
-    solves (H + εI)s = −g with the least damping at which H + εI is positive definite by inertia, and searches along s on the true
-    cost. At a stationary point that is no minimum it leaves along negative curvature, found by inverse iteration.
+    Each iteration closes the loop by the regulator of the linearized system and the task's own costs, so that second derivatives are those
+    of a stable system that keeps its end, solves (H + εI)s = −g with about the least damping at which H + εI is positive definite by
+    inertia, and searches along s on the true cost. At a stationary point that is no minimum it leaves along negative curvature, found by
+    inverse iteration.
 
     Parameters
     ----------
@@ -156,19 +163,20 @@ def newton(
     if not np.isfinite(at.cost):
         raise ValueError("expected controls whose rollout has a finite cost: start from smaller ones")
     began, records = time.perf_counter(), _Records(watch)
-    gauss_newton = curvature == "gauss-newton"
+    gauss_newton, last = curvature == "gauss-newton", 0.0
     while True:
-        free = task.expand(at, gauss_newton=gauss_newton)
+        free = task.expand(at, gauss_newton=True)
         slope = float(np.linalg.norm(free.gradient))
-        K = regulator(free.F, free.G, task.h * np.array(task.weight), task.h * task.effort)
+        K = regulator(free, task.h * np.array(task.weight))
         closed = task.expand(at, K, gauss_newton=gauss_newton)
-        inverse, damping = _convex(closed)
+        inverse, damping = _convex(closed, last)
+        last = damping or last
         # Where g = 0, the two H are congruent, so that inertia in the loop is that of the controls, which rounding reaches sooner.
         is_end = slope <= gtol and damping == 0.0
         if is_end or len(records) >= most:
             records.append(ControlRecord(at.cost, slope, damping, np.nan, 0.0, time.perf_counter() - began))
             return ControlResult(at, records, is_end and not gauss_newton)
-        solution = inverse.solve(torch.from_numpy(-closed.gradient)[:, None])
+        solution = inverse.solve(torch.from_numpy(-closed.gradient)[:, None], _SOLVED)
         step, first = solution.x[:, 0].numpy(), 1.0
         if slope <= gtol:
             step, first = _negative_curvature(inverse, closed.gradient), _FIRST
@@ -182,13 +190,18 @@ def newton(
         at = found[0]
 
 
-def _convex(closed: Expansion) -> tuple[Inverse, float]:
+def _convex(closed: Expansion, last: float) -> tuple[Inverse, float]:
+    """The inverse of H, or of H + εI at a damping that makes it positive definite; such are near those of the step before, `last`."""
     analysis = Analysis(closed.problem)
-    inverse = Inverse(analysis, 0.0)
-    if inverse.is_positive_definite:
-        return inverse, 0.0
-    damping = _ABOVE * smallest_convex_damping(analysis, _CLOSE)
-    return Inverse(analysis, damping), damping
+    damping = 0.0
+    inverse = Inverse(analysis, damping)
+    while not inverse.is_positive_definite:
+        if last == 0.0:
+            last = _ABOVE * smallest_convex_damping(analysis, _CLOSE)
+            return Inverse(analysis, last), last
+        damping = _STRIDE * damping if damping else last / _STRIDE
+        inverse = Inverse(analysis, damping)
+    return inverse, damping
 
 
 def _negative_curvature(inverse: Inverse, gradient: np.ndarray) -> np.ndarray:
@@ -218,6 +231,33 @@ def _search(
     while grow and (further := trial(2 * length)).cost < found.cost:
         length, found = 2 * length, further
     return found, length
+
+
+def refined(u: np.ndarray, length: int) -> np.ndarray:
+    """Return controls of a horizon cut into `length` stages, interpolated from those of another cut: where to start from.
+
+    Parameters
+    ----------
+    u : ndarray, shape (L,)
+    length : int
+
+    Returns
+    -------
+    ndarray, shape (length,)
+
+    Raises
+    ------
+    ValueError
+        If there are no controls, or `length` is less than 1.
+    TypeError
+        If it is no whole number.
+    """
+    length = whole(length, "length", least=1)
+    u = np.asarray(u, dtype=np.float64)
+    if u.ndim != 1 or not u.size:
+        raise ValueError(f"expected controls of shape (L,), got {u.shape}: one number a stage")
+    middles = [(np.arange(count) + 0.5) / count for count in (length, u.size)]
+    return np.interp(middles[0], middles[1], u)
 
 
 def lbfgs(

@@ -13,6 +13,8 @@ from linop_hess._validate import whole
 from linop_hess.tasks.control import ControlTask
 from linop_hess.tasks.digits import autoencoder, digits, digits_memorize
 from linop_hess.tasks.learning import LearningTask
+from linop_hess.tasks.neural_ode import neural_ode
+from linop_hess.tasks.physics import burgers, poisson
 from linop_hess.tasks.swing_up import Pendulum
 
 
@@ -66,6 +68,9 @@ TASKS: dict[str, Callable[..., LearningTask | ShootingTask]] = {
     "digits": digits,
     "autoencoder": autoencoder,
     "pendulum": pendulum,
+    "neural-ode": neural_ode,
+    "poisson": poisson,
+    "burgers": burgers,
 }
 
 

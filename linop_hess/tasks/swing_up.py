@@ -28,7 +28,7 @@ class Pendulum(ControlTask):
     """
 
     k, b, r, q, w, Q, W = 9.81, 0.1, 0.05, 1.0, 0.05, 100.0, 20.0
-    weight, effort = (10.0, 30.0), 0.1
+    weight = (10.0, 30.0)
 
     def __init__(self, length: int = 1000, horizon: float = 4.0, start: Sequence[float] = (math.pi, 0.0)) -> None:
         super().__init__(length, start, horizon)
@@ -62,7 +62,7 @@ class CartPole(ControlTask):
 
     cart, pole, arm, k = 1.0, 0.2, 0.5, 9.81
     r, q, s, Q, S, W = 0.02, 1.0, 0.1, 200.0, 100.0, 20.0
-    weight, effort = (1.0, 10.0, 1.0, 1.0), 0.1
+    weight = (1.0, 10.0, 1.0, 1.0)
 
     def __init__(
         self, length: int = 500, horizon: float = 3.0, start: Sequence[float] = (0.0, math.pi, 0.0, 0.0)

@@ -300,7 +300,7 @@ def test_a_weak_coupling_is_kept_in_float32_and_its_loss_seen_by_verify(monkeypa
     lin = lh.linearize(model, neighbours, x, y)
     assert np.abs(lh.to_dense(lin.H) - H).max() <= 1e-6 * np.abs(H).max()
     assert lin.verify() <= 1e-6
-    monkeypatch.setattr(rule, "_samples_apart", lambda *_: True)
+    monkeypatch.setattr(rule, "_are_apart", lambda *_: True)
     broken = lh.linearize(model, neighbours, x, y)
     assert (
         1e-5 < np.abs(lh.to_dense(broken.H) - H).max() / np.abs(H).max() < 1e-2

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -276,7 +277,7 @@ def test_states_and_schedulers(kind):
     other = kind(twin, CE)
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
     if kind is PreconditionedSGD:
-        opt._inverses.clear()  # a curvature is not stored
+        opt._forget()  # a curvature is not stored
     for _ in range(2):
         assert other.step(x, y) == opt.step(x, y)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
@@ -408,6 +409,7 @@ def test_preconditioned_sgd(curvature):
         curvature=curvature,
         damping=0.3,
         every=3,
+        clip=None,
         average=2,
         curvature_batch=lambda: (x, y),
     )
@@ -416,6 +418,48 @@ def test_preconditioned_sgd(curvature):
         opt.step(x[k % 4 :: 4], y[k % 4 :: 4])
     assert float(CE(model(x), y)) < 0.8 * start
     assert sum(r.factorizations for r in opt.records) == 8 and all(r.accepted for r in opt.records)
+
+
+def test_mini_batches_with_a_mean_of_curvatures_and_a_bound_on_steps():
+    """Better than SGD and Adam in as many steps, at rates chosen for these here; each step within the bound."""
+    x, y = digits_like(96)
+
+    def trained(make):
+        model, _, _ = chain()
+        opt, order = make(model), torch.Generator().manual_seed(0)
+        for _ in range(12):
+            for chosen in torch.randperm(96, generator=order).split(16):
+                opt.zero_grad()
+                if isinstance(opt, PreconditionedSGD):
+                    opt.step(x[chosen], y[chosen])
+                else:
+                    CE(model(x[chosen]), y[chosen]).backward()
+                    opt.step()
+        return float(CE(model(x), y)), opt
+
+    ours, opt = trained(
+        lambda m: PreconditionedSGD(m, CE, curvature_batch=lambda: (x, y), every=6, damping=0.03, clip=1e-3)
+    )
+    adam = min(trained(lambda m, r=r: torch.optim.Adam(m.parameters(), lr=r))[0] for r in (3e-3, 1e-2, 3e-2))
+    sgd = min(
+        trained(lambda m, r=r: torch.optim.SGD(m.parameters(), lr=r, momentum=0.9))[0] for r in (1e-2, 3e-2, 1e-1)
+    )
+    assert ours < min(adam, sgd)
+    assert sum(r.factorizations for r in opt.records) == 12 and all(r.accepted for r in opt.records)
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_the_bound_on_a_step(rate):
+    """sᵀ(G + λI)s of a step without momentum, against the dense matrix."""
+    model, x, y = chain()
+    parameters = list(model.parameters())
+    groups = [{"params": parameters[:2], "lr": rate}, {"params": parameters[2:], "lr": rate}]
+    G = lh.to_dense(lh.linearize(model, CE, x, y).gauss_newton())
+    before = torch.cat([p.detach().reshape(-1).clone() for p in parameters]).numpy()
+    opt = PreconditionedSGD(model, CE, groups, momentum=0.0, damping=0.2, clip=1e-5)
+    opt.step(x, y)
+    s = torch.cat([p.detach().reshape(-1) for p in parameters]).numpy() - before
+    assert s @ (G + 0.2 * np.eye(len(s))) @ s == pytest.approx(1e-5, rel=1e-3)
 
 
 def test_options_that_cannot_be():
@@ -436,6 +480,14 @@ def test_options_that_cannot_be():
         PreconditionedSGD(model, CE, momentum=1.0)
     with pytest.raises(ValueError, match="damping"):
         PreconditionedSGD(model, CE, damping=0.0)
+    for options, words in (
+        ({"clip": 0.0}, "clip"),
+        ({"decay": 1.0}, "decay"),
+        ({"decay": 0.5, "curvature": "positive"}, "decay=0.0"),
+        ({"decay": 0.5, "average": 3}, "decay=0.0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            PreconditionedSGD(model, CE, **options)
 
 
 def test_sharpness_may_be_raised_between_steps_where_kinks_are_smoothed():
@@ -443,7 +495,7 @@ def test_sharpness_may_be_raised_between_steps_where_kinks_are_smoothed():
     opt, sharp = SaddleFree(model, CE, nonsmooth="smooth", sharpness=2.0), SaddleFree(model, CE, method="lanczos")
     assert opt.sharpness == 2.0 and sharp.sharpness is None
     opt.sharpness = 8.0
-    lin = opt._objective(x, y).linearize(**opt._how)
+    lin = opt._linearize(opt._objective(x, y))
     expected = lh.linearize(model, CE, x, y, nonsmooth="smooth", sharpness=8.0)
     v = torch.ones(lin.problem.size).double().numpy()
     assert (lin.H @ v == expected.H @ v).all()

@@ -6,7 +6,9 @@ import torch
 
 import linop_hess as lh
 from linop_hess.lq import Inverse
-from linop_hess.tasks import CartPole, Pendulum, as_network, lbfgs, newton, regulator
+from linop_hess.lq.problem import Problem
+from linop_hess.lq.stages import DenseStage
+from linop_hess.tasks import CartPole, Expansion, Pendulum, as_network, lbfgs, newton, refined, regulator
 
 TASKS = {"pendulum": Pendulum(14, 1.2, (2.9, 0.3)), "cart-pole": CartPole(11, 0.8, (0.1, 2.5, -0.2, 0.4))}
 
@@ -74,22 +76,38 @@ def test_as_a_network(name):
 
 
 def test_regulator_is_the_solution_of_the_lq_problem():
-    """Its first control is that of a dense least-squares solve."""
+    """Its first control is that of a dense solve, in all controls at once."""
     rng, n, L = np.random.default_rng(2), 3, 6
-    F, G, weight, effort = rng.standard_normal((L, n, n)), rng.standard_normal((L, n)), np.array([1.0, 2.0, 0.5]), 0.3
+    F, G, weight = rng.standard_normal((L, n, n)), rng.standard_normal((L, n)), np.array([1.0, 2.0, 0.5])
+    root, end = rng.standard_normal((L, n + 1, n + 1)), rng.standard_normal((n, n))
+    W = np.swapaxes(root, 1, 2) @ root  # of (state, control), with a cross term
+    stages = [
+        {"A": W[l, n:, n:], "B": W[l, n:, :n], "C": W[l, :n, :n], "F": F[l], "G": G[l, :, None]} for l in range(L)
+    ]
+    tensors = {key: torch.from_numpy(np.stack([stage[key] for stage in stages])) for key in "FGABC"}
+    stacks = [DenseStage.plain(*tensors.values())]
+    stacks.append(
+        DenseStage.plain(
+            torch.zeros(1, 0, n, dtype=torch.float64), None, None, None, torch.from_numpy(end.T @ end)[None]
+        )
+    )
+    expansion = Expansion(np.zeros(L), Problem(stacks, np.array([(0, l) for l in range(L)] + [(1, 0)])), F, G)
     start = rng.standard_normal(n)
-    rows = [np.zeros((n, L))]
-    free = [start]
+    rows, free = [np.zeros((n, L))], [start]
     for l in range(L):
-        step = F[l] @ rows[-1]
-        step[:, l] += G[l]
-        rows.append(step)
+        rows.append(F[l] @ rows[-1])
+        rows[-1][:, l] += G[l]
         free.append(F[l] @ free[-1])
-    root = np.sqrt(weight)
-    J = np.vstack([*(root[:, None] * r for r in rows), np.sqrt(effort) * np.eye(L)])
-    b = np.concatenate([*(root * f for f in free), np.zeros(L)])
-    v = -np.linalg.lstsq(J, b, rcond=None)[0]
-    assert regulator(F, G, weight, effort)[0] @ start == pytest.approx(v[0], rel=1e-12)
+    H, g = np.zeros((L, L)), np.zeros(L)
+    for l in range(L + 1):
+        of_control = np.zeros((1, L)) if l == L else np.eye(L)[l : l + 1]
+        M, m = np.vstack([rows[l], of_control]), np.append(free[l], 0.0)
+        S = np.zeros((n + 1, n + 1))
+        S[:n, :n] = np.diag(weight) + (end.T @ end if l == L else 0.0)
+        S += 0.0 if l == L else W[l]
+        H, g = H + M.T @ S @ M, g + M.T @ S @ m
+    v = -np.linalg.solve(H, g)
+    assert regulator(expansion, weight)[0] @ start == pytest.approx(v[0], rel=1e-9)
 
 
 def test_newton_swings_up_and_certifies():
@@ -106,6 +124,34 @@ def test_newton_swings_up_and_certifies():
     assert torch.linalg.eigvalsh(H)[0] > 0
     costs = [record.cost for record in found.records]
     assert all(b <= a * (1 + 1e-12) for a, b in zip(costs, costs[1:], strict=False))
+
+
+def test_newton_swings_a_cart_pole_up():
+    """From hanging at rest, a saddle, to a minimum by inertia and by dense eigenvalues, at a quadratic rate in the end."""
+    task = CartPole(50)
+    found = newton(task)
+    assert found.is_minimum and found.iterations <= 80 and found.records[-1].gradient_norm <= 1e-10
+    assert abs(np.sin(found.trajectory.x[-1, 1] / 2)) < 0.02 and abs(found.trajectory.x[-1, 0]) < 0.02
+    assert abs(found.trajectory.x[:, 0]).max() > 0.3  # the cart had to move
+    assert all(record.backward_error <= 1e-12 for record in found.records[:-1])
+    H = task.expand(found.trajectory).problem.hessian_product(torch.eye(50, dtype=torch.float64))
+    assert torch.linalg.eigvalsh(H)[0] > 0
+    last = [record.gradient_norm for record in found.records[-3:]]
+    assert last[1] <= 1e-2 * last[0] and last[2] <= 1e-2 * last[1]
+    assert all(record.damping == 0.0 for record in found.records[-4:])
+    lin = lh.linearize(*as_network(task, found.trajectory.u))  # each stage a module of its own
+    signs = lin.inertia(0.0)
+    assert (signs.negative, signs.zero) == (0, 0) and np.linalg.norm(lin.gradient) <= 1e-10
+
+
+def test_refined_controls_are_those_of_the_same_signal():
+    """Of a linear one exactly, but for the two half stages at the ends."""
+    u = np.linspace(0.0, 1.0, 11)[:-1] + 0.05
+    assert np.allclose(refined(u, 20)[1:-1], (np.arange(20) + 0.5)[1:-1] / 20, atol=1e-15)
+    assert np.array_equal(refined(u, 10), u)
+    task = CartPole(500)
+    signal = np.sin(3.0 * task.h * (np.arange(500) + 0.5))
+    assert CartPole(2000).rollout(refined(signal, 2000)).cost == pytest.approx(task.rollout(signal).cost, rel=0.02)
 
 
 def test_gauss_newton_and_lbfgs_find_a_minimum_too():
@@ -127,6 +173,10 @@ def test_bad_input():
         Pendulum(0)
     with pytest.raises(ValueError, match=r"expected controls of shape \(5,\)"):
         Pendulum(5).rollout(np.zeros(4))
+    with pytest.raises(ValueError, match=r"expected controls of shape"):
+        refined(np.zeros((2, 3)), 5)
+    with pytest.raises(ValueError, match="length"):
+        refined(np.zeros(3), 0)
     with pytest.raises(ValueError, match="finite cost"):
         newton(Pendulum(5), np.full(5, 1e200))
     with pytest.raises(ValueError, match="finite cost"):

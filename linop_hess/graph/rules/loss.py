@@ -73,6 +73,7 @@ def linearize_loss(
     target: Any,
     dtype: torch.dtype | None = None,
     sharpness: float | None = None,
+    again: bool = False,
 ) -> LossParts:
     """Evaluate a loss with its first two derivatives by all floating tensors of the output.
 
@@ -88,6 +89,8 @@ def linearize_loss(
         Of the stage; by default the widest of the output's tensors.
     sharpness : float, optional
         That of the surrogates whose curvature kinks of the loss get; by default they add none.
+    again : bool
+        Whether this loss function has been seen to give the same value each time; else it is called twice.
 
     Returns
     -------
@@ -119,7 +122,7 @@ def linearize_loss(
         twice_differentiable("the loss", state.device),
         of_the_output_alone(),
     ):
-        value, gradient, u = _first_derivative(loss_fn, state, constant(target), sharpness)
+        value, gradient, u = _first_derivative(loss_fn, state, constant(target), sharpness, again)
         C = _hessian_blocks(gradient, u, state.samples)
     dtype = state.dtype if dtype is None else dtype
     row, C = gradient.detach().reshape(1, -1).to(dtype), C.to(dtype)
@@ -193,16 +196,16 @@ def _is_real(leaf: Any) -> bool:
 
 
 def _first_derivative(
-    loss_fn: Callable[..., Any], state: _State, target: Any, sharpness: float | None
+    loss_fn: Callable[..., Any], state: _State, target: Any, sharpness: float | None, again: bool
 ) -> tuple[float, Tensor, Tensor]:
     """The loss, its gradient with a graph, and the flat state it is a function of; in float64 where the loss can."""
     u = state.flat()
     if state.single:
         try:
-            return _evaluate(in_double(loss_fn), state, in_double(target), u.double(), torch.float64, sharpness)
+            return _evaluate(in_double(loss_fn), state, in_double(target), u.double(), torch.float64, sharpness, again)
         except Exception:  # noqa: BLE001  a loss that takes float32 alone; if it fails for another reason, it does again
             pass
-    return _evaluate(loss_fn, state, target, u, None, sharpness)
+    return _evaluate(loss_fn, state, target, u, None, sharpness, again)
 
 
 def _evaluate(
@@ -212,6 +215,7 @@ def _evaluate(
     u: Tensor,
     dtype: torch.dtype | None,
     sharpness: float | None,
+    again: bool,
 ) -> tuple[float, Tensor, Tensor]:
     u.requires_grad_()
     watch = KinkWatch([u])
@@ -224,8 +228,10 @@ def _evaluate(
             "without detach() or .item()"
         )
     refuse_direct_parameters(value)
-    if not torch.equal(value, loss_fn(state.output(u, dtype), constant(target, copy=True)).reshape(())):
-        raise UnsupportedModelError("loss_fn gives another value each time; remove its randomness")
+    if not again:
+        once_more = loss_fn(state.output(u, dtype), constant(target, copy=True)).reshape(())
+        if not torch.equal(value, once_more):
+            raise UnsupportedModelError("loss_fn gives another value each time; remove its randomness")
     points, slopes = ([], []) if sharpness is None else watch.corrections(value, sharpness)
     (gradient,) = differentiate([value, *points], [u], [None, *slopes], create_graph=True)
     return float(value.detach()), torch.zeros_like(u) if gradient is None else gradient, u
@@ -236,7 +242,8 @@ def _hessian_blocks(gradient: Tensor, u: Tensor, samples: int) -> Tensor:
     n = u.numel()
     width = n // samples
     small = n <= _DENSE_UP_TO
-    if small or samples == 1 or not _samples_apart(gradient, u, samples):
+    blocks = None if small or samples == 1 else _blocks_apart(gradient, u, samples)
+    if blocks is None:
         if not small:
             coupled = ", whose samples interact through the loss," if samples > 1 else ""
             _require(n**2, f"the loss's Hessian by {n} outputs{coupled}", u)
@@ -246,12 +253,7 @@ def _hessian_blocks(gradient: Tensor, u: Tensor, samples: int) -> Tensor:
         blocks = whole.view(samples, width, samples, width).permute(0, 2, 1, 3)
         between = ~torch.eye(samples, dtype=torch.bool, device=u.device)
         return whole[None, None] if bool((blocks[between] != 0).any()) else blocks[~between][None].contiguous()
-    _require(n * width, f"the loss's Hessian of {samples} samples by {width} outputs each", u)
-    probes = torch.eye(width, dtype=u.dtype, device=u.device)
-    rows = vjps(
-        gradient, [u], probes[:, None].expand(width, samples, width).reshape(width, n), _rows_at_once(gradient, width)
-    )[0]
-    return rows.reshape(width, samples, width).transpose(0, 1)[None].contiguous()
+    return blocks
 
 
 def _rows_at_once(gradient: Tensor, rows: int) -> int:
@@ -264,17 +266,30 @@ def _require(entries: int, what: str, like: Tensor) -> None:
     _memory.require(_COPIES * entries * like.element_size(), what, _memory.available_on(like.device))
 
 
-def _samples_apart(gradient: Tensor, u: Tensor, samples: int) -> bool:
-    """Whether no second derivative by entries of two samples is other than zero, to the last bit.
+def _blocks_apart(gradient: Tensor, u: Tensor, samples: int) -> Tensor | None:
+    """The Hessian's blocks by sample, (1, samples, i, i); None unless derivatives by entries of two samples are zero, to the last bit.
 
     For each bit of a sample's number H is multiplied with a random vector on the samples that have it set. Two samples differ
     in some bit, and H is symmetric, so what couples them appears on a sample without that bit; where nothing couples,
     reverse mode adds nothing to the zeros there. Rounding that is no coupling counts as one: that is slower, never wrong.
+    Products with what gives the rows of all blocks are taken in the same backward pass.
     """
+    n = u.numel()
+    width = n // samples
+    _require(n * width, f"the loss's Hessian of {samples} samples by {width} outputs each", u)
     bits = torch.arange((samples - 1).bit_length(), device=u.device)[:, None]
     has = (torch.arange(samples, device=u.device) >> bits) % 2 == 1
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(samples, u.numel() // samples, generator=generator, dtype=torch.float64, device="cpu").to(u)
+    v = torch.randn(samples, width, generator=generator, dtype=torch.float64, device="cpu").to(u)
     vectors = (v * has[:, :, None]).reshape(len(bits), -1)
-    products = vjps(gradient, [u], vectors)[0].reshape(len(bits), samples, -1)
+    probes = torch.eye(width, dtype=u.dtype, device=u.device)[:, None].expand(width, samples, width).reshape(width, n)
+    at_once = _rows_at_once(gradient, len(bits) + width)
+    products = vjps(gradient, [u], torch.cat([vectors, probes]), at_once)[0].reshape(-1, samples, width)
+    if not _are_apart(products[: len(bits)], has):
+        return None
+    return products[len(bits) :].transpose(0, 1)[None].contiguous()
+
+
+def _are_apart(products: Tensor, has: Tensor) -> bool:
+    """Whether products (bits, samples, i) with vectors on the samples that have a bit are zero on all others."""
     return not bool((products != 0).any(2)[~has].any())

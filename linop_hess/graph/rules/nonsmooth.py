@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
+from linop_hess._validate import Differentiation, Nonsmooth
 from linop_hess.autograd.finite import checked_differentiation
 from linop_hess.autograd.kinks.surrogates import checked_sharpness, is_kinked, surrogate
 from linop_hess.autograd.kinks.windows import adaptive_windows, pooling_windows
@@ -32,12 +33,12 @@ class SecondDerivatives:
         Whether an operation without second derivatives may have differences of its first ones.
     """
 
-    nonsmooth: str = "generalized"
+    nonsmooth: Nonsmooth = "generalized"
     sharpness: float | None = None
     finite: bool = False
 
     @classmethod
-    def of(cls, nonsmooth: str, sharpness: float | None, differentiation: str) -> SecondDerivatives:
+    def of(cls, nonsmooth: Nonsmooth, sharpness: float | None, differentiation: Differentiation) -> SecondDerivatives:
         """Check what a user asks for.
 
         Raises

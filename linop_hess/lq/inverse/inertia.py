@@ -56,7 +56,7 @@ def _certain(factors: Factors, found: Answering, zero_below: float) -> Inertia:
 
 def _riccati_inertia(factors: Factors, zero_below: float) -> Inertia:
     factors.refuse_tiny_damping()
-    return factors.made("riccati").inertia(zero_below * factors.scale)  # type: ignore[attr-defined, no-any-return]
+    return factors.made("riccati").inertia(zero_below * factors.scale)  # type: ignore[attr-defined]
 
 
 def inertia_at(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVOT) -> Inertia:

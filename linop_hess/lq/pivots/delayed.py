@@ -176,7 +176,7 @@ class PackedElimination(Elimination):
             V.baddbmm_(self.E.mT, self.gain, alpha=-1.0)
 
     @cached_property
-    def theta(self) -> Tensor:  # type: ignore[override]
+    def theta(self) -> Tensor:
         single = self.packed.ndim == 2
         theta = (
             packed_pivots(self.packed[None], self.interchanges[None])

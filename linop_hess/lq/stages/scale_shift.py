@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.stages.base import Stage, entries_of
+from linop_hess.lq.wiring import add_at
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class ScaleShiftStage(Stage):
 
     def _sum_features(self, y: Tensor) -> Tensor:
         out = y.new_zeros(y.shape[0], self.features.count, y.shape[-1])
-        return out.index_add_(1, self.features.index, y)
+        add_at(out, self.features.index, y)
+        return out
 
     def G(self, x: Tensor) -> Tensor:
         y = x.new_zeros(self.count, self.n_out, x.shape[-1])

@@ -59,15 +59,17 @@ class Stacked:
 
     def take(self, which: slice | np.ndarray) -> Self:
         """Return the members `which` of the stack, a slice (views) or an index array (copies)."""
-        changed: dict[str, Tensor | Stacked] = {}
+        values: dict[str, Any] = {}
         for field in fields(self):
+            if not field.init:
+                continue
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                index = which if isinstance(which, slice) else torch.from_numpy(which).to(value.device)
-                changed[field.name] = value[index]
+                value = value[which if isinstance(which, slice) else torch.from_numpy(which).to(value.device)]
             elif isinstance(value, Stacked):
-                changed[field.name] = value.take(which)
-        return replace(self, **changed)
+                value = value.take(which)
+            values[field.name] = value
+        return type(self)(**values)
 
     def at(self, position: int) -> Self:
         """Return the single member at `position`, as a stack of one."""

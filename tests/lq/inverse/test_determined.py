@@ -14,8 +14,7 @@ from tests.lq.problems import of_blocks, pendulum, random_blocks
 
 
 @pytest.mark.parametrize(
-    ("method", "seconds"),
-    [(method, seconds) for method in ("auto", "riccati", "dense") for seconds in (6, 12)] + [("auto", 20)],
+    ("method", "seconds"), [("riccati", 6), ("dense", 6), ("riccati", 12), ("dense", 12), ("auto", 20)]
 )
 def test_an_unstable_system_answers_everything(method, seconds):
     blocks, g, u, log = pendulum(seconds)
