@@ -200,3 +200,39 @@ def test_without_matplotlib_the_remedy_is_named(monkeypatch, table):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pip install 'linop-hess\[demo\]'"):
         plot.convergence(table)
+
+
+def histories(count, final):
+    return [plot.History([2.0, 3.0, final * (k + 1)], [0.0, 0.5 * (k + 1), 1.0 * (k + 1)]) for k in range(count)]
+
+
+def test_losses_are_drawn_against_steps_and_seconds_in_one_colour_an_optimizer():
+    runs = {f"optimizer {k}": histories(3, 10.0**-k) for k in range(9)}
+    figure = plot.losses(runs, title="a task", clock="seconds of the processor")
+    left, right = figure.axes
+    assert (left.get_xlabel(), right.get_xlabel()) == ("steps", "seconds of the processor")
+    assert left.get_ylabel() == "lowest loss so far"
+    solid = {ax: [line for line in ax.lines if line.get_linewidth() > 2] for ax in (left, right)}
+    assert [line.get_color() for line in solid[left]] == [line.get_color() for line in solid[right]]
+    assert len({line.get_color() for line in solid[left]}) == 9
+    for k, line in enumerate(solid[left]):  # the median of three seeds, and never above what was reached
+        assert np.allclose(line.get_ydata(), [2.0, 2.0, 2 * 10.0**-k])
+    worst = [line for line in left.lines if line.get_linewidth() < 1]
+    assert np.allclose(worst[3].get_ydata(), [2.0, 2.0, 3e-3])
+    figure.canvas.draw()
+    width = figure.bbox.width
+    names = [text for text in right.texts if text.get_text() in runs]
+    assert len(names) == 9
+    boxes = [text.get_window_extent() for text in names]
+    assert max(box.x1 for box in boxes) <= width
+    ordered = sorted(boxes, key=lambda box: box.y0)
+    assert all(a.y1 <= b.y0 + 2 for a, b in zip(ordered[:-1], ordered[1:], strict=True))
+
+
+def test_losses_need_something_to_draw():
+    for runs in ({}, {"none": []}):
+        with pytest.raises(ValueError, match="a run of each optimizer"):
+            plot.losses(runs)
+    with pytest.raises(ValueError, match="finite somewhere"):
+        plot.losses({"lost": [plot.History([float("nan")] * 2, [0.0, 1.0])]})
+    assert plot.losses({"once": [plot.History([1.0], [0.0])]}).axes

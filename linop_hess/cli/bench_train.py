@@ -29,7 +29,16 @@ from linop_hess.cli.arguments import (
 )
 from linop_hess.cli.contenders import COMPARED, CONTROL, LEARNING, Contender, contenders_of, run
 from linop_hess.cli.trace import Trace
-from linop_hess.cli.train import CLOCKS, add_task, chosen_options, describe_tasks, headline, loss_name, made
+from linop_hess.cli.train import (
+    CLOCK_NAMES,
+    CLOCKS,
+    add_task,
+    chosen_options,
+    describe_tasks,
+    headline,
+    loss_name,
+    made,
+)
 
 # What a table tells of: losses after so many steps, and the first time below a loss, beside the goal.
 _STEPS, _BELOW = (20, 60), 1e-6
@@ -129,7 +138,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         print(f"left out: {label}: {why}")
     picture, results = arguments.out / "training.png", arguments.out / "results.json"
     runs = {row.label: [plot.History(trace.losses, trace.seconds) for trace in row.traces] for row in rows}
-    plot.losses(runs, title=headline(arguments.task, chosen), name=loss_name(arguments.task)).savefig(picture)
+    plot.losses(
+        runs, title=headline(arguments.task, chosen), name=loss_name(arguments.task), clock=CLOCK_NAMES[arguments.clock]
+    ).savefig(picture)
     found = {
         "options": options(arguments) | chosen,
         "parameters": task.size,

@@ -33,7 +33,9 @@ SECONDS = 20.0
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """What seconds are."""
 
-CHOICES = ("depth", "width", "batch", "activation", "init")
+CLOCK_NAMES = {"wall": "seconds", "cpu": "seconds of the processor"}
+
+CHOICES = ("depth", "width", "batch", "points", "activation", "init")
 """Options of tasks."""
 
 
@@ -65,6 +67,7 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     add("--depth", type=integer(1), metavar="N", help="hidden layers, or stages of a pendulum")
     add("--width", type=integer(1), metavar="N", help="neurons a hidden layer")
     add("--batch", type=integer(1), metavar="N", help="samples in the one batch")
+    add("--points", type=integer(1), metavar="N", help="along a side of a domain")
     add("--activation", metavar="NAME", help="between the layers: tanh, relu, gelu or silu")
     add("--init", metavar="NAME", help="he, orthogonal or default (torch's)")
     add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: this process's, where others use the machine")
@@ -75,7 +78,7 @@ def describe_tasks() -> str:
     """What may be chosen of each task, with what it is where nothing is said."""
     lines = ["tasks, with what they are where nothing is said:"]
     for name in TASKS:
-        chosen = ", ".join(f"--{option} {value}" for option, value in task_options(name).items())
+        chosen = ", ".join(f"--{option} {value}" for option, value in task_options(name).items() if option in CHOICES)
         lines.append(f"  {name:16}{chosen or 'no options'}")
     return "\n".join(lines)
 
@@ -187,7 +190,9 @@ def _draw(
     arguments: argparse.Namespace, chosen: dict[str, Any], contender: Contender, trace: Trace, path: Path
 ) -> None:
     runs = {contender.label: [plot.History(trace.losses, trace.seconds)]}
-    plot.losses(runs, title=headline(arguments.task, chosen), name=loss_name(arguments.task)).savefig(path)
+    plot.losses(
+        runs, title=headline(arguments.task, chosen), name=loss_name(arguments.task), clock=CLOCK_NAMES[arguments.clock]
+    ).savefig(path)
 
 
 def headline(task: str, chosen: dict[str, Any]) -> str:

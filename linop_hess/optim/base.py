@@ -141,18 +141,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     @property
     def sharpness(self) -> float | None:
-        """Of the surrogates of kinks, None where there are none; it may be set between steps, as to raise it from step to step.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If it is set without ``nonsmooth="smooth"``, or is not positive.
-        """
+        """Of the surrogates of kinks, None where there are none; with ``nonsmooth="smooth"`` it may be set between steps."""
         return self._linearize.sharpness
 
     @sharpness.setter
     def sharpness(self, value: float | None) -> None:
-        self._linearize.sharpness = value
+        self._linearize = Linearizer(self._linearize.nonsmooth, value)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are optimized, by name, in the order of the model, which is that of flat vectors.

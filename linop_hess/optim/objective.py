@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from linop_hess._validate import Nonsmooth, checked_loss
 from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model, takes_parameters
 from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.kinks.surrogates import checked_sharpness
 from linop_hess.graph.build import AUTOGRAD
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.linearization import Linearization, Told, linearize_again
@@ -243,6 +244,15 @@ class Scalar(Objective):
         return False
 
 
+def _of_output(loss_fn: Loss, targets: Any) -> Callable[[Any], Any]:
+    if takes_parameters(loss_fn):
+        raise TypeError(
+            "expected a loss of (output, target) for products with its Gauss-Newton matrix, got one that takes the parameters too: use "
+            "GaussNewton"
+        )
+    return lambda output: call_loss(loss_fn, output, targets, {})
+
+
 class Linearizer:
     """Linearizes the objectives of one step after the other, each with what the last one told.
 
@@ -258,17 +268,8 @@ class Linearizer:
     """
 
     def __init__(self, nonsmooth: Nonsmooth, sharpness: float | None) -> None:
-        self._nonsmooth = nonsmooth
-        self.sharpness = sharpness
-
-    @property
-    def sharpness(self) -> float | None:
-        """Of the surrogates of kinks; where it is set, what was told with another one is forgotten."""
-        return self._second.sharpness
-
-    @sharpness.setter
-    def sharpness(self, value: float | None) -> None:
-        self._second = SecondDerivatives.of(self._nonsmooth, value, "autograd")
+        self._second = SecondDerivatives.of(nonsmooth, sharpness, "autograd")
+        self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
         self._told: Told | None = None
 
     def __call__(self, objective: Objective) -> Linearization:
@@ -276,15 +277,6 @@ class Linearizer:
         lin = objective.linearize(self._second, self._told)
         self._told = lin.told
         return lin
-
-
-def _of_output(loss_fn: Loss, targets: Any) -> Callable[[Any], Any]:
-    if takes_parameters(loss_fn):
-        raise TypeError(
-            "expected a loss of (output, target) for products with its Gauss-Newton matrix, got one that takes the parameters too: use "
-            "GaussNewton"
-        )
-    return lambda output: call_loss(loss_fn, output, targets, {})
 
 
 def objective_of(

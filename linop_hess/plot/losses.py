@@ -25,7 +25,9 @@ class History(NamedTuple):
     seconds: Sequence[float]
 
 
-def losses(runs: Mapping[str, Sequence[History]], *, title: str = "", name: str = "loss") -> Figure:
+def losses(
+    runs: Mapping[str, Sequence[History]], *, title: str = "", name: str = "loss", clock: str = "seconds"
+) -> Figure:
     """Plot the lowest loss so far against steps, at the left, and against seconds, at the right.
 
     Each optimizer has one colour in both, and its name at the right: the median over its runs as a line and, of several, the worst
@@ -39,6 +41,8 @@ def losses(runs: Mapping[str, Sequence[History]], *, title: str = "", name: str 
         Above both, at the left.
     name : str
         Of what falls.
+    clock : str
+        Of the axis at the right.
 
     Returns
     -------
@@ -57,7 +61,7 @@ def losses(runs: Mapping[str, Sequence[History]], *, title: str = "", name: str 
     figure.clear()
     figure.set_size_inches(12.8, 5.6)
     left, right = figure.subplots(1, 2, sharey=True)
-    last = max(run.seconds[-1] for several in runs.values() for run in several)
+    last = max(run.seconds[-1] for several in runs.values() for run in several) or 1.0
     steps = max(len(run.losses) for several in runs.values() for run in several) - 1
     ends, heights = [], list[float]()
     for (label, several), colour in zip(runs.items(), colours(len(runs)), strict=True):
@@ -74,12 +78,14 @@ def losses(runs: Mapping[str, Sequence[History]], *, title: str = "", name: str 
     if not heights:
         raise ValueError("expected losses that are finite somewhere, got none: there is nothing to draw")
     _scales(left, right, steps, last, heights)
+    right.set_xlabel(clock)
     left.set_ylabel(f"lowest {name} so far")
     for ax in (left, right):
         plain(ax, "")
     write_labels(right, ends)
     count = len(next(iter(runs.values())))
     how = f"median of {count} seeds; dashed: the worst seed" if count > 1 else ""
+    figure.set_layout_engine("constrained", rect=(0.0, 0.0, 0.985, 1.0))  # names at the right end within the picture
     figure.suptitle(title, x=0.01, ha="left", fontsize=14)
     left.set_title(how, loc="left", fontsize=10.5, color="0.35")
     return figure
@@ -124,7 +130,6 @@ def _scales(left: Axes, right: Axes, steps: int, last: float, heights: Sequence[
     left.set_xlabel("steps")
     right.set_xscale("log")
     right.set_xlim(_FIRST * last, 1.05 * last)
-    right.set_xlabel("seconds")
     for ax in (left, right):
         ax.yaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_minor_locator(NullLocator())

@@ -526,3 +526,18 @@ def test_steps_reuse_what_numbers_do_not_change(kind, closure, monkeypatch):
     monkeypatch.setattr(Linearizer, "__call__", anew)
     again, more = trained()
     assert all(map(torch.equal, found, again)) and runs < more
+
+
+def test_sharpness_may_be_raised_between_steps_where_kinks_are_smoothed():
+    model, x, y = chain(act=nn.ReLU)
+    opt, sharp = SaddleFree(model, CE, nonsmooth="smooth", sharpness=2.0), SaddleFree(model, CE, method="lanczos")
+    assert opt.sharpness == 2.0 and sharp.sharpness is None
+    opt.sharpness = 8.0
+    lin = opt._linearize(opt._objective(x, y))
+    expected = lh.linearize(model, CE, x, y, nonsmooth="smooth", sharpness=8.0)
+    v = torch.ones(lin.problem.size).double().numpy()
+    assert (lin.H @ v == expected.H @ v).all()
+    with pytest.raises(ValueError, match="positive"):
+        opt.sharpness = 0.0
+    with pytest.raises(ValueError, match="smooth"):
+        sharp.sharpness = 1.0
