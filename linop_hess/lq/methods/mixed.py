@@ -89,13 +89,10 @@ class MixedFactorization:
         definite = CholeskyFactor.of(H)
         # Pivoted over the whole matrix: by blocks it would be faster, but lose up to three digits, which GMRES has to make up for.
         self._factor = definite or SymmetricFactor.of(H)
-        theta = None if definite else self._factor.theta
-        if (
-            theta is not None
-            and theta.numel()
-            and not 0.0 < float(theta.abs().min()) <= float(theta.abs().max()) < math.inf
-        ):
-            raise SingularPivotError(None)
+        if isinstance(self._factor, SymmetricFactor) and self._factor.theta.numel():
+            pivots = self._factor.theta.abs()
+            if not 0.0 < float(pivots.min()) <= float(pivots.max()) < math.inf:
+                raise SingularPivotError(None)
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k) in float64, to `REFINED_BY`‖g‖ or as far as some steps of GMRES come."""
