@@ -11,6 +11,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import machine, print_table, retained_hvp, seconds
@@ -60,11 +61,11 @@ def network(depth: int, width: int, steps: int, x: Tensor, y: Tensor) -> nn.Sequ
     return model
 
 
-def once(run: Callable[[], object]) -> tuple[float, object]:
+def once(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
     """Time of one run, and its result."""
-    start = time.perf_counter()
+    start = clock()
     result = run()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def row(name: str, gemm: float, which: str) -> list[str]:
@@ -128,16 +129,18 @@ def table(quick: bool) -> None:
 
 
 def batches(quick: bool) -> None:
-    """Time and memory against the number of samples, in batches of at most 1,000; a network's rows as they come."""
+    """Processor time and memory against the number of samples, in batches of at most 1,000; a network's rows as they come."""
     header = ["network", "samples", "linearize, s", "inverse, s", "slope", "solve, s", "error", "in", "peak, MiB"]
     for depth, width in ((6, 10),) if quick else ((6, 10), (20, 16)):
         model, rows, before = network(depth, width, 200, *digits(1797)), [], 0.0
         for samples in (500, 5000) if quick else (500, 5000, 50000):
             x, y = digits(samples)
             parts = list(zip(x.split(1000), y.split(1000), strict=True))
-            linearized, lin = once(lambda parts=parts: lh.linearize(model, LOSS, parts))
-            made, inverse = once(lambda lin=lin: lin.inverse(1e-2))
-            solved, solution = once(lambda inverse=inverse, lin=lin: inverse.solve(lin.gradient_tensor))
+            linearized, lin = once(lambda parts=parts: lh.linearize(model, LOSS, parts), time.process_time)
+            made, inverse = once(lambda lin=lin: lin.inverse(1e-2), time.process_time)
+            solved, solution = once(
+                lambda inverse=inverse, lin=lin: inverse.solve(lin.gradient_tensor), time.process_time
+            )
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             slope, before = f"{math.log10(made / before):.2f}" if before else "", made
             row = [f"{depth}x{width}", f"{samples}", f"{linearized:.1f}", f"{made:.1f}", slope, f"{solved:.1f}"]

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from linop_hess.cli import compare
 from linop_hess.cli.compare import compare_solvers
 from linop_hess.cli.networks import digits_problem
 
 
-def test_the_judge_is_the_dense_double_backward_hessian():
+def test_the_judge_is_the_dense_double_backward_hessian(monkeypatch):
+    monkeypatch.setattr(compare, "FULL_BATCH_FROM", 4)
     problem = digits_problem(depth=2, width=3, batch=4, seed=1)
     outcome = compare_solvers(problem, 0.05, maxiter=5)
     names = [name for name, _ in problem.model.named_parameters()]
@@ -24,6 +26,7 @@ def test_the_judge_is_the_dense_double_backward_hessian():
     H = torch.autograd.functional.hessian(loss, flat).numpy() + 0.05 * np.eye(len(flat))
     g = torch.autograd.functional.jacobian(loss, flat).numpy()
     norm = np.linalg.norm(H, 2)
+    assert {"exact inverse, dense", "GMRES, M = sketch", "dense LU"} <= {r.name for r in outcome.comparison}
     for record in outcome.comparison:
         residual = np.linalg.norm(g - H @ record.x)
         assert record.residual == pytest.approx(residual / np.linalg.norm(g), rel=1e-6, abs=1e-13)
@@ -31,3 +34,11 @@ def test_the_judge_is_the_dense_double_backward_hessian():
         assert record.backward_error == pytest.approx(error, rel=0.1, abs=1e-14)
     assert outcome.hessian_norm == pytest.approx(norm, rel=0.1)
     assert outcome.hessian_norm <= norm * (1 + 1e-12)
+
+
+def test_what_takes_long_is_left_out(monkeypatch):
+    monkeypatch.setattr(compare, "LONGEST_SECONDS", 0.0)
+    outcome = compare_solvers(digits_problem(depth=1, width=2, batch=2), 0.05, maxiter=2)
+    for method in ("exact inverse, banded", "exact inverse, dense", "paper's LDU", "dense LU"):
+        assert "more than 0 s" in outcome.skipped[method]
+    assert not {record.name for record in outcome.comparison} & set(outcome.skipped)

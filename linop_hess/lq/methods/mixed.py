@@ -87,12 +87,7 @@ class MixedFactorization:
         H = fresh(analysis, torch.float32)
         H.diagonal().add_(damping)
         definite = CholeskyFactor.of(H)
-        # Pivoted over the whole matrix: by blocks it would be faster, but lose up to three digits, which GMRES has to make up for.
-        self._factor = definite or SymmetricFactor.of(H)
-        if isinstance(self._factor, SymmetricFactor) and self._factor.theta.numel():
-            pivots = self._factor.theta.abs()
-            if not 0.0 < float(pivots.min()) <= float(pivots.max()) < math.inf:
-                raise SingularPivotError(None)
+        self._factor: CholeskyFactor | SymmetricFactor = definite or _indefinite(H)
 
     def solve(self, g: Tensor) -> Tensor:
         """(H + εI)⁻¹ g for g of shape (N, k) in float64, to `REFINED_BY`‖g‖ or as far as some steps of GMRES come."""
@@ -113,6 +108,15 @@ class MixedFactorization:
     def nbytes(self) -> int:
         """Bytes held."""
         return self._factor.nbytes
+
+
+def _indefinite(H: Tensor) -> SymmetricFactor:
+    # Pivoted over the whole matrix: by blocks it would be faster, but lose up to three digits, which GMRES has to make up for.
+    found = SymmetricFactor.of(H)
+    theta = found.theta
+    if theta.numel() and not 0.0 < float(theta.abs().min()) <= float(theta.abs().max()) < math.inf:
+        raise SingularPivotError(None)
+    return found
 
 
 def estimate(analysis: Analysis) -> Cost:
