@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar, cast
 
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.accuracy import SKETCH_SPANNED
 from linop_hess.lq.condensed import Condensed, block_sizes, condense, moved
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.scaling import state_scales
@@ -37,9 +36,9 @@ from linop_hess.lq.stages.row_space import RowSpace
 
 _Made = TypeVar("_Made")
 
-# Steps of Lanczos for ‖H + εI‖: to within some per cent, which is all that a bound needs.
-_STEPS = 6
-_FEW_STEPS = 3
+# Steps of power iteration for ‖H‖: to within some per cent, which is all that a bound needs.
+_POWER_STEPS = 7
+_FEW_POWER_STEPS = 2
 
 
 class Solves(Protocol):
@@ -100,34 +99,6 @@ class Change:
         return self.asked.real + (damping - self.damping.real)
 
 
-@dataclass(frozen=True)
-class Tridiagonal:
-    """Steps of Lanczos on H: H V_k = V_{k+1} T, and so (H + εI)V_k = V_{k+1}(T + εI) at any ε, T of shape (k + 1, k)."""
-
-    diagonal: tuple[float, ...]
-    below: tuple[float, ...]
-    before: Tensor | None
-    last: Tensor | None  # v_{k+1}, in float64; None: there is none
-
-    def followed_by(self, product: Tensor) -> Tridiagonal:
-        """One step more, H v_{k+1} being known; no step where that is not finite."""
-        assert self.last is not None
-        w = product.to(self.last.dtype)
-        alpha = float((self.last * w).sum())
-        w = w - alpha * self.last - (0.0 if self.before is None else self.below[-1] * self.before)
-        beta = float(w.norm())
-        if not math.isfinite(alpha + beta):
-            return replace(self, last=None)
-        goes_on = beta > SKETCH_SPANNED[product.dtype] * max(map(abs, (*self.diagonal, alpha, *self.below)))
-        return Tridiagonal((*self.diagonal, alpha), (*self.below, beta), self.last, w / beta if goes_on else None)
-
-    def norm(self, shift: complex, steps: int) -> float:
-        """‖T + εI‖₂ after so many steps, from below that of H + εI."""
-        a, b = np.array(self.diagonal[:steps]), np.array(self.below[:steps])
-        T = np.diag(np.append(a + shift, 0.0)) + np.diag(b, -1) + np.diag(b, 1)
-        return float(np.linalg.norm(T[:, :-1], 2)) if a.size else 0.0
-
-
 class Analysis:
     """Row spaces, units, segments and norms of a problem.
 
@@ -148,7 +119,6 @@ class Analysis:
         self._change: Change | None = None
         self._made: dict[Callable[..., Any], Any] = {}
         self._condensed: dict[int, Condensed] = {}
-        self._steps: Tridiagonal | None = None
 
     @property
     def real(self) -> Analysis:
@@ -263,21 +233,25 @@ class Analysis:
     @cached_property
     def rough_norm(self) -> float:
         """‖H‖₂ to within a small factor, from below, by few products: all that choosing a precision takes."""
-        return self.damped_norm(0.0, _FEW_STEPS)
+        return self.damped_norm(0.0, _FEW_POWER_STEPS)
 
     @cached_property
     def norm(self) -> float:
         """‖H‖₂ to within some per cent, from below."""
         return self.damped_norm(0.0)
 
-    def damped_norm(self, damping: complex, steps: int = _STEPS) -> float:
-        """‖H + εI‖₂ to within some per cent, from below, by Lanczos on a fixed start; the products serve all ε."""
+    def damped_norm(self, damping: complex, steps: int = _POWER_STEPS) -> float:
+        """‖H + εI‖₂ to within some per cent, from below, by power iteration on a fixed start."""
         v, product = self.probe
-        found = self._steps or Tridiagonal((), (), None, v.to(torch.float64)).followed_by(product)
-        while len(found.diagonal) < steps and found.last is not None:
-            found = found.followed_by(self.problem.hessian_product(found.last.to(v.dtype)))
-        self._steps = found
-        return max(_length(product + damping * v), found.norm(damping, steps))
+        v = product + damping * v
+        norm = _length(v)
+        for _ in range(steps):
+            if norm == 0.0:
+                break
+            wide = v.to(torch.promote_types(v.dtype, torch.float64))
+            v = self.problem.hessian_product((wide / wide.norm()).to(v.dtype), damping)
+            norm = max(norm, _length(v))
+        return norm
 
     @cached_property
     def in_float64(self) -> Analysis:
@@ -352,8 +326,9 @@ class ComplexAnalysis(Analysis):
             self._condensed[g] = self._real.condensed_group(g).to(self.problem.dtype)
         return self._condensed[g]
 
-    def damped_norm(self, damping: complex, steps: int = _STEPS) -> float:
-        return self._real.damped_norm(damping, steps)
+    @cached_property
+    def norm(self) -> float:
+        return self._real.norm
 
 
 def _length(v: Tensor) -> float:

@@ -151,7 +151,7 @@ def _digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     pixels, classes = load_digits(return_X_y=True)
-    return torch.tensor((pixels - pixels.mean(0)) / pixels.std()), torch.tensor(classes)
+    return torch.from_numpy((pixels - pixels.mean(0)) / pixels.std()), torch.from_numpy(classes)
 
 
 def _split() -> tuple[np.ndarray, np.ndarray]:

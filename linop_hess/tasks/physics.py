@@ -151,7 +151,7 @@ def poisson(seed: int = 0, *, width: int = 32, points: int = 30) -> LearningTask
     J. Müller and M. Zeinhofer, "Achieving high accuracy with PINNs via energy natural gradient descent", ICML 2023.
     """
     points = whole(points, "points", least=1)
-    along = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    along = (torch.arange(points, dtype=torch.float64, device="cpu") + 0.5) / points
     zero, one = torch.zeros_like(along), torch.ones_like(along)
     sides = [torch.stack(side, 1) for side in ((along, zero), (along, one), (zero, along), (one, along))]
     x = torch.cat([torch.cartesian_prod(along, along), *sides])
@@ -161,7 +161,7 @@ def poisson(seed: int = 0, *, width: int = 32, points: int = 30) -> LearningTask
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.from_numpy(0.1 * rng.standard_normal(tuple(p.shape))))
-    fine = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
+    fine = (torch.arange(200, dtype=torch.float64, device="cpu") + 0.5) / 200
     everywhere = torch.cartesian_prod(fine, fine)
     truth = Poisson.solution(everywhere)
     return LearningTask("poisson", model, squares, x, None, {"relative L2 error": _error(everywhere, truth)})
@@ -198,11 +198,13 @@ def burgers(seed: int = 0, *, depth: int = 4, width: int = 20, points: int = 64)
                 nn.init.xavier_normal_(p)
             else:
                 nn.init.zeros_(p)
-    even = (torch.arange(points, dtype=torch.float64) + 0.5) / points * 2.0 - 1.0
+    even = (torch.arange(points, dtype=torch.float64, device="cpu") + 0.5) / points * 2.0 - 1.0
     across = 0.1 * even + 0.9 * even**3  # a third of them within 0.06 of the layer
-    along = (torch.arange(points // 2, dtype=torch.float64) + 0.5) / (points // 2)
+    along = (torch.arange(points // 2, dtype=torch.float64, device="cpu") + 0.5) / (points // 2)
     x = torch.cartesian_prod(across, along)
-    fine = torch.cartesian_prod(torch.linspace(-1, 1, 257).double()[1:-1], torch.linspace(0, 1, 11).double()[1:])
+    fine = torch.cartesian_prod(
+        torch.from_numpy(np.linspace(-1.0, 1.0, 257)[1:-1]), torch.from_numpy(np.linspace(0.0, 1.0, 11)[1:])
+    )
     truth = torch.from_numpy(viscous_burgers(fine[:, 0].numpy(), fine[:, 1].numpy(), VISCOSITY))
     return LearningTask("burgers", model, squares, x, None, {"relative L2 error": _error(fine, truth)})
 
