@@ -1,0 +1,258 @@
+"""Physics-informed networks: least squares with exact Jacobians against L-BFGS, Adam and SciPy's BFGS, each for the same seconds.
+
+Run: python tests/benchmarks/physics.py [--task poisson|burgers] [--seeds 5] [--seconds 10] [--methods lm-geodesic,bfgs,...]
+
+Seconds are the processor's, of one thread. The rows "LM" are written here on a Jacobian that one backward pass gives (the
+points are independent of each other); they are not `GaussNewton`, which goes through `linearize` and has a row of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import torch
+from common import machine, print_table
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from linop_hess.optim import GaussNewton
+from linop_hess.tasks import LearningTask, burgers, poisson
+
+MAKE = {"poisson": poisson, "burgers": burgers}
+ERROR = "relative L2 error"
+ADAM = (1e-3, 3e-3, 1e-2)
+FIRST_DAMPING, RAISE, LOWEST = 1e-2, 30.0, 1e-26
+FACTORS = {"poisson": (0.1, 1 / 3, 1.0, 3.0), "burgers": (0.1, 1.0)}
+
+
+class OutOfTime(Exception):
+    """The seconds are used up."""
+
+
+@dataclass
+class Run:
+    """A task that is trained, and where its loss was least."""
+
+    task: LearningTask
+    seconds: float
+    limit: int
+    start: float = field(default_factory=time.process_time)
+    steps: int = 0
+    least: float = math.inf
+    best: list[Tensor] = field(default_factory=list)
+    used: float = 0.0
+
+    def step(self, loss: float) -> None:
+        """Count a step that ended at the present parameters with `loss`."""
+        self.steps += 1
+        self.used = time.process_time() - self.start
+        if loss < self.least:
+            self.least, self.best = loss, [p.detach().clone() for p in self.task.model.parameters()]
+        if self.used > self.seconds or self.steps >= self.limit:
+            raise OutOfTime
+
+    def error(self) -> float:
+        """Return the relative L2 error where the loss was least."""
+        if not self.best:
+            return math.inf
+        with torch.no_grad():
+            for p, value in zip(self.task.model.parameters(), self.best, strict=True):
+                p.copy_(value)
+        return self.task.measured()[ERROR]
+
+
+class Products(TorchFunctionMode):
+    """Keeps the left factors and the results of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul):
+            self.pairs.append((args[0], out))
+        return out
+
+
+def jacobian(task: LearningTask) -> tuple[Tensor, Tensor]:
+    """Residuals and their Jacobian (points, parameters), by one backward pass: a point's residual is no function of other points."""
+    with Products() as products:
+        r = task.model(task.inputs)
+    adjoints = torch.autograd.grad(r.sum(), [out for _, out in products.pairs])
+    columns = []
+    for (jet, _), adjoint in zip(products.pairs, adjoints, strict=True):
+        columns += [torch.bmm(adjoint.transpose(1, 2), jet.detach()).flatten(1), adjoint[:, 0]]
+    return r.detach(), torch.cat(columns, 1)
+
+
+def get(task: LearningTask) -> Tensor:
+    return torch.nn.utils.parameters_to_vector(task.model.parameters()).detach()
+
+
+def put(task: LearningTask, vector: Tensor) -> None:
+    with torch.no_grad():
+        torch.nn.utils.vector_to_parameters(vector, task.model.parameters())
+
+
+def residuals(task: LearningTask, vector: Tensor) -> Tensor:
+    put(task, vector)
+    with torch.no_grad():
+        return task.model(task.inputs)
+
+
+def levenberg_marquardt(run: Run, geodesic: bool) -> None:
+    """The best of some dampings, by an SVD of R in J = QR; with half the second derivative along the step (Transtrum and Sethna 2012)."""
+    task, damping, at = run.task, FIRST_DAMPING, get(run.task)
+    while True:
+        put(task, at)
+        r, J = jacobian(task)
+        Q, R = torch.linalg.qr(J)
+        U, sigma, Vh = torch.linalg.svd(R)
+        U = Q @ U
+        best: tuple[float, Tensor, float] = (float(r @ r), at, damping)
+        while best[1] is at:
+            for factor in FACTORS[task.name]:
+                lam = damping * factor
+                shrunk = sigma / (sigma.square() + lam)
+                step = -Vh.T @ (shrunk * (U.T @ r))
+                moves = [step]
+                if geodesic:
+                    h = 0.1
+                    bend = 2.0 / h * ((residuals(task, at + h * step) - r) / h - J @ step)
+                    turn = -0.5 * Vh.T @ (shrunk * (U.T @ bend))
+                    if turn.norm() <= 1.5 * step.norm():
+                        moves.append(step + turn)
+                for move in moves:
+                    loss = float(residuals(task, at + move).square().sum())
+                    if loss < best[0]:
+                        best = (loss, at + move, lam)
+            if best[1] is at:
+                damping *= RAISE
+                if damping > 1e12:
+                    return
+        at, damping = best[1], max(best[2], LOWEST)
+        put(task, at)
+        run.step(best[0])
+
+
+def gauss_newton(run: Run) -> None:
+    opt = GaussNewton(run.task.model, run.task.loss_fn)
+    while True:
+        opt.step(run.task.inputs, run.task.targets)
+        run.step(float(run.task.loss().detach()))
+
+
+def lbfgs(run: Run) -> None:
+    opt = torch.optim.LBFGS(
+        run.task.model.parameters(),
+        max_iter=10**6,
+        max_eval=10**7,
+        history_size=100,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = run.task.loss()
+        loss.backward()
+        run.step(float(loss.detach()))
+        return loss
+
+    opt.step(closure)
+
+
+def adam(rate: float) -> Callable[[Run], None]:
+    def train(run: Run) -> None:
+        opt = torch.optim.Adam(run.task.model.parameters(), lr=rate)
+        while True:
+            opt.zero_grad()
+            loss = run.task.loss()
+            loss.backward()
+            run.step(float(loss.detach()))
+            opt.step()
+
+    return train
+
+
+def bfgs(run: Run) -> None:
+    """SciPy's, with full memory; begun again from a unit matrix where its line search fails. Steps are evaluations."""
+    task = run.task
+    parameters = list(task.model.parameters())
+
+    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        put(task, torch.from_numpy(x.copy()))
+        loss = task.loss()
+        g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+        run.step(float(loss.detach()))
+        return float(loss.detach()), g.numpy()
+
+    found = float(task.loss().detach())
+    before, x = math.inf, get(task).numpy()
+    while found < before:
+        before = found
+        end = scipy.optimize.minimize(
+            value_and_gradient, x, jac=True, method="BFGS", options={"gtol": 0.0, "maxiter": 10**7}
+        )
+        found, x = float(end.fun), end.x
+
+
+METHODS: dict[str, tuple[str, Callable[[Run], None]]] = {
+    "adam": ("Adam", adam(0.0)),
+    "lbfgs": ("L-BFGS (torch, strong Wolfe, memory 100)", lbfgs),
+    "bfgs": ("BFGS (SciPy)", bfgs),
+    "gauss-newton": ("`GaussNewton`", gauss_newton),
+    "lm": ("LM, Jacobian by hand", lambda run: levenberg_marquardt(run, False)),
+    "lm-geodesic": ("LM + geodesic, Jacobian by hand", lambda run: levenberg_marquardt(run, True)),
+}
+
+
+def trained(name: str, train: Callable[[Run], None], seed: int, seconds: float, limit: int) -> Run:
+    run = Run(MAKE[name](seed), seconds, limit)
+    try:
+        train(run)
+    except OutOfTime:
+        pass
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=list(MAKE), default="poisson")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--steps", type=int, default=10**9, help="at most so many")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for key in options.methods.split(","):
+        label, train = METHODS[key]
+        if key == "adam":
+            tried = {r: trained(options.task, adam(r), 0, options.seconds / 3, options.steps).least for r in ADAM}
+            rate = min(tried, key=tried.__getitem__)
+            label, train = f"Adam, lr {rate:g} of {', '.join(f'{r:g}' for r in ADAM)}", adam(rate)
+        runs = [trained(options.task, train, seed, options.seconds, options.steps) for seed in range(options.seeds)]
+        errors = [run.error() for run in runs]
+        row = [label]
+        for values in (errors, [run.least for run in runs]):
+            row.append(f"{statistics.median(values):.1e} ({min(values):.1e}, {max(values):.1e})")
+        row += [f"{statistics.median(run.steps for run in runs):.0f}", f"{max(run.used for run in runs):.1f}"]
+        rows.append(row)
+        print(" | ".join(row), flush=True)
+    print(f"\n{options.task}, {options.seeds} seeds, {options.seconds:g} s each; {machine()}\n")
+    print_table(["", ERROR + ": median (best, worst)", "loss: median (best, worst)", "steps", "s, worst"], rows)
+
+
+if __name__ == "__main__":
+    main()
