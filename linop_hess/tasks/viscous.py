@@ -28,7 +28,7 @@ def viscous_burgers(x: np.ndarray, t: np.ndarray, viscosity: float) -> np.ndarra
     Raises
     ------
     ValueError
-        If ν is not positive, or a time negative.
+        If ν is not positive, a time negative, or one of them not finite.
 
     Examples
     --------
@@ -38,9 +38,11 @@ def viscous_burgers(x: np.ndarray, t: np.ndarray, viscosity: float) -> np.ndarra
     >>> bool(np.abs(u - [-1.0, 0.0]).max() < 1e-12)
     True
     """
-    if not viscosity > 0.0 or (np.asarray(t) < 0.0).any():
-        raise ValueError("expected a positive viscosity and times that are not negative: pass those")
     x, t = np.broadcast_arrays(np.asarray(x, dtype=float), np.asarray(t, dtype=float))
+    if not 0.0 < viscosity < np.inf or not (np.isfinite(x) & np.isfinite(t) & (t >= 0.0)).all():
+        raise ValueError(
+            "expected a positive viscosity, finite places, and finite times that are not negative: pass those"
+        )
     reach = _BEYOND + np.sqrt(
         2.0 / (np.pi * viscosity)
     )  # exp(−cos(πy)/(2πν)) is at most exp(1/(πν)) times itself elsewhere

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from linop_hess.lq.wiring import Selection, Wiring
+from linop_hess.lq.wiring import Selection, Wiring, add_at
 
 INDICES = {
     "whole": (range(6), 6),
@@ -102,3 +102,18 @@ def test_what_is_refused(changes, message):
     assert Wiring.of(**GOOD).read.tolist() == [0, -1, 2]
     with pytest.raises(ValueError, match=message):
         Wiring.of(**GOOD | changes)
+
+
+@pytest.mark.parametrize("K", [1, 3, 50])
+def test_entries_are_added_where_they_belong_however_many_matrices(K):
+    """By matrices where these are few, and along the second axis where they are many."""
+    rng = np.random.default_rng(K)
+    out, w = rng.standard_normal((K, 400, 2)), rng.standard_normal((K, 300, 2))
+    index = rng.permutation(400)[:300]
+    index[:5] = index[5:10]  # some twice
+    expected = out.copy()
+    for place, entry in zip(index, w.swapaxes(0, 1), strict=True):
+        expected[:, place] += entry
+    found = torch.from_numpy(out.copy())
+    add_at(found, torch.from_numpy(index), torch.from_numpy(w))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-14)
