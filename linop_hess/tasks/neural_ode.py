@@ -72,8 +72,9 @@ def neural_ode(seed: int = 0, *, depth: int = 4, width: int = 8, batch: int = 40
     Raises
     ------
     ValueError, TypeError
-        If a size is no positive integer.
+        If a size is no positive integer, or the seed a negative one or none.
     """
+    seed = whole(seed, "seed", least=0)
     depth, width, batch = whole(depth, "depth", least=1), whole(width, "width", least=1), whole(batch, "batch", least=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -248,7 +248,7 @@ def refined(u: np.ndarray, length: int) -> np.ndarray:
     Raises
     ------
     ValueError
-        If there are no controls, or `length` is less than 1.
+        If there are no controls, one is not finite, or `length` is less than 1.
     TypeError
         If it is no whole number.
     """
@@ -256,6 +256,8 @@ def refined(u: np.ndarray, length: int) -> np.ndarray:
     u = np.asarray(u, dtype=np.float64)
     if u.ndim != 1 or not u.size:
         raise ValueError(f"expected controls of shape (L,), got {u.shape}: one number a stage")
+    if not np.isfinite(u).all():
+        raise ValueError("expected finite controls, got NaN or Inf: pass those of a run that ended well")
     middles = [(np.arange(count) + 0.5) / count for count in (length, u.size)]
     return np.interp(middles[0], middles[1], u)
 

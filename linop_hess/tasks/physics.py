@@ -144,13 +144,13 @@ def poisson(seed: int = 0, *, width: int = 32, points: int = 30) -> LearningTask
     Raises
     ------
     ValueError, TypeError
-        If a size is no positive integer.
+        If a size is no positive integer, or the seed a negative one or none.
 
     References
     ----------
     J. Müller and M. Zeinhofer, "Achieving high accuracy with PINNs via energy natural gradient descent", ICML 2023.
     """
-    points = whole(points, "points", least=1)
+    seed, points = whole(seed, "seed", least=0), whole(points, "points", least=1)
     along = (torch.arange(points, dtype=torch.float64, device="cpu") + 0.5) / points
     zero, one = torch.zeros_like(along), torch.ones_like(along)
     sides = [torch.stack(side, 1) for side in ((along, zero), (along, one), (zero, along), (one, along))]
@@ -187,9 +187,9 @@ def burgers(seed: int = 0, *, depth: int = 4, width: int = 20, points: int = 64)
     Raises
     ------
     ValueError, TypeError
-        If a size is no positive integer.
+        If a size is no positive integer, or the seed a negative one or none.
     """
-    points = whole(points, "points", least=2)
+    seed, points = whole(seed, "seed", least=0), whole(points, "points", least=2)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = Burgers(whole(depth, "depth", least=1), whole(width, "width", least=1)).double()

@@ -132,6 +132,8 @@ def test_the_spiral_is_where_small_steps_lead():
 
 
 def test_bad_sizes():
-    for make, options in ((poisson, {"points": 0}), (burgers, {"depth": 0}), (neural_ode, {"batch": 1.5})):
+    cases = [(poisson, {"points": 0}), (burgers, {"depth": 0}), (neural_ode, {"batch": 1.5})]
+    cases += [(make, {"seed": seed}) for make in (poisson, burgers, neural_ode) for seed in (-1, 1.5)]
+    for make, options in cases:
         with pytest.raises((ValueError, TypeError), match=next(iter(options))):
             make(**options)

@@ -149,6 +149,8 @@ def test_refined_controls_are_those_of_the_same_signal():
     u = np.linspace(0.0, 1.0, 11)[:-1] + 0.05
     assert np.allclose(refined(u, 20)[1:-1], (np.arange(20) + 0.5)[1:-1] / 20, atol=1e-15)
     assert np.array_equal(refined(u, 10), u)
+    with pytest.raises(ValueError, match="expected finite controls"):
+        refined(np.array([np.nan, 1.0]), 3)
     task = CartPole(500)
     signal = np.sin(3.0 * task.h * (np.arange(500) + 0.5))
     assert CartPole(2000).rollout(refined(signal, 2000)).cost == pytest.approx(task.rollout(signal).cost, rel=0.02)
