@@ -56,9 +56,9 @@ def test_alike_segments_are_worked_on_together():
 
 def test_narrow_is_a_matter_of_size(monkeypatch):
     monkeypatch.setattr(segments_module, "CONDENSED_UP_TO", 8)
-    widest = [group.is_narrow for group in setting("equal").analysis.groups]
+    widest = [group.is_narrow for group in setting("equal").new_analysis().groups]
     assert not all(widest)  # 3 + 3 + 3 beyond the first, which has no state before it
-    assert [group.is_narrow for group in setting("equal").analysis.groups if group.is_first] == [True]
+    assert [group.is_narrow for group in setting("equal").new_analysis().groups if group.is_first] == [True]
 
 
 @pytest.mark.parametrize("damping", [0.4, -0.1])

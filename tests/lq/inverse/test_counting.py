@@ -63,4 +63,4 @@ def test_of_a_zero_hessian_it_is_one():
 def test_no_damping_at_all(monkeypatch):
     monkeypatch.setattr(counting, "_is_convex", lambda analysis, damping: False)
     with pytest.raises(FactorizationError, match="no damping up to"):
-        smallest_convex_damping(setting("equal").analysis, 1e-3)
+        smallest_convex_damping(setting("equal").new_analysis(), 1e-3)

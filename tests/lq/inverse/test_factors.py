@@ -126,7 +126,7 @@ def test_report(shape):
 
 
 def test_memory_is_asked_for(monkeypatch):
-    analysis = setting("equal").analysis
+    analysis = setting("equal").new_analysis()
     monkeypatch.setattr(plan_module, "available_bytes", lambda: 100)
     factors = Factors(analysis, 0.3, make_plan(analysis, 0.3))
     for question in (lambda: factors.made("dense"), lambda: factors.riccati(GROWTH)):

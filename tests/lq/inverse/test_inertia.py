@@ -58,15 +58,16 @@ def test_pivots_that_small_count_as_zero():
 def test_doubtful_factors_are_looked_at_again(small, monkeypatch):
     """As dense eigenvalues where there are few controls, else by factors at two dampings beside."""
     truth = setting("wildly varying")
+    analysis = truth.new_analysis()
     monkeypatch.setattr(RiccatiFactorization, "growth", 1e-9)
     monkeypatch.setattr(inertia_module, "DENSE_UP_TO", 1000 if small else 0)
     values = truth.eigenvalues + 0.3
-    factors = Factors(truth.analysis, 0.3, make_plan(truth.analysis, 0.3))
+    factors = Factors(analysis, 0.3, make_plan(analysis, 0.3))
     riccati = factors.made("riccati")
     monkeypatch.setattr(factors, "answering", lambda question: riccati)
     assert inertia_of_factors(factors) == of(values)
     near = float(-truth.eigenvalues[20] + 1e-10 * truth.norm)
-    close = Factors(truth.analysis, near, make_plan(truth.analysis, near))
+    close = Factors(analysis, near, make_plan(analysis, near))
     monkeypatch.setattr(close, "answering", lambda question: close.made("riccati"))
     if small:
         assert inertia_of_factors(close) == of(truth.eigenvalues + near)

@@ -24,8 +24,9 @@ DAMPINGS = [1.0, 1e-2, 1e-5, 1e-8, -0.37, -1e-4]
 
 
 def solve(problem, damping, method, g, **options):
+    """By a solver of a problem or its analysis."""
     solver = Solver(problem, damping, method, **options)
-    solution = solver.solve(torch.tensor(g, dtype=problem.dtype))
+    solution = solver.solve(torch.tensor(g, dtype=solver.analysis.problem.dtype))
     assert solution.backward_error <= solver.tolerance
     return solution
 
@@ -35,10 +36,10 @@ def solve(problem, damping, method, g, **options):
 @pytest.mark.parametrize("method", CERTIFIED)
 def test_backward_error(method, shape, with_A):
     blocks = random_blocks(*SHAPES[shape], seed=7, with_A=with_A)
-    H, problem = blocks.hessian(), blocks.problem()
+    H, analysis = blocks.hessian(), lq.Analysis(blocks.problem())
     g = right_hand_side(len(H))
     for damping in DAMPINGS:
-        solution = solve(problem, damping, method, g)
+        solution = solve(analysis, damping, method, g)
         assert backward_error(H, damping, solution.x.numpy(), g) <= 1e-14, damping
 
 
@@ -47,11 +48,11 @@ def test_backward_error(method, shape, with_A):
 @pytest.mark.parametrize("method", CERTIFIED)
 def test_solution_is_lapacks_and_no_other_method_stood_in(method, shape, with_A):
     blocks = random_blocks(*SHAPES[shape], seed=11, with_A=with_A)
-    H, problem = blocks.hessian(), blocks.problem()
+    H, analysis = blocks.hessian(), lq.Analysis(blocks.problem())
     g = right_hand_side(len(H))
     for damping in (0.3, -0.21):
         K = H + damping * np.eye(len(H))
-        solution = solve(problem, damping, method, g)
+        solution = solve(analysis, damping, method, g)
         assert solution.method == method
         expected = np.linalg.solve(K, g)
         error = np.linalg.norm(solution.x.numpy() - expected) / np.linalg.norm(expected)
@@ -62,10 +63,10 @@ def test_solution_is_lapacks_and_no_other_method_stood_in(method, shape, with_A)
 @pytest.mark.parametrize("method", CERTIFIED)
 def test_backward_error_in_float32(method, shape):
     blocks = random_blocks(*SHAPES[shape], seed=13).rounded(torch.float32)
-    H, problem = blocks.hessian(), blocks.problem(torch.float32)
+    H, analysis = blocks.hessian(), lq.Analysis(blocks.problem(torch.float32))
     g = right_hand_side(len(H)).astype(np.float32)
     for damping in (1.0, 1e-2, 1e-4, -0.37):
-        solution = solve(problem, damping, method, g)
+        solution = solve(analysis, damping, method, g)
         assert solution.x.dtype == torch.float32
         assert backward_error(H, damping, solution.x.numpy(), g) <= 1e-6, damping
 
@@ -114,24 +115,24 @@ def test_many_stages_of_one_shape_and_other_shapes_between():
     n = [3] + [4, 4, 4, 2, 4] * 8
     p = [6, 3, 0, 9, 2] * 8
     blocks = random_blocks(n, p, seed=29)
-    H, problem = blocks.hessian(), blocks.problem()
+    H, analysis = blocks.hessian(), lq.Analysis(blocks.problem())
     g = right_hand_side(len(H), 2)
     for method in CERTIFIED:
         for damping in (1e-1, 1e-6):
-            x = solve(problem, damping, method, g).x
+            x = solve(analysis, damping, method, g).x
             assert backward_error(H, damping, x.numpy(), g) <= 1e-14, method
 
 
 def test_columns_are_solved_independently():
     """Columns of very different size: each has its own backward error, and a zero column gives zero."""
     blocks = random_blocks([3, 4, 3, 2], [5, 6, 4], seed=31)
-    H, problem = blocks.hessian(), blocks.problem()
+    H, analysis = blocks.hessian(), lq.Analysis(blocks.problem())
     g = right_hand_side(len(H), 4)
     g[:, 0] *= 1e-12
     g[:, 1] = 0
     g[:, 3] *= 1e12
     for method in CERTIFIED:
-        x = solve(problem, 1e-3, method, g).x.numpy()
+        x = solve(analysis, 1e-3, method, g).x.numpy()
         assert backward_error(H, 1e-3, x, g) <= 1e-14
         assert not x[:, 1].any()
 
@@ -139,10 +140,10 @@ def test_columns_are_solved_independently():
 def test_damping_zero_on_a_regular_problem():
     """Every control has curvature of its own: no damping is needed."""
     blocks = random_blocks([2, 3, 2, 2], [2, 2, 2], seed=41, with_A="all")
-    H, problem = blocks.hessian(), blocks.problem()
+    H, analysis = blocks.hessian(), lq.Analysis(blocks.problem())
     g = right_hand_side(len(H))
     for method in CERTIFIED:
-        x = solve(problem, 0.0, method, g).x
+        x = solve(analysis, 0.0, method, g).x
         assert backward_error(H, 0.0, x.numpy(), g) <= 1e-14
 
 
@@ -177,11 +178,11 @@ def test_a_damping_that_works_is_looked_for_when_it_is_asked_for(monkeypatch):
 def test_shift_onto_an_eigenvalue(method):
     """damping = −λ to rounding: an answer of small backward error, or an error."""
     blocks = random_blocks([2, 3, 3, 2], [4, 5, 3], seed=47)
-    H, problem = blocks.hessian(), blocks.problem()
+    H, analysis = blocks.hessian(), lq.Analysis(blocks.problem())
     g = right_hand_side(len(H))
     for eigenvalue in np.linalg.eigvalsh(H)[[0, 5, -1]]:
         try:
-            x = solve(problem, -eigenvalue, method, g).x
+            x = solve(analysis, -eigenvalue, method, g).x
         except FactorizationError:
             continue
         assert backward_error(H, -eigenvalue, x.numpy(), g) <= 2e-14
@@ -209,7 +210,7 @@ def test_narrow_and_wide_segments(method, shape, dtype):
     truth = setting(shape, dtype)
     g = right_hand_side(len(truth.H), 2).astype(truth.problem.numpy_dtype)
     for damping in DAMPINGS if dtype == torch.float64 else (1.0, 1e-2, 1e-4, -0.37):
-        x = solve(truth.problem, damping, method, g).x
+        x = solve(truth.analysis, damping, method, g).x
         assert backward_error(truth.H, damping, x.numpy(), g) <= (1e-14 if dtype == torch.float64 else 1e-6), damping
 
 

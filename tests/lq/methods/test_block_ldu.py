@@ -27,7 +27,7 @@ def test_right_or_an_error(shape):
     right = 0
     for damping in DAMPINGS:
         try:
-            solution = Solver(truth.problem, damping, "ldu", tolerance=1e-12).solve(torch.from_numpy(g))
+            solution = Solver(truth.analysis, damping, "ldu", tolerance=1e-12).solve(torch.from_numpy(g))
         except FactorizationError:
             continue
         assert solution.method == "ldu"

@@ -160,7 +160,7 @@ def test_a_float32_problem_keeps_its_precision_or_is_promoted():
     truth = setting("equal", torch.float32)
     g = torch.ones(len(truth.H), 1)
     for precision, told in (("auto", "single"), ("single", "single"), ("double", "double")):
-        found = lq.Solver(truth.analysis, 0.3, "dense", precision=precision)
+        found = lq.Solver(truth.new_analysis(), 0.3, "dense", precision=precision)
         assert found.precision == told and found.solve(g).backward_error <= 1e-6
 
 

@@ -29,7 +29,7 @@ def test_every_method_is_in_the_plan(shape):
 
 
 def test_the_fastest_that_fits_is_chosen(monkeypatch):
-    analysis = setting("wildly varying").analysis
+    analysis = setting("wildly varying").new_analysis()
     costs = {"banded": Cost(1, 500, 1.0), "riccati": Cost(1, 50, 2.0), "dense": Cost(1, 5, 3.0)}
     costs |= {"woodbury": Cost.impossible("no"), "ldu": Cost(1, 1, 0.1)}
     for name, cost in costs.items():
@@ -43,7 +43,7 @@ def test_the_fastest_that_fits_is_chosen(monkeypatch):
 
 
 def test_estimates_are_made_once():
-    analysis = setting("equal").analysis
+    analysis = setting("equal").new_analysis()
     known, first, second = analysis.once(estimates), make_plan(analysis, 0.1), make_plan(analysis, 1e-3)
     assert all(first.costs[name] is second.costs[name] is cost for name, cost in known.items()) and "dense" in known
 

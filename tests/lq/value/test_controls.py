@@ -33,7 +33,7 @@ def test_against_dense_blocks(shape, how, damping, monkeypatch):
     if how == "stage by stage":
         monkeypatch.setattr(segments_module, "CONDENSED_UP_TO", -1)
     truth = setting(shape)
-    analysis, blocks = truth.analysis, random_blocks(*{**SHAPES, **MIXED}[shape], seed=7)
+    analysis, blocks = truth.new_analysis(), random_blocks(*{**SHAPES, **MIXED}[shape], seed=7)
     found = segments_at(analysis, damping, np.inf)
     starts = [*np.flatnonzero(truth.problem.layout.p), truth.problem.length]
     assert [segment.stage for segment in found] == starts[:-1]
