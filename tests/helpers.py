@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -52,7 +53,56 @@ def oracle_hessian(
 ) -> np.ndarray:
     """Return the dense Hessian in float64, whatever the model's precision, by double backward."""
     f, flat = _flat_loss(model, loss_fn, x, y, params)
-    return torch.autograd.functional.hessian(f, flat).numpy()
+    return dense_hessian(f, flat).numpy()
+
+
+def dense_hessian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Return the Hessian of a function of a vector (N,), by double backward, (N, N)."""
+    leaf = at.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(f(leaf), leaf, create_graph=True, materialize_grads=True)
+    return double_backward(gradient, [leaf])
+
+
+def double_backward(gradient: Tensor, leaves: Sequence[Tensor], at_once: int = 64) -> Tensor:
+    """Return the derivative of a gradient, (N,), by leaves of N entries together, (N, N); the graph is kept.
+
+    Row after row takes N walks through the graph. Where torch has rules for it, many rows are one; then a walk of their random sum by
+    itself tells that none of these rules is wrong.
+    """
+    if not gradient.requires_grad:
+        return gradient.new_zeros(len(gradient), sum(leaf.numel() for leaf in leaves))
+    options = {"retain_graph": True, "materialize_grads": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            chunks = torch.eye(len(gradient), dtype=gradient.dtype).split(at_once)
+            H = torch.cat(
+                [
+                    _beside(
+                        torch.autograd.grad(gradient, leaves, chunk, is_grads_batched=True, **options), leaves, chunk
+                    )
+                    for chunk in chunks
+                ]
+            )
+    except RuntimeError:
+        return torch.cat(
+            [_beside(torch.autograd.grad(g, leaves, **options), leaves, gradient[:1]) for g in gradient.unbind()]
+        )
+    v = torch.randn(1, len(gradient), generator=torch.Generator().manual_seed(0), dtype=gradient.dtype)
+    alone = _beside(torch.autograd.grad(gradient, leaves, v[0], **options), leaves, v)
+    assert torch.allclose(v @ H, alone, rtol=0, atol=1e-13 * float(H.norm()), equal_nan=True)
+    return H
+
+
+def _beside(parts: Sequence[Tensor], leaves: Sequence[Tensor], chunk: Tensor) -> Tensor:
+    """Derivatives by each leaf as columns, one row for each of the chunk; those that are zero may come without rows."""
+    rows = [
+        part.expand(len(chunk), *leaf.shape).reshape(len(chunk), -1)
+        if part.shape == leaf.shape
+        else part.reshape(len(chunk), -1)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return torch.cat(rows, 1)
 
 
 def oracle_gradient(

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
 import linop_hess as lh
+from tests.helpers import dense_hessian
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -148,7 +149,7 @@ def test_influence(tmp_path):
 
     def derivatives(data, point):
         objective = at_parameters(found["model"], data, damping)
-        return torch.func.grad(objective)(point).numpy(), torch.autograd.functional.hessian(objective, point).numpy()
+        return torch.func.grad(objective)(point).numpy(), dense_hessian(objective, point).numpy()
 
     def loss(i, point):
         return at_parameters(found["model"], (pictures[i : i + 1], labels[i : i + 1]), 0.0)(point).item()
@@ -220,7 +221,7 @@ def test_influence_on_test(tmp_path):
     def mean_loss(data):
         return lambda point: at_parameters(found["model"], data, 0.0)(point) / len(data[1])
 
-    H = torch.autograd.functional.hessian(mean_loss(found["data"]), w).numpy()
+    H = dense_hessian(mean_loss(found["data"]), w).numpy()
     assert -decay < np.linalg.eigvalsh(H)[0] < -decay / 10
     gradient = torch.func.grad(mean_loss(found["data"]))(w) + decay * w
     assert gradient.norm() < 1e-8
@@ -252,7 +253,7 @@ def test_residual_network(tmp_path):
     assert (tmp_path / "residual.png").stat().st_size > 0
     model, start, w, data = found["model"], *map(torch.from_numpy, (found["start"], found["w"])), found["data"]
     early = at_parameters(model, data, 0.0)
-    spectrum = np.linalg.eigvalsh(H := torch.autograd.functional.hessian(early, start).numpy())
+    spectrum = np.linalg.eigvalsh(H := dense_hessian(early, start).numpy())
     scale = abs(spectrum).max()
     counted = found["spectrum"]
     assert counted.nullity == (abs(spectrum) <= counted.null).sum()
@@ -266,7 +267,7 @@ def test_residual_network(tmp_path):
     assert found["Newton step"] < found["before"]
 
     penalized = at_parameters(model, data, 1.0)
-    hessian = torch.autograd.functional.hessian(penalized, w).numpy()
+    hessian = dense_hessian(penalized, w).numpy()
     assert torch.func.grad(penalized)(w).norm() < 1e-8 and np.linalg.eigvalsh(hessian)[0] > 0
     asked = torch.func.grad(at_parameters(model, found["test"], 0.0))(w).numpy()
     before = at_parameters(model, found["test"], 0.0)(w).item()
@@ -274,7 +275,7 @@ def test_residual_network(tmp_path):
         own = torch.func.grad(at_parameters(model, (data[0][i : i + 1], data[1][i : i + 1]), 0.0))(w).numpy()
         assert found["predicted"][i] == pytest.approx(asked @ np.linalg.solve(hessian, own), rel=1e-6)
         kept = torch.arange(10) != i
-        others = torch.autograd.functional.hessian(at_parameters(model, (data[0][kept], data[1][kept]), 1.0), w)
+        others = dense_hessian(at_parameters(model, (data[0][kept], data[1][kept]), 1.0), w)
         there = w + torch.from_numpy(np.linalg.solve(others.numpy(), own))
         growth = at_parameters(model, found["test"], 0.0)(there).item() - before
         assert newton == pytest.approx(growth, rel=1e-6, abs=1e-9)
@@ -300,13 +301,13 @@ def test_transformer():
 
     start, w = torch.from_numpy(found["start"]), torch.from_numpy(found["w"])
     with sdpa_kernel(SDPBackend.MATH):
-        H = torch.autograd.functional.hessian(loss(*data), start).numpy()
+        H = dense_hessian(loss(*data), start).numpy()
         spectrum, g = np.linalg.eigvalsh(H), derivatives(loss(*data), start)
         assert found["ends"] == pytest.approx((spectrum[0], spectrum[-1]), rel=1e-6)
         assert found["damping"] == pytest.approx(-2 * spectrum[0], rel=1e-6)
         step = np.linalg.solve(H + found["damping"] * np.eye(len(H)), g)
         assert found["Newton step"] == pytest.approx(loss(*data)(start - torch.from_numpy(step)).item(), rel=1e-8)
-        H = torch.autograd.functional.hessian(loss(*data), w).numpy() + found["lambda"] * np.eye(len(H))
+        H = dense_hessian(loss(*data), w).numpy() + found["lambda"] * np.eye(len(H))
         own = np.stack([derivatives(loss(data[0][i : i + 1], data[1][i : i + 1]), w) for i in range(3)], axis=1)
         influence = derivatives(loss(*asked), w) @ np.linalg.solve(H, own)
     assert np.linalg.eigvalsh(H)[0] > 0
@@ -438,7 +439,7 @@ def penalized_loss(example: ModuleType, model: nn.Module, data: tuple[torch.Tens
 
     flat = parameters_to_vector(model.parameters()).detach()
     gradient = torch.func.grad(penalized)(flat).numpy()
-    return penalized(flat).item(), gradient, torch.autograd.functional.hessian(penalized, flat).numpy()
+    return penalized(flat).item(), gradient, dense_hessian(penalized, flat).numpy()
 
 
 def test_laplace():
@@ -554,7 +555,7 @@ def test_is_it_a_minimum(tmp_path):
         params = dict(zip(names, parts, strict=True))
         return example.loss_fn(torch.func.functional_call(model, params, (x,)), y, params)
 
-    values = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, torch.zeros(7, dtype=torch.float64)))
+    values = torch.linalg.eigvalsh(dense_hessian(loss, torch.zeros(7, dtype=torch.float64)))
     assert found["start"].around.negative == int((values < 0).sum())
     assert found["start"].lowest == pytest.approx(float(values[0]), abs=1e-8)
 

@@ -18,6 +18,7 @@ import linop_hess as lh
 from tests.graph.case import Case, positional
 from tests.graph.zoo import CASES
 from tests.graph.zoo_operations import OPERATIONS, between
+from tests.helpers import double_backward
 
 
 @cache
@@ -48,8 +49,8 @@ def hessian(case: Case) -> tuple[float, np.ndarray, np.ndarray]:
     case = case.to(torch.float64)
     with primitive_operations(), formulas():
         leaves, loss, gradient = _gradient(case, _values(case), create_graph=True)
-        rows = [_flat(torch.autograd.grad(g, leaves, retain_graph=True, materialize_grads=True)) for g in gradient]
-    return loss.item(), gradient.detach().numpy(), torch.stack(rows).numpy()
+        H = double_backward(gradient, leaves)
+    return loss.item(), gradient.detach().numpy(), H.numpy()
 
 
 def gauss_newton(case: Case) -> np.ndarray:

@@ -19,6 +19,7 @@ from linop_hess.graph.lowering import opened
 from linop_hess.graph.penalty import without_penalty
 from linop_hess.graph.trace import Trace
 from tests.graph.case import drawn, labels, mlp, normal
+from tests.helpers import dense_hessian
 from tests.lq.problems import backward_error
 
 Penalty = Callable[[dict[str, Tensor]], Tensor]
@@ -87,7 +88,7 @@ def truth(model: nn.Module, loss_fn: Callable[..., Tensor], x: Tensor, y: Tensor
         return loss_fn(torch.func.functional_call(model, params, (x,)), y, params)
 
     gradient = torch.autograd.functional.jacobian(loss, flat)
-    return gradient.numpy(), torch.autograd.functional.hessian(loss, flat).numpy()
+    return gradient.numpy(), dense_hessian(loss, flat).numpy()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
