@@ -10,12 +10,21 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "linop_hess"
+
+FOLDERS = sorted(
+    {
+        f"linop_hess.{path.stem}"
+        for path in PACKAGE.iterdir()
+        if path.suffix in {"", ".py"} and path.stem != "__pycache__"
+    }
+)
 
 # What only a mistake inside the package raises is no promise to who calls it.
 INTERNAL = {"AssertionError", "NotImplementedError", "StopIteration"}
@@ -67,9 +76,9 @@ def types_in(node: ast.AST) -> dict[str, str]:
             name, described = ast.unparse(inner.targets[0]), inner.value.func
         else:
             continue
-        classes = [word for word in re.findall(r"\w+", ast.unparse(described)) if word in CLASSES]
-        if classes:
-            found[name] = classes[-1]
+        capital = [word for word in re.findall(r"\w+", ast.unparse(described)) if word in classes()]
+        if capital:
+            found[name] = capital[-1]
     return found
 
 
@@ -91,13 +100,13 @@ def read(routine: Routine, body: ast.AST, types: dict[str, str]) -> Routine:
             before = ast.unparse(node.value)
             made = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
             of = (routine.owner or "") if before in {"self", "super()", "cls"} else types.get(before, "")
-            routine.used.add((of or (made if made in CLASSES else before), node.attr))
+            routine.used.add((of or (made if made in classes() else before), node.attr))
     return routine
 
 
 def routines(path: Path) -> Iterator[Routine]:
     """Yield the functions, methods and classes of a module."""
-    tree = TREES[path]
+    tree = trees()[path]
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for node in tree.body:
         if isinstance(node, FUNCTIONS):
@@ -121,27 +130,47 @@ def routines(path: Path) -> Iterator[Routine]:
             yield made
 
 
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
-CLASSES = {node.name for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef)}
-ALL = [routine for path in TREES for routine in routines(path)]
-BY_NAME: dict[str, list[Routine]] = {}
-for _routine in ALL:
-    BY_NAME.setdefault(_routine.name, []).append(_routine)
-PUBLIC = [routine for routine in ALL if routine.is_public and routine.doc]
-PROMISING = [routine for routine in PUBLIC if routine.documented]
+@cache
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def classes() -> set[str]:
+    return {node.name for tree in trees().values() for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+@cache
+def everything() -> dict[str, list[Routine]]:
+    """Every routine of the package by its name; read once, and by the process that runs these tests alone."""
+    found: dict[str, list[Routine]] = {}
+    for path in trees():
+        for routine in routines(path):
+            found.setdefault(routine.name, []).append(routine)
+    return found
+
+
+def public(folder: str | None = None) -> list[Routine]:
+    """What has a docstring for users, in one folder of the package or file beside them, or everywhere."""
+    return [
+        routine
+        for named in everything().values()
+        for routine in named
+        if routine.is_public and routine.doc and (folder is None or f"{routine.module}.".startswith(f"{folder}."))
+    ]
 
 
 def meant(routine: Routine, before: str, name: str) -> list[Routine]:
     """What a name in a routine stands for, as far as the source tells: nothing where the class before the dot is not known."""
-    found = BY_NAME.get(name, [])
+    found = everything().get(name, [])
     if not before:  # a function or class, of this module rather than of another
         free = [other for other in found if other.owner in {None, other.name}]
         return [other for other in free if other.module == routine.module] or free
-    if before not in CLASSES:
+    if before not in classes():
         return [other for other in found if other.owner is None and other.module.rpartition(".")[2] == before]
     line, at = [before], 0
     while at < len(line):
-        line += [base for other in BY_NAME.get(line[at], []) for base in other.bases]
+        line += [base for other in everything().get(line[at], []) for base in other.bases]
         at += 1
     return [other for other in found if other.owner in line]
 
@@ -160,20 +189,31 @@ def reached(start: Routine) -> set[str]:
     return raised
 
 
-@pytest.mark.parametrize("routine", [r for r in PUBLIC if r.raised - INTERNAL], ids=lambda r: r.title)
-def test_what_is_raised_is_named(routine):
-    missing = {name for name in routine.raised - INTERNAL if not re.search(rf"\b{name}\b", routine.doc)}
-    assert not missing, f"{routine.where}: expected a docstring that names {', '.join(sorted(missing))}"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_what_is_raised_is_named(folder):
+    missing = [
+        f"{routine.where}: expected a docstring that names {name}"
+        for routine in public(folder)
+        for name in sorted(routine.raised - INTERNAL)
+        if not re.search(rf"\b{name}\b", routine.doc)
+    ]
+    assert not missing, "\n".join(missing)
 
 
-@pytest.mark.parametrize("routine", PROMISING, ids=lambda r: r.title)
-def test_what_is_named_is_raised(routine):
-    untrue = routine.documented - reached(routine)
-    assert not untrue, f"{routine.where}: {', '.join(sorted(untrue))} is raised nowhere below: take it out"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_what_is_named_is_raised(folder):
+    untrue = [
+        f"{routine.where}: {name} is raised nowhere below: take it out"
+        for routine in public(folder)
+        if routine.documented
+        for name in sorted(routine.documented - reached(routine))
+    ]
+    assert not untrue, "\n".join(untrue)
 
 
 def test_both_checks_see_the_package():
-    assert len(PROMISING) > 40
-    by_name = {routine.title: routine for routine in PROMISING}
+    promising = [routine for routine in public() if routine.documented]
+    assert len(promising) > 40 and len(promising) == sum(r.documented != set() for f in FOLDERS for r in public(f))
+    by_name = {routine.title: routine for routine in promising}
     assert by_name["Inverse"].documented >= {"ValueError", "TypeError", "MemoryError", "FactorizationError"}
     assert "MemoryError" in reached(by_name["Inverse"]) and "KeyError" not in reached(by_name["Inverse"])

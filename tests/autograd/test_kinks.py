@@ -1,6 +1,7 @@
 """nonsmooth="smooth" and "error": curvature of surrogates, loss and gradient the model's, no kink unseen."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -104,6 +105,15 @@ def overwritten_later(x):
     return z + 0 * y
 
 
+@cache
+def compiled():
+    return torch.compile(torch.relu, backend="eager")  # not when tests are collected: it imports the compiler
+
+
+def compiled_relu(x):
+    return compiled()(x)
+
+
 SPELLINGS = {
     "relu": (
         RELU,
@@ -127,7 +137,7 @@ SPELLINGS = {
             lambda x: checkpoint(F.relu, x, use_reentrant=False),
             lambda x: -torch.minimum(-x, torch.zeros_like(x)),
             torch.vmap(torch.relu),
-            torch.compile(torch.relu, backend="eager"),
+            compiled_relu,
         ],
     ),
     "abs": (ABS, [torch.abs, lambda x: x.abs(), abs, lambda x: x.abs_(), torch.absolute]),

@@ -18,7 +18,7 @@ import linop_hess as lh
 from tests.graph.case import Case, positional
 from tests.graph.zoo import CASES
 from tests.graph.zoo_operations import OPERATIONS, between
-from tests.helpers import double_backward
+from tests.helpers import dense_hessian, double_backward
 
 
 @cache
@@ -84,8 +84,9 @@ def gauss_newton(case: Case) -> np.ndarray:
         return case.loss_fn(tree_unflatten(filled, nest), case.targets, *extra)
 
     with primitive_operations(), formulas():
-        J = torch.cat([torch.autograd.functional.jacobian(outputs, theta), torch.eye(theta.numel(), dtype=theta.dtype)])
-        C = torch.autograd.functional.hessian(loss, torch.cat([outputs(theta).detach(), theta]))
+        leaf = theta.clone().requires_grad_()
+        J = torch.cat([double_backward(outputs(leaf), [leaf]), torch.eye(theta.numel(), dtype=theta.dtype)])
+        C = dense_hessian(loss, torch.cat([outputs(theta).detach(), theta]))
     return (J.T @ C @ J).numpy()
 
 

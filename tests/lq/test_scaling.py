@@ -49,7 +49,7 @@ def total(output, target):
 
 CASES = {
     "20 linear layers": lambda: chain(20, nn.Identity, 1.3, 3, 3, 4, f.cross_entropy),
-    "45 linear layers": lambda: chain(45, nn.Identity, 1.3, 4, 2, 4, f.cross_entropy),
+    "45 linear layers": lambda: chain(45, nn.Identity, 1.3, 3, 2, 4, f.cross_entropy),
     "50 linear layers of gain 2": lambda: chain(50, nn.Identity, 2.0, 2, 2, 3, f.mse_loss),
     "30 leaky layers": lambda: chain(30, nn.LeakyReLU, 1.3, 3, 3, 4, f.mse_loss),
     "45 leaky layers": lambda: chain(45, nn.LeakyReLU, 1.3, 2, 3, 8, f.cross_entropy),

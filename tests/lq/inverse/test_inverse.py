@@ -87,6 +87,8 @@ def check(truth: Setting, damping: float, method: str, seed: int = 0) -> None:
 def test_every_question(shape, dtype, method):
     truth = setting(shape, dtype)
     for seed, damping in enumerate(DAMPINGS):
+        if dtype == torch.float32 and (seed + METHODS.index(method)) % 2:
+            continue  # all but solves is answered in float64: two dampings, others with the next method
         if method == "ldu":
             try:
                 Inverse(truth.analysis, damping, method).solve(torch.ones(len(truth.H), 1, dtype=dtype))

@@ -1,6 +1,7 @@
 """Gauss-Newton inverses in function space, against Jᵀ(∇²loss)J from autograd's Jacobian, assembled densely."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -263,6 +264,13 @@ GAUSS_NEWTON = {
 }
 
 
+@cache
+def gauss_newton_setting(shape, dtype, convex):
+    blocks = gauss_newton_blocks(*GAUSS_NEWTON[shape], seed=3, convex=convex).rounded(dtype)
+    H = blocks.hessian()
+    return Setting(blocks.problem(dtype), H, np.linalg.eigvalsh(H))
+
+
 class TestFactors(SolveConformance):
     """Bare factors for LQ problems, against LAPACK."""
 
@@ -273,9 +281,7 @@ class TestFactors(SolveConformance):
         return woodbury.factor(analysis, damping)
 
     def setting(self, shape, dtype):
-        blocks = gauss_newton_blocks(*GAUSS_NEWTON[shape], seed=3, convex=self.convex).rounded(dtype)
-        H = blocks.hessian()
-        return Setting(blocks.problem(dtype), H, np.linalg.eigvalsh(H))
+        return gauss_newton_setting(shape, dtype, self.convex)
 
     def amplified(self, damping):
         return 1 / abs(damping)
