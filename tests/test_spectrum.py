@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from linop_hess.spectrum import eigenpairs
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 
 
+@cache
 def setting(widths=(5, 9, 9, 8, 3), samples=3, seed=2, gain=1.4):
     model = make_mlp(list(widths), seed=seed, gain=gain)
     x, y = make_batch(widths[0], widths[-1], samples)

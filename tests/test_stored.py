@@ -19,7 +19,8 @@ from linop_hess.lq.stages.base import Stage
 
 @cache
 def linearization(model):
-    p = digits_problem(depth=2, width=4, batch=3, train_steps=3, model=model)
+    long = model == "gru"  # eight rows of pixels in both directions, a stage each
+    p = digits_problem(depth=1 if long else 2, width=3 if long else 4, batch=3, train_steps=3, model=model)
     return lh.linearize(p.model, p.loss_fn, p.inputs, p.targets)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 
@@ -67,10 +68,15 @@ def test_an_interrupt_ends_without_a_traceback(monkeypatch, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_version_and_the_module_as_a_command():
-    for arguments in (["-m", "linop_hess"], ["-m", "linop_hess.cli.main"]):
-        told = subprocess.run([sys.executable, *arguments, "--version"], capture_output=True, text=True, check=True)
-        assert told.stdout == f"linop-hess {linop_hess.__version__}\n"
+def test_version_and_the_module_as_a_command(capsys, monkeypatch):
+    told = subprocess.run([sys.executable, "-m", "linop_hess", "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout == f"linop-hess {linop_hess.__version__}\n"
+    # As `python -m` runs a module, in this process: another would import torch once more.
+    monkeypatch.setattr(sys, "argv", ["linop-hess", "--version"])
+    monkeypatch.delitem(sys.modules, "linop_hess.cli.main")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("linop_hess.cli.main", run_name="__main__", alter_sys=True)
+    assert not stop.value.code and capsys.readouterr().out == told.stdout
 
 
 @pytest.mark.parametrize("damping", ["0", "-0.3"])

@@ -14,7 +14,7 @@ SECONDS = 120
 
 
 def test_compare_under_torchrun(tmp_path):
-    arguments = "--batch 1797 --depth 2 --width 4 --damping 0.02 --maxiter 3 --no-progress".split()
+    arguments = "--batch 301 --depth 2 --width 4 --damping 0.02 --maxiter 3 --no-progress".split()
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "linop_hess", "compare"]
         + [*arguments, "--out", str(tmp_path)],
@@ -29,7 +29,7 @@ def test_compare_under_torchrun(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["convergence.png", "results.json"]
     assert results["machine"]["processes"] == 2
-    problem = digits_problem(2, 4, 1797)
+    problem = digits_problem(2, 4, 301)
     gradient = np.linalg.norm(_gradient(problem))
     assert results["gradient_norm"] == pytest.approx(gradient, rel=1e-12)
     rows = {row["name"]: row for row in results["rows"]}

@@ -25,9 +25,9 @@ def test_an_unstable_system_answers_everything(method, seconds):
     assert sign == 1.0 and found == pytest.approx(log, rel=1e-13)
     assert np.abs(inverse.positive() @ g - u).max() <= 1e-11 * np.abs(u).max()
     diagonal = inverse.diagonal()
-    for k in (0, N // 2, N - 1):
-        column = inverse.solve(np.eye(N)[k]).x
-        assert diagonal[k] == pytest.approx(column[k], rel=1e-12)
+    places = [0, N // 2, N - 1]
+    columns = inverse.solve(np.eye(N)[:, places]).x
+    np.testing.assert_allclose(diagonal[places], columns[places, range(3)], rtol=1e-12)
     samples = inverse.sample(4000, torch.Generator().manual_seed(0))
     assert np.abs(np.square(samples).mean(1) / diagonal - 1).max() <= 0.15
 
