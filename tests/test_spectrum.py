@@ -346,11 +346,11 @@ def test_extremes_are_not_trusted(monkeypatch):
 def test_where_lanczos_does_not_converge():
     """Eigenvalues over eight decades: the small ones look alike from any shift."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2000, 150, generator=generator, dtype=torch.float64) * torch.logspace(
+    x = torch.randn(300, 150, generator=generator, dtype=torch.float64) * torch.logspace(
         0, -4, 150, dtype=torch.float64
     )
     model = torch.nn.Linear(150, 1, dtype=torch.float64)
-    lin = lh.linearize(model, f.mse_loss, x, torch.zeros(2000, 1, dtype=torch.float64))
+    lin = lh.linearize(model, f.mse_loss, x, torch.zeros(300, 1, dtype=torch.float64))
     spectrum = np.linalg.eigvalsh(lh.to_dense(lin.H))
     np.testing.assert_allclose(lin.extreme_eigenvalues(), spectrum[[0, -1]], rtol=0, atol=1e-8 * spectrum[-1])
     for damping in (0.1, -0.1):
