@@ -287,7 +287,7 @@ def test_operators_conform(operator, dtype):
 @pytest.mark.parametrize("name", ["unequal widths", "activation first", "convolution"])
 @pytest.mark.parametrize("operator", ["M_inv", "D_x", "DD_zx", "DM_zz", "H", "augmented", "gauss_newton"])
 def test_operators_of_other_networks_conform(operator, name):
-    check_operator(OPERATORS[operator](lh.linearize(*network(name))))
+    check_operator(OPERATORS[operator](lh.linearize(*network(name))), products_only=True)
 
 
 @pytest.mark.parametrize("method", ["auto", "banded", "riccati", "dense", "ldu"])
@@ -298,12 +298,12 @@ def test_inverses_conform(method):
     H = oracle_hessian(model, loss, x, y)
     damping = 0.7 * np.linalg.norm(H, 2)
     inverse = np.linalg.inv(H + damping * np.eye(len(H)))
-    check_operator(lin.inverse(damping, method), inverse, rtol=1e-11)
+    check_operator(lin.inverse(damping, method), inverse, rtol=1e-11, products_only=method not in ("auto", "ldu"))
     if method != "auto":
         return  # operators of the inverses of Gauss-Newton matrices are the same class
     G = lh.to_dense(lin.gauss_newton())
     inverse = np.linalg.inv(G + damping * np.eye(len(H)))
-    check_operator(lin.gauss_newton().inverse(damping, method), inverse, rtol=1e-11)
+    check_operator(lin.gauss_newton().inverse(damping, method), inverse, rtol=1e-11, products_only=True)
 
 
 def test_inverse_in_float32_conforms():
