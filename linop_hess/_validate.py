@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.errors import NotFiniteError
+from linop_hess.errors import NotFiniteError, ProcessError, UnsupportedModelError
 
 NUMPY_DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype(np.float32),
@@ -25,6 +27,8 @@ Differentiation = Literal["autograd", "finite"]
 """How operations without a second derivative in torch are differentiated."""
 Reduction = Literal["sum", "mean"]
 """What a loss does with its terms."""
+_FEW = 4
+"""Parts of data that an error names."""
 
 
 def is_scalar(value: Any) -> bool:
@@ -165,6 +169,47 @@ def require_dtype(dtype: torch.dtype, what: str) -> None:
             f"expected {what} in torch.float32 or torch.float64, got {dtype}: convert the model or the arrays with "
             ".float() or .double()"
         )
+
+
+@contextmanager
+def told_of_other_shapes(given: Any, known: Any) -> Iterator[None]:
+    """Say of what a model fails on that it is of other shapes than before: torch's words are about one layer.
+
+    Parameters
+    ----------
+    given, known : object
+        Inputs and targets, and such as the model took.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the TypeError, or another error, of a model or loss.
+    """
+    try:
+        yield
+    except (UnsupportedModelError, NotFiniteError, ProcessError):
+        raise  # they say what to do
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes, before = (" with ".join(map(_shapes, pair)) for pair in (given, known))
+        if shapes == before:
+            raise
+        said = (
+            f"expected inputs and targets such as the model took before, {before}, got {shapes}, on which it fails ({error}): "
+            "pass one batch, or call linearize(model, loss_fn, batches) with several"
+        )
+        if isinstance(error, TypeError):
+            raise TypeError(said) from error
+        raise ValueError(said) from error
+
+
+def _shapes(data: Any) -> str:
+    """Name a type, and shapes of tensors at any depth, cut where there are many."""
+    if isinstance(data, Tensor):
+        return f"Tensor {tuple(data.shape)}"
+    if isinstance(data, tuple | list):
+        more = ", ..." if len(data) > _FEW else ""
+        return f"{type(data).__name__} of {', '.join(map(_shapes, data[:_FEW])) or 'nothing'}{more}"
+    return type(data).__name__
 
 
 def require_loss_fn(loss_fn: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 from torch import Tensor, nn
 
-from linop_hess._validate import Differentiation, Nonsmooth, Reduction
+from linop_hess._validate import Differentiation, Nonsmooth, Reduction, told_of_other_shapes
 from linop_hess.autograd.calling import (
     NOT_GIVEN,
     FunctionModule,
@@ -318,7 +318,7 @@ class Linearization(Named, HasHessian, HasPieces, Storable, SampleGradients, Ver
         RuntimeError
             If there is no model to linearize: this one was stored without it, or is of a plain function, whose parameters are given.
         TypeError
-            If only one of inputs and targets is given, or as from `linearize`.
+            If only one of inputs and targets is given, if the model fails on a list of batches, or as from `linearize`.
         UnsupportedModelError, ValueError, MemoryError
             As from `linearize`.
         """
@@ -330,11 +330,12 @@ class Linearization(Named, HasHessian, HasPieces, Storable, SampleGradients, Ver
             )
         if (inputs is NOT_GIVEN) != (targets is NOT_GIVEN):
             raise TypeError("expected inputs and targets of another batch, got one of them: pass both, or neither")
-        if inputs is NOT_GIVEN:
-            inputs, targets = reference.inputs, reference.targets
-        return linearize_again(
-            self.told, reference.model, reference.loss_fn, inputs, targets, self.names, reference.second, verify
-        )
+        known = reference.inputs, reference.targets
+        inputs, targets = known if inputs is NOT_GIVEN else (inputs, targets)
+        with told_of_other_shapes((inputs, targets), known):
+            return linearize_again(
+                self.told, reference.model, reference.loss_fn, inputs, targets, self.names, reference.second, verify
+            )
 
     @property
     def told(self) -> Told | None:

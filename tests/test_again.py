@@ -142,6 +142,28 @@ def test_another_batch(name):
         lin.again(x)
 
 
+@pytest.mark.parametrize("name", ["layers", "shared"])
+def test_data_that_the_model_does_not_take(name):
+    """What torch says of a layer is said of the data, and what is no matter of shapes stays as it is."""
+    model, x, y = made(name)
+    lin = lh.linearize(model, CE, x, y)
+    with pytest.raises(
+        ValueError, match=r"Tensor \(9, 4\) with Tensor \(9,\), got Tensor \(9, 3\) with .*: pass one batch"
+    ):
+        lin.again(x[:, :3], y)
+    with pytest.raises(ValueError, match=r"got Tensor \(9, 4\) with Tensor \(3,\)"):
+        lin.again(x, y[:3])
+    with pytest.raises(
+        TypeError, match=r"got list of tuple of Tensor \(9, 4\), Tensor \(9,\) with NoneType.* linearize\(model"
+    ):
+        lin.again([(x, y)], None)
+    with pytest.raises(TypeError, match="^expected inputs of the parameters' dtype"):
+        lin.again(x.float(), y)
+    with pytest.raises(IndexError, match="out of bounds"):
+        lin.again(x, y + 7)
+    require_same(lin.again(), lh.linearize(model, CE, x, y))  # nothing is left behind
+
+
 def test_constants_that_say_what_is_moved():
     """Integers of the batch are compared, as they may choose entries."""
 

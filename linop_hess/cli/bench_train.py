@@ -28,8 +28,7 @@ from linop_hess.cli.arguments import (
     torch_threads,
 )
 from linop_hess.cli.contenders import COMPARED, CONTROL, LEARNING, Contender, contenders_of, run
-from linop_hess.cli.trace import Trace
-from linop_hess.cli.train import (
+from linop_hess.cli.task_arguments import (
     CLOCK_NAMES,
     CLOCKS,
     add_task,
@@ -39,6 +38,7 @@ from linop_hess.cli.train import (
     loss_name,
     made,
 )
+from linop_hess.cli.trace import Trace
 
 # What a table tells of: losses after so many steps, and the first time below a loss, beside the goal.
 _STEPS, _BELOW = (20, 60), 1e-6
