@@ -271,24 +271,23 @@ def problem(widths, samples):
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 assemble(problem([9, 9, 3], 9)); torch.randn(500, 500) @ torch.randn(500, 500)
-P = problem(eval(sys.argv[1]), int(sys.argv[2]))
-cost = assembly_cost(P)[1]
-ctypes.CDLL(None).malloc_trim(0); open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS"); H = assemble(P); print((status("VmHWM") - before) / cost, (status("VmHWM") - before) / (8 * P.size**2))
+for widths, samples in ([700, 4], 20), ([40, 40, 40], 64), ([16] * 12 + [10], 1000):
+    H, P = None, problem(widths, samples)
+    cost = assembly_cost(P)[1]
+    ctypes.CDLL(None).malloc_trim(0); open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS"); H = assemble(P)
+    print((status("VmHWM") - before) / cost, (status("VmHWM") - before) / (8 * P.size**2))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("widths", "samples"), [([700, 4], 20), ([40, 40, 40], 64), ([16] * 12 + [10], 1000)])
-def test_peak_memory_is_foretold(widths: list[int], samples: int) -> None:
+def test_peak_memory_is_foretold() -> None:
     # Small arrays from the heap leave holes, which the count cannot see; above this size torch's allocations are mapped and given back.
-    command = [sys.executable, "-c", MEASURE, str(widths), str(samples)]
-    run = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"}
-    )
-    of_cost, of_H = map(float, run.stdout.split())
-    assert 1 / 1.3 <= of_cost <= 1.3
-    assert of_H <= 2.0
+    command, environment = [sys.executable, "-c", MEASURE], {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    of_cost, of_H = np.array([line.split() for line in run.stdout.splitlines()], dtype=float).T
+    assert of_cost.size == 3 and of_cost.min() >= 1 / 1.3 and of_cost.max() <= 1.3, of_cost
+    assert of_H.max() <= 2.0, of_H
 
 
 @pytest.mark.parametrize("biases", [(False, True), (True, False)])
