@@ -76,7 +76,7 @@ def _as_called(run: Callable[[], Any], parameters: Sequence[Tensor], samples: in
     """Watch the functions that a model calls, which is the least work; what it differentiates inside is not seen."""
     with _Watch(parameters, samples) as watch:
         output = run()
-    return output, output, watch
+    return output, None if watch.derivatives else output, watch
 
 
 def _as_run(run: Callable[[], Any], parameters: Sequence[Tensor], samples: int) -> tuple[Any, Tensor | None, _Watch]:
@@ -234,11 +234,13 @@ class _Watch(TorchFunctionMode):
     uses : list of _Use
     is_strange : bool
         Whether one was not understood.
+    derivatives : int
+        How often autograd was asked for some.
     """
 
     def __init__(self, parameters: Sequence[Tensor], samples: int, folded: bool = False) -> None:
         super().__init__()
-        self._samples, self._folded, self.is_strange = samples, folded, False
+        self._samples, self._folded, self.is_strange, self.derivatives = samples, folded, False, 0
         self._made = {id(p): _Made(p, [p], lambda value: value) for p in parameters}
         self.uses: list[_Use] = []
 
@@ -247,6 +249,7 @@ class _Watch(TorchFunctionMode):
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function, and see what it does with parameters."""
+        self.derivatives += func is torch.autograd.grad
         out = func(*args, **kwargs)
         if not any(id(x) in self._made for x in _leaves((args, kwargs))):
             return out

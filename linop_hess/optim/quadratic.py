@@ -133,7 +133,7 @@ class FunctionSpace:
     ) -> None:
         self.loss, self.output, self.tally = loss, output, tally
         slope, jacobian = slope.double(), jacobian.double()
-        values, self._vectors = torch.linalg.eigh(curvature.double())
+        values, self._vectors = _eigh(curvature.double())
         self.is_convex = not bool(values.min() < -CONCAVE * values.max().clamp_min(0.0))
         self._root = values.clamp_min(0.0).sqrt()
         self._K = self._weighted(jacobian).flatten(0, 1)
@@ -301,6 +301,14 @@ def _loss_by_samples(loss_of: Callable[[Any], Any], output: Tensor) -> tuple[flo
             if bool(product(v * half[:, None])[~half].any()):
                 return None
     return float(loss.detach()), slope.detach().reshape(len(output), outputs), curvature.detach()
+
+
+def _eigh(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of each; of numbers without LAPACK, whose calls take longer than all else."""
+    if blocks.shape[-1] > 1:
+        values, vectors = torch.linalg.eigh(blocks)
+        return values, vectors
+    return blocks[:, 0], torch.ones_like(blocks)
 
 
 # Power iterations for ‖G‖; rounding in float64, and the least number that is not zero.
