@@ -58,7 +58,7 @@ def test_physics_informed(tmp_path):
     picture = tmp_path / "physics_informed.png"
     found = load("physics_informed").main(width=10, side=8, seconds=60.0, steps=20, figure=str(picture))
     assert (
-        found["GaussNewton"] <= 2e-2 and found["GaussNewton"] <= 0.1 * found["Adam"]
+        found["GaussNewton"] <= 2e-2 and found["GaussNewton"] <= 0.2 * found["Adam"]
     )  # of evaluations L-BFGS has more
     assert picture.stat().st_size > 10_000
 

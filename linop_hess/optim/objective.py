@@ -165,13 +165,7 @@ class Objective(ABC):
 
     @abstractmethod
     def parts(self) -> tuple[Any, Callable[[Any], Any]]:
-        """The output of the model, and the loss as a function of it.
-
-        Raises
-        ------
-        TypeError
-            If the output is not told from the loss, or the loss has the parameters as a third argument.
-        """
+        """The output of the model, and the loss as a function of it; a TypeError where one is not told from the other."""
 
     @abstractmethod
     def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
