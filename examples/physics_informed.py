@@ -66,7 +66,12 @@ def with_adam(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Callable[[], o
 
 def with_lbfgs(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Callable[[], object]:
     opt = torch.optim.LBFGS(
-        model.parameters(), history_size=100, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+        model.parameters(),
+        max_iter=1,  # a step; its history lasts
+        history_size=100,
+        tolerance_grad=0,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
     return lambda: first_order(opt, model, inputs)
 
