@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from tests.graph.oracle import differenced_product, distance_to_singular, hessian, inertia, made, truth
+from tests.graph.oracle import (
+    differenced_product,
+    distance_to_singular,
+    hessian,
+    inertia,
+    made,
+    primitive_operations,
+    truth,
+)
 from tests.graph.zoo import CASES
 from tests.graph.zoo_operations import DETACHING, OPERATIONS
 from tests.helpers import oracle_gradient, oracle_hessian
@@ -97,3 +105,29 @@ def test_oracle_changes_nothing(name):
     assert all(torch.equal(value, before[key]) for key, value in case.model.state_dict().items())
     assert all(parameter.grad is None for parameter in case.model.parameters())
     assert modes == [module.training for module in case.model.modules()]
+
+
+def test_a_wrong_rule_for_many_rows_at_a_time_is_told(monkeypatch):
+    case, genuine = made("chain_mlp", 1), torch.autograd.grad
+
+    def wrong(*args, is_grads_batched=False, **options):
+        found = genuine(*args, is_grads_batched=is_grads_batched, **options)
+        return [part * (1 + 1e-8) for part in found] if is_grads_batched else found
+
+    monkeypatch.setattr(torch.autograd, "grad", wrong)
+    with pytest.raises(AssertionError):
+        hessian(case)
+
+
+@pytest.mark.parametrize("name", ["chain_mlp", "resnet_group_norm"])
+def test_rows_together_are_rows_one_by_one(name):
+    """Of the second torch has no rule for many rows at a time."""
+    case = made(name, 1).to(torch.float64)
+    with primitive_operations():
+        leaf = torch.cat([value.detach().reshape(-1) for value in case.chosen().values()]).requires_grad_()
+        values, parts = case.chosen(), leaf.split([value.numel() for value in case.chosen().values()])
+        loss = case.loss({key: part.view(values[key].shape) for key, part in zip(values, parts, strict=True)})
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        alone = torch.stack([torch.autograd.grad(g, leaf, retain_graph=True)[0] for g in gradient[::17]])
+    H = truth(name, 1)[2]
+    np.testing.assert_allclose(H[::17], alone.numpy(), rtol=0, atol=1e-15 * np.linalg.norm(H, 2))
