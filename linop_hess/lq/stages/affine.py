@@ -27,6 +27,10 @@ from linop_hess.lq.stages.row_space import (
 )
 
 
+# States of so many numbers are transposed for one large product in place of one a row: beyond, that leaves the cache.
+_TRANSPOSED_UP_TO = 1 << 18
+
+
 @dataclass(frozen=True)
 class AffineStage(Stage):
     """K stages z ↦ W z + w₀ on b rows; the controls are W (row-major) and w₀, or either alone.
@@ -243,8 +247,10 @@ def _map_rows(W: Tensor, d: Tensor, rows: int) -> Tensor:
     D = d.reshape(K, rows, i, k)
     if k == 1:
         y = D[..., 0] @ W.mT
-    elif rows == 1 or K == 1:
-        y = torch.matmul(W[:, None] if rows == 1 else W, D if rows == 1 else D[0])
+    elif rows == 1:
+        y = torch.matmul(W[:, None], D)
+    elif K == 1 and D.numel() > _TRANSPOSED_UP_TO:
+        y = torch.matmul(W, D[0])
     else:
         y = (W @ D.transpose(1, 2).reshape(K, i, rows * k)).view(K, o, rows, k).transpose(1, 2)
     return y.reshape(K, rows * o, k)
