@@ -44,8 +44,8 @@ class Machine:
     byte : float
         Of one byte read and written.
     rates : dict of str to (sizes, seconds per flop)
-        Of each kernel: "gemm", "ldl" (Bunch-Kaufman, n³/3 flops), "cholesky" (the same), "substitution" (triangular, n³), "lu" (2/3 n³), "band" (LU of half
-        bandwidth n, 4 n² a row).
+        Of each kernel: "gemm", "ldl" (Bunch-Kaufman, n³/3 flops), "cholesky" (the same), "substitution" (triangular, n³), "lu" (2/3 n³),
+        "band" (LU of half bandwidth n, 4 n² a row).
     """
 
     call: float

@@ -1,8 +1,8 @@
 """Full batches: dense and sketched against what else one would take, each at the best of some settings, in one run.
 
-Run: python tests/benchmarks/competitors.py [--case 6x10 ...] [--most 300] [--save FILE.json]. Digits, all 1,797 samples, tanh, cross entropy; the
-right-hand side is the gradient, and every way is GMRES on the same operator, to a relative residual of 1e-6. Processor time of one thread,
-in Hessian-vector products of the same run. K-FAC is that of curvlinops, where it is installed, with exact damping.
+Run: python tests/benchmarks/competitors.py [--case 6x10 ...] [--most 300] [--save FILE.json]. Digits, all 1,797 samples, tanh, cross
+entropy; the right-hand side is the gradient, and every way is GMRES on the same operator, to a relative residual of 1e-6. Processor time
+of one thread, in Hessian-vector products of the same run. K-FAC is that of curvlinops, where it is installed, with exact damping.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def kfac(case: Case, multiple: float) -> M:
         separate_weight_and_bias=False,
     )  # fmt: skip
     inverse = KFACInverseLinearOperator(factors, damping=multiple * case.damping, use_exact_damping=True)
-    operator = inverse.to_scipy() if hasattr(inverse, "to_scipy") else inverse  # a SciPy operator itself in older versions
+    operator = (
+        inverse.to_scipy() if hasattr(inverse, "to_scipy") else inverse
+    )  # a SciPy operator itself in older versions
 
     def apply(X: Tensor) -> Tensor:
         return torch.from_numpy(operator @ X.float().numpy())

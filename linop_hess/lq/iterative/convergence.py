@@ -63,7 +63,10 @@ def expected_iterations(analysis: Analysis, damping: float, tolerance: float, di
 
 
 def looks_definite(analysis: Analysis, damping: float) -> bool:
-    """Whether H + εI is positive definite as far as the Lanczos run tells, if it was made; an estimate, the ends of a spectrum coming first."""
+    """Whether H + εI is positive definite, as far as the Lanczos run tells: an estimate, the ends of a spectrum coming first.
+
+    Where no run was made it does not.
+    """
     if not analysis.has(spectrum_of):
         return False
     nodes = analysis.once(spectrum_of).nodes
