@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from linop_hess._validate import Nonsmooth, finite_real
 from linop_hess.autograd.calling import takes_parameters
+from linop_hess.autograd.snapshot import buffers_of, changed_buffers, put_buffers_back
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.methods.plan import METHODS, make_plan
@@ -54,8 +55,8 @@ class GaussNewton(TrialOptimizer):
     extrapolate : bool
         Whether a step is doubled while the loss falls, where it fell by more than the model promised: an evaluation of the loss each.
     geodesic : bool
-        Whether steps by rows of J are bent as the output bends along them (geodesic acceleration): two evaluations of the output and a
-        solve each. It pays for least squares with a narrow curved valley, as of physics-informed networks.
+        Whether Levenberg–Marquardt steps by rows of J are bent as the output bends along them (geodesic acceleration): two evaluations of
+        the output and a solve each. It pays for least squares with a narrow curved valley, as of physics-informed networks.
     nonsmooth, sharpness
         As in `linop_hess.linearize`.
 
@@ -105,6 +106,11 @@ class GaussNewton(TrialOptimizer):
         methods = ["auto", FUNCTION_SPACE, *METHODS]
         if method not in methods:
             raise ValueError(f"expected method to be one of {methods}, got {method!r}: choose one")
+        if geodesic and (form != _FORMS[0] or method not in methods[:2]):
+            raise ValueError(
+                f'expected geodesic=True with form="{_FORMS[0]}" and method "auto" or "{FUNCTION_SPACE}", got form={form!r} and '
+                f"method={method!r}: leave it out"
+            )
         self.form, self.method = form, method
         self.tolerance, self.geodesic = finite_real(tolerance, "tolerance"), geodesic
         self._chosen: dict[tuple[Any, ...], str] = {}
@@ -149,12 +155,28 @@ class GaussNewton(TrialOptimizer):
             return None
         found, why = None, "a loss of (output, target), one tensor as output, and nonsmooth='generalized'"
         if objective.shape and not takes_parameters(self.loss_fn) and self._linearize.nonsmooth == "generalized":
-            found = function_space(objective, tally, objective.shape[0])
-            why = "samples that do not interact, in the model and in the loss, along the first axis of what depends on them"
+            found = self._unchanged(partial(function_space, objective, tally, objective.shape[0]))
+            why = (
+                "samples that do not interact, in the model and in the loss, along the first axis of what depends on them, and a loss of "
+                "the output alone"
+            )
         if found is None and is_asked:
             raise UnsupportedModelError(f'expected {why} for method="{FUNCTION_SPACE}", got others: use method="auto"')
         self._by_rows[objective.shape] = found is not None
         return found if is_asked or found is None or found.is_convex else None
+
+    def _unchanged(self, make: Callable[[], FunctionSpace | None]) -> FunctionSpace | None:
+        """What `make` makes, of a model that leaves its buffers alone; they are put back."""
+        before = buffers_of(self.model)
+        found = make()
+        changed = changed_buffers(self.model, before)
+        put_buffers_back(self.model, before)
+        if found is not None and changed:
+            raise UnsupportedModelError(
+                f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: call "
+                "model.eval() first"
+            )
+        return found
 
     def _is_cheap(self, objective: Objective) -> bool:
         rows, size = prod(objective.shape or ()), sum(p.numel() for p in objective.leaves)
