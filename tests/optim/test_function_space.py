@@ -309,6 +309,25 @@ def test_a_loss_that_is_all_rounding_goes_on(method):
     assert losses[-1] < 1e-6
 
 
+def test_deep_chains_many_outputs_and_rows_that_do_not_fit_go_by_a_chain(monkeypatch):
+    deep, wide = problem(4, (2,) + (3,) * 24 + (1,)), problem(4, (3, 4, 48))
+    for model, x, y in (deep, wide):
+        opt = GaussNewton(model, nn.MSELoss())
+        opt.step(x, y)
+        assert opt.last.method not in ("", "function-space")
+
+    def full(nbytes, what):
+        raise MemoryError(what)
+
+    monkeypatch.setattr("linop_hess.autograd.output_jacobian.require", full)
+    model, x, y = problem(4)
+    opt = GaussNewton(model, nn.MSELoss())
+    opt.step(x, y)
+    assert opt.last.method not in ("", "function-space")
+    with pytest.raises(MemoryError, match="Jacobian"):
+        GaussNewton(model, nn.MSELoss(), method="function-space").step(x, y)
+
+
 @pytest.mark.parametrize("options", [{"form": "trust-region"}, {"method": "riccati"}])
 def test_steps_that_cannot_be_bent_are_refused(options):
     with pytest.raises(ValueError, match="geodesic"):
