@@ -24,7 +24,7 @@ from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.counting import smallest_convex_damping
 from linop_hess.lq.inverse.inertia import inertia
 from linop_hess.lq.pivots.inertia import Inertia
-from linop_hess.optim.objective import Objective
+from linop_hess.optim.objective import Objective, slope_by_output
 from linop_hess.optim.record import Tally
 
 FUNCTION_SPACE = "function-space"
@@ -313,11 +313,8 @@ def _loss_by_samples(
     with twice_differentiable("the loss", output.device), torch.enable_grad():
         with _Drawn():
             loss = checked_loss(loss_of(state))
-        if not loss.requires_grad:
-            return None
-        # A penalty on weights that the loss takes from the model itself, or what a layer has left for it.
-        slope, *past = torch.autograd.grad(loss, [state, *leaves], create_graph=True, allow_unused=True)
-        if slope is None or any(part is not None for part in past):
+        slope = slope_by_output(loss, state, leaves)
+        if slope is None:
             return None
 
         def product(v: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 
 import linop_hess as lh
 from linop_hess.errors import FactorizationError, UnsupportedModelError
-from linop_hess.optim import ConditionNumber, Fixed, GaussNewton, JustConvex
+from linop_hess.optim import ConditionNumber, Fixed, GaussNewton, HessianFree, JustConvex
 from linop_hess.optim.objective import Batch
 from linop_hess.optim.quadratic import function_space
 from linop_hess.optim.record import Tally
@@ -280,6 +280,8 @@ def test_a_loss_that_sees_parameters_past_the_output_is_not_taken(make):
     assert space(model, make(model), x, y) is None and space(model, nn.MSELoss(), x, y) is not None
     with pytest.raises(UnsupportedModelError, match="output alone"):
         GaussNewton(model, make(model), method="function-space").step(x, y)
+    with pytest.raises(TypeError, match="output alone"):  # its gradient too was that by the output alone
+        HessianFree(model, make(model)).step(x, y)
 
 
 def test_a_penalty_on_weights_enters_the_step():
