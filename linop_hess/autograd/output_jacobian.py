@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linop_hess._memory import require
+from linop_hess.autograd.differentiate import in_primitives
 from linop_hess.lq.accuracy import ROWS_ADD_UP
 
 
@@ -41,7 +42,8 @@ def output_jacobian(
     -------
     (Tensor, Tensor) or None
         The output, (samples, …), and its Jacobian, (samples, outputs, N), outputs those of a sample. None where samples interact, the
-        output is no tensor with samples along its first axis, or an operation that a parameter enters does not have them there.
+        output is no tensor of the parameters' dtype with samples along its first axis, an operation that a parameter enters does not
+        have them there, or autograd refuses.
 
     Raises
     ------
@@ -60,12 +62,22 @@ def output_jacobian(
             output, again, watch = way(run, parameters, samples)
         if not isinstance(output, Tensor) or not output.requires_grad or output.shape[:1] != (samples,) or not samples:
             return None
+        if output.dtype not in ROWS_ADD_UP or any(p.dtype != output.dtype for p in parameters):
+            return None
         if again is not None and watch.uses and not watch.is_strange:
             require_of(output)
-            jacobian = _rows(again, watch.uses, parameters)
-            if jacobian is not None and _add_up(output, jacobian, parameters):
+            jacobian = _checked_rows(output, again, watch.uses, parameters)
+            if jacobian is not None:
                 return output.detach(), jacobian
     return None
+
+
+def _checked_rows(output: Tensor, again: Tensor, uses: Sequence[_Use], parameters: Sequence[Tensor]) -> Tensor | None:
+    try:
+        jacobian = _rows(again, uses, parameters)
+        return jacobian if jacobian is not None and _add_up(output, jacobian, parameters) else None
+    except RuntimeError:  # no derivative by what is in the midst of a graph, as where a reentrant checkpoint is
+        return None
 
 
 def _require(size: int, output: Tensor) -> None:
@@ -81,10 +93,13 @@ def _as_called(run: Callable[[], Any], parameters: Sequence[Tensor], samples: in
 
 def _as_run(run: Callable[[], Any], parameters: Sequence[Tensor], samples: int) -> tuple[Any, Tensor | None, _Watch]:
     """Write down which operations are run, those of derivatives inside too, and watch them run again."""
-    with _Tape() as tape:
-        output = run()
     watch = _Watch(parameters, samples, folded=True)
-    return output, tape.again(output, parameters, watch.call) if isinstance(output, Tensor) else None, watch
+    try:
+        with _Tape() as tape:
+            output = run()
+        return output, tape.again(output, parameters, watch.call) if isinstance(output, Tensor) else None, watch
+    except RuntimeError:  # the model ran before: of sparse tensors, forward mode, or parameters that it changes
+        return None, None, watch
 
 
 def _rows(output: Tensor, uses: Sequence[_Use], parameters: Sequence[Tensor]) -> Tensor | None:
@@ -142,7 +157,7 @@ class _Call:
     """A function called with parameters, or what is made of them, and other things."""
 
     def __init__(self, function: Callable[..., Any], args: Any, made: Mapping[int, _Made]) -> None:
-        self._function = function
+        self._function = in_primitives(function)
         flat, self._spec = pytree.tree_flatten(args)
         self._made = {k: made[id(x)] for k, x in enumerate(flat) if id(x) in made}
         self._rest = [None if k in self._made else x for k, x in enumerate(flat)]

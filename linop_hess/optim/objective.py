@@ -127,7 +127,7 @@ class Objective(ABC):
         Raises
         ------
         TypeError
-            If the output is not told from the loss, or is no tensor, or the loss has the parameters as a third argument.
+            If the output is not told from the loss, or is no tensor, or the loss depends on parameters in another way than by it.
         """
         leaves = self.leaves
         # Trial points move parameters in place, which the graph of this point must not see.
@@ -144,7 +144,12 @@ class Objective(ABC):
             state, spread = output.detach().requires_grad_(), torch.zeros_like(output).requires_grad_()
             loss = loss_of(state)
             value = _number(loss)
-            (slope,) = torch.autograd.grad(loss, state, create_graph=True)
+            slope = slope_by_output(loss, state, leaves)
+            if slope is None:
+                raise TypeError(
+                    "expected a loss of the output alone, got one that depends on parameters in another way too, or on none: give the loss "
+                    "the parameters as a third argument and use GaussNewton, or use SaddleFree"
+                )
             pulled = torch.autograd.grad(output, leaves, spread, create_graph=True, materialize_grads=True)
             pullback = torch.cat([part.reshape(-1) for part in pulled])
 
@@ -280,6 +285,18 @@ class Scalar(Objective):
     @property
     def has_output(self) -> bool:
         return False
+
+
+def slope_by_output(loss: Tensor, state: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
+    """Derivatives of a loss by the output of which it was computed, with their graph; None where it depends on parameters past that.
+
+    So does a penalty on weights that a loss takes from the model itself, or one on what a layer has left for it. None too where it does
+    not depend on the output.
+    """
+    if not loss.requires_grad:
+        return None
+    slope, *past = torch.autograd.grad(loss, [state, *leaves], create_graph=True, allow_unused=True)
+    return None if any(part is not None for part in past) else slope
 
 
 def _of_output(loss_fn: Loss, targets: Any) -> Callable[[Any], Any]:

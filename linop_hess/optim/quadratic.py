@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from linop_hess._memory import require
 from linop_hess._validate import Nonsmooth, checked_loss
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.autograd.kinks.surrogates import checked_sharpness
 from linop_hess.autograd.output_jacobian import output_jacobian
-from linop_hess.errors import FactorizationError, NotFiniteError
+from linop_hess.errors import FactorizationError, NotFiniteError, UnsupportedModelError
+from linop_hess.graph.movement import draws
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.linearization import Linearization, Told
 from linop_hess.lq.accuracy import BACKWARD_ERROR, CONCAVE, ROUNDED
@@ -21,7 +24,7 @@ from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.counting import smallest_convex_damping
 from linop_hess.lq.inverse.inertia import inertia
 from linop_hess.lq.pivots.inertia import Inertia
-from linop_hess.optim.objective import Objective
+from linop_hess.optim.objective import Objective, slope_by_output
 from linop_hess.optim.record import Tally
 
 FUNCTION_SPACE = "function-space"
@@ -188,7 +191,7 @@ class FunctionSpace:
         return Inertia(0, 0, self._K.shape[1])
 
     def factored(self, damping: float) -> Solve:
-        """Return the product of (G + λI)⁻¹ with (N,), with one step of refinement; that with the gradient is the most accurate.
+        """Return the product of (G + λI)⁻¹ with (N,), refined; that with the gradient is the most accurate.
 
         Raises
         ------
@@ -208,19 +211,26 @@ class FunctionSpace:
         def once(v: Tensor) -> Tensor:
             return (v - self._K.T @ inside(self._K @ v)) / damping if self._is_wide else inside(v)
 
+        def measured(v: Tensor, x: Tensor) -> tuple[Tensor, float]:
+            residual = v - damping * x - self._K.T @ (self._K @ x)
+            self.tally.products += 1
+            size = (self._norm + damping) * x.norm() + v.norm()
+            return residual, float(residual.norm() / size) if size > 0.0 else 0.0
+
         def solve(v: Tensor) -> Tensor:
             if self._is_wide and v is self.gradient:
                 x = self._K.T @ inside(self._y) + once(self._rest)
             else:
                 x = once(v)
-            for refined in (False, True):
-                residual = v - damping * x - self._K.T @ (self._K @ x)
-                self.tally.products += 1
-                size = (self._norm + damping) * x.norm() + v.norm()
-                error = float(residual.norm() / size) if size > 0.0 else 0.0
-                if refined or error <= BACKWARD_ERROR[torch.float64]:
+            residual, error = measured(v, x)
+            for _ in range(_REFINEMENTS):
+                if error <= BACKWARD_ERROR[torch.float64]:
                     break
-                x = x + once(residual)
+                finer = x + once(residual)
+                rest, after = measured(v, finer)
+                if not after < error:
+                    break
+                x, residual, error = finer, rest, after
             self.tally.backward_error = error
             return x
 
@@ -232,7 +242,7 @@ class FunctionSpace:
 
 
 def function_space(objective: Objective, tally: Tally, samples: int | None = None) -> FunctionSpace | None:
-    """Make the model of the rows of the output's Jacobian; None where samples interact, in the model or the loss.
+    """Make the model of the rows of the output's Jacobian; None where samples interact, or the loss sees parameters past the output.
 
     Parameters
     ----------
@@ -248,11 +258,14 @@ def function_space(objective: Objective, tally: Tally, samples: int | None = Non
         If the Jacobian does not fit.
     NotFiniteError
         If a derivative is NaN or infinite.
+    UnsupportedModelError
+        If the model or the loss draws random numbers.
     """
     pieces: list[Callable[[Any], Any]] = []
 
     def run() -> Any:
-        output, loss_of = objective.parts()
+        with _Drawn():
+            output, loss_of = objective.parts()
         pieces.append(loss_of)
         return output
 
@@ -260,7 +273,10 @@ def function_space(objective: Objective, tally: Tally, samples: int | None = Non
     if found is None:
         return None
     output, jacobian = found
-    curved = _loss_by_samples(pieces[-1], output)
+    # In float64: itself where it is in float32, times the root of the curvature, and that product before it is turned.
+    copies = 2 + (jacobian.dtype != torch.float64)
+    require(8 * copies * jacobian.numel(), "the rows of the Gauss-Newton matrix")
+    curved = _loss_by_samples(pieces[-1], output, objective.leaves)
     if curved is None:
         return None
     loss, slope, curvature = curved
@@ -276,13 +292,30 @@ def function_space(objective: Objective, tally: Tally, samples: int | None = Non
     return FunctionSpace(loss, output, slope, curvature, jacobian, tally)
 
 
-def _loss_by_samples(loss_of: Callable[[Any], Any], output: Tensor) -> tuple[float, Tensor, Tensor] | None:
-    """Loss, first and second derivatives by the outputs of each sample; None where samples interact."""
+class _Drawn(TorchDispatchMode):
+    """Refuses random numbers: rows and curvature are of one run of a model, trial points of others."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs or {}):
+            raise UnsupportedModelError(
+                f"expected a model and a loss that give the same value each time, got the random operation {func}: call model.eval(), or "
+                "remove it"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _loss_by_samples(
+    loss_of: Callable[[Any], Any], output: Tensor, leaves: Sequence[Tensor]
+) -> tuple[float, Tensor, Tensor] | None:
+    """Loss, first and second derivatives by the outputs of each sample; None where samples interact, or it is no function of them alone."""
     state = output.clone().requires_grad_()
     outputs = output.flatten(1).shape[1] if output.ndim > 1 else 1
     with twice_differentiable("the loss", output.device), torch.enable_grad():
-        loss = checked_loss(loss_of(state))
-        (slope,) = torch.autograd.grad(loss, state, create_graph=True, materialize_grads=True)
+        with _Drawn():
+            loss = checked_loss(loss_of(state))
+        slope = slope_by_output(loss, state, leaves)
+        if slope is None:
+            return None
 
         def product(v: Tensor) -> Tensor:
             if not slope.requires_grad:  # linear
@@ -311,6 +344,7 @@ def _eigh(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks[:, 0], torch.ones_like(blocks)
 
 
-# Power iterations for ‖G‖; rounding in float64, and the least number that is not zero.
-_POWER = 20
+# Power iterations for ‖G‖; steps of refinement, each of which takes off some digits at dampings near rounding of ‖G‖; rounding in
+# float64, and the least number that is not zero.
+_POWER, _REFINEMENTS = 20, 4
 _EPS, _TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from linop_hess.autograd.output_jacobian import output_jacobian
@@ -155,6 +156,67 @@ def test_there_are_none_where_samples_interact_or_are_not_told(name):
     torch.manual_seed(0)
     model, x = make().double(), torch.randn(5, 3, dtype=torch.float64)
     assert output_jacobian(lambda: model(x) if run is None else run(model, x), list(model.parameters())) is None
+
+
+def in_pieces(model, x):
+    """A reentrant checkpoint, which autograd refuses to differentiate by what is within it."""
+    return torch.utils.checkpoint.checkpoint(model, x.clone().requires_grad_(), use_reentrant=True)
+
+
+def forward_mode(model, x):
+    return torch.func.jvp(lambda one: torch.tanh(model(one)), (x,), (torch.ones_like(x),))[1]
+
+
+def clamped(model, x):
+    with torch.no_grad():
+        model.weight.clamp_(-2.0, 2.0)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(torch.tanh(model(x)).sum(), x, create_graph=True)[0]
+
+
+def sparse(model, x):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = torch.sparse.mm(torch.eye(5, dtype=x.dtype).to_sparse(), torch.tanh(model(x)))
+        return torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+
+
+REFUSED = {
+    "a reentrant checkpoint": in_pieces,
+    "forward mode": forward_mode,
+    "a parameter that is changed": clamped,
+    "sparse tensors": sparse,
+    "complex outputs": lambda model, x: torch.complex(model(x), x[:, :2]),
+    "outputs in less precision": lambda model, x: model(x).float(),
+    "outputs in half precision": lambda model, x: model(x).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_there_are_none_where_autograd_or_types_refuse(name):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).double(), torch.randn(5, 3, dtype=torch.float64)
+    before = [p.detach().clone() for p in model.parameters()]
+    REFUSED[name](model, x)  # the model itself runs
+    assert output_jacobian(lambda: REFUSED[name](model, x), list(model.parameters())) is None
+    assert all(map(torch.equal, before, model.parameters())) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("error")
+def test_normalized_weights_and_attention_warn_of_nothing():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 6, 3, dtype=torch.float64)
+
+    def run():
+        z = inner(x)
+        return nn.functional.scaled_dot_product_attention(z, z, z).flatten(1)
+
+    parameters = list(inner.parameters())
+    _, J = output_jacobian(run, parameters)
+    expected = by_rows(run, parameters)
+    assert float((J - expected).norm()) <= 1e-14 * float(expected.norm())
 
 
 def test_a_coupling_that_is_small_is_seen():

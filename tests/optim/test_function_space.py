@@ -7,7 +7,7 @@ from torch import nn
 
 import linop_hess as lh
 from linop_hess.errors import FactorizationError, UnsupportedModelError
-from linop_hess.optim import ConditionNumber, Fixed, GaussNewton, JustConvex
+from linop_hess.optim import ConditionNumber, Fixed, GaussNewton, HessianFree, JustConvex
 from linop_hess.optim.objective import Batch
 from linop_hess.optim.quadratic import function_space
 from linop_hess.optim.record import Tally
@@ -235,12 +235,117 @@ def test_batches_of_other_sizes_and_closures():
     assert opt.step(x, y) < first
 
 
-def test_a_random_model_is_refused():
+@pytest.mark.parametrize("p", [0.5, 1e-3])  # of the second most runs drop nothing
+def test_a_random_model_is_refused(p):
     _, x, y = problem(12)
-    model = nn.Sequential(nn.Linear(3, 20), nn.Dropout(0.5), nn.Linear(20, 2)).double()
+    model = nn.Sequential(nn.Linear(3, 20), nn.Dropout(p), nn.Linear(20, 2)).double()
     for method in ("auto", "function-space"):
         with pytest.raises(UnsupportedModelError, match="same value each time"):
             GaussNewton(model, nn.MSELoss(), method=method).step(x, y)
+    assert GaussNewton(model.eval(), nn.MSELoss()).step(x, y) > 0.0
+
+
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = problem(4)[0]
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs += 1
+        return self.inner(x)
+
+
+def test_a_model_that_changes_its_buffers_is_refused():
+    model, (_, x, y) = Counted(), problem(6)
+    with pytest.raises(UnsupportedModelError, match="runs"):
+        GaussNewton(model, nn.MSELoss()).step(x, y)
+    assert model.runs == 1  # of the loss; what rows take is put back
+
+
+def penalized(model):
+    return lambda z, t: nn.functional.mse_loss(z, t) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+def left_behind(model):
+    """A loss of what a layer has left for it."""
+    kept = []
+    model[0].register_forward_hook(lambda module, args, output: kept.append(output))
+    return lambda z, t: nn.functional.mse_loss(z, t) + kept[-1].square().mean()
+
+
+@pytest.mark.parametrize("make", [penalized, left_behind])
+def test_a_loss_that_sees_parameters_past_the_output_is_not_taken(make):
+    model, x, y = problem(6)
+    assert space(model, make(model), x, y) is None and space(model, nn.MSELoss(), x, y) is not None
+    with pytest.raises(UnsupportedModelError, match="output alone"):
+        GaussNewton(model, make(model), method="function-space").step(x, y)
+    with pytest.raises(TypeError, match="output alone"):  # its gradient too was that by the output alone
+        HessianFree(model, make(model)).step(x, y)
+
+
+def test_a_penalty_on_weights_enters_the_step():
+    """The gradient of the penalty was lost where the loss took the weights from the model itself."""
+
+    def of_parameters(model):
+        return lambda z, t, own: nn.functional.mse_loss(z, t) + 0.1 * sum(q.square().sum() for q in own.values())
+
+    found = []
+    for loss_of in (penalized, of_parameters):
+        model, x, y = problem(6)
+        opt = GaussNewton(model, loss_of(model))
+        opt.step(x, y)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert float((found[0] - found[1]).norm()) <= 1e-9 * float(found[1].norm())
+
+
+@pytest.mark.parametrize("method", ["auto", "riccati"])
+def test_a_loss_that_is_all_rounding_goes_on(method):
+    """In float32 a saturated cross entropy differs in all digits between two ways to compute it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+    torch.manual_seed(3)
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    opt = GaussNewton(model, LOSSES["cross entropy"], method=method)
+    losses = [opt.step(x, y) for _ in range(20)]
+    assert losses[-1] < 1e-6
+
+
+def test_deep_chains_many_outputs_and_rows_that_do_not_fit_go_by_a_chain(monkeypatch):
+    deep, wide = problem(4, (2,) + (3,) * 24 + (1,)), problem(4, (3, 4, 48))
+    for model, x, y in (deep, wide):
+        opt = GaussNewton(model, nn.MSELoss())
+        opt.step(x, y)
+        assert opt.last.method not in ("", "function-space")
+
+    def full(nbytes, what):
+        raise MemoryError(what)
+
+    monkeypatch.setattr("linop_hess.autograd.output_jacobian.require", full)
+    model, x, y = problem(4)
+    opt = GaussNewton(model, nn.MSELoss())
+    opt.step(x, y)
+    assert opt.last.method not in ("", "function-space")
+    with pytest.raises(MemoryError, match="Jacobian"):
+        GaussNewton(model, nn.MSELoss(), method="function-space").step(x, y)
+
+
+@pytest.mark.parametrize("options", [{"form": "trust-region"}, {"method": "riccati"}])
+def test_steps_that_cannot_be_bent_are_refused(options):
+    with pytest.raises(ValueError, match="geodesic"):
+        GaussNewton(problem(4)[0], nn.MSELoss(), geodesic=True, **options)
+
+
+def test_a_sample_twice_with_other_targets_and_hardly_any_damping():
+    """y is far from the range of K, and dividing by JJᵀ + λI loses digits that refinement brings back."""
+    model, x, y = problem(4)
+    y[-1] += 1.0
+    rows = space(model, nn.MSELoss(), x, y)
+    G, g = dense(model, nn.MSELoss(), x, y)
+    damping = 1e-12 * rows.norm()
+    s = rows.factored(damping)(rows.gradient)
+    error = float((G @ s + damping * s - g).norm()) / (rows.norm() * float(s.norm()) + float(g.norm()))
+    assert error <= 1e-14
 
 
 @pytest.mark.parametrize("damping", [ConditionNumber(1e4), JustConvex()])
