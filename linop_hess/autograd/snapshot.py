@@ -124,6 +124,9 @@ def _chosen_names(named: dict[str, nn.Parameter], params: str | Iterable[str] | 
     if params is None:
         return [name for name, parameter in named.items() if parameter.requires_grad]
     patterns = patterns_of(params)
+    if all(pattern in named and named[pattern].requires_grad for pattern in patterns):  # names: nothing to search for
+        listed = set(patterns)
+        return [name for name in named if name in listed]
     chosen: set[str] = set()
     frozen: list[str] = []
     for pattern in patterns:

@@ -7,10 +7,11 @@ import gc
 import inspect
 import random
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
-from operator import is_
+from operator import is_, is_not
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 _CONTAINERS = (dict, list, set)
+# What most attributes of modules are, and no tensors, which is sooner told by the type than by asking torch.
+_OFTEN = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, list})
 
 
 class ProcessWide:
@@ -217,12 +220,13 @@ class StandIns:
             (vars(module), key, value)
             for module in self._modules
             for key, value in vars(module).items()
-            if isinstance(value, Tensor) and not value.requires_grad
+            if type(value) not in _OFTEN and isinstance(value, Tensor) and not value.requires_grad
         ]
         self._places: list[tuple[dict[str, Any], str, Tensor]] = [
             (own, key, others[id(tensor)])
             for module in self._modules
             for own in (module._parameters, module._buffers)
+            if own
             for key, tensor in own.items()
             if id(tensor) in others
         ]
@@ -279,7 +283,7 @@ class _Attributes:
         for value, before in self._contents:
             if isinstance(value, dict):
                 same = len(value) == len(before) and all(map(is_, value.values(), before.values()))
-                if not same or list(value) != list(before):
+                if not same or any(map(is_not, value, before)) and list(value) != list(before):
                     value.clear()
                     value.update(before)
             elif isinstance(value, list):
