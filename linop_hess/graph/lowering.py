@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
+from linop_hess.graph.grouping import Alike
 from linop_hess.graph.rules.elementwise import is_elementwise, scale_shift
 from linop_hess.graph.rules.operation import flattened, out_of_place
 from linop_hess.graph.rules.reductions import normalize, standardize
@@ -21,10 +22,12 @@ aten = torch.ops.aten
 
 
 def lower(trace: Trace) -> list[Node]:
-    """The nodes of a trace, with each fused operation replaced by its parts.
+    """The nodes of a trace, with each fused operation replaced by its parts; the very list where there is none.
 
     One is left as it is where something other than its first output is used.
     """
+    if not any(node.func in _PARTS for node in trace.nodes):
+        return trace.nodes
     read = np.zeros(trace.ids + 1, dtype=bool)
     if any(node.func in _PARTS and len(node.outputs) > 1 for node in trace.nodes):
         for node in trace.nodes:
@@ -283,17 +286,44 @@ def split_late(nodes: Sequence[Node], ids: int) -> list[Node]:
     return [node for _, _, node in placed]
 
 
+def may_be_split(sets: Sequence[Alike], ids: int, nodes: int) -> bool:
+    """Whether `split_late` could split one of `nodes` nodes, told of all at once: one whose rows are first read at different times."""
+    first = np.full(ids + 1, nodes, dtype=np.int64)
+    for one in sets:
+        for argument in one.arguments:
+            np.minimum.at(first, argument.reshape(-1), np.repeat(one.members, argument.shape[1]))
+    for one in sets:
+        if not _could_be_split(one.nodes[0]):
+            continue
+        rows = one.nodes[0].outputs[0][1].shape[0]
+        when = first[one.outputs[0]].reshape(len(one.nodes), rows, -1).min(2)
+        if bool((when != when[:, :1]).any()):
+            return True
+    return False
+
+
+def _could_be_split(node: Node) -> bool:
+    """Whether a node has rows that are computed alike."""
+    if len(node.outputs) != 1 or not _by_first_axis(node):
+        return False
+    output = node.outputs[0][1]
+    return (
+        bool(output.shape)
+        and output.shape[0] > 1
+        and output.stride == contiguous_strides(output.shape)
+        and not output.offset
+    )
+
+
 # What rows read may be alive in place of what they compute: a little more, since what computed that may be split in turn.
 _WORTH = 1.1
 
 
 def _pieces(node: Node, first: np.ndarray, never: float) -> list[tuple[float, Node]] | None:
     """A node in runs of rows that are first read at one time, each with the time just before; None where it stays whole."""
-    if len(node.outputs) != 1 or not _by_first_axis(node):
+    if not _could_be_split(node):
         return None
     output = node.outputs[0][1]
-    if not output.shape or output.shape[0] < 2 or output.stride != contiguous_strides(output.shape) or output.offset:
-        return None
     rows = output.shape[0]
     each = int(np.prod(output.shape[1:], dtype=np.int64))
     when = first[output.start : output.start + rows * each].reshape(rows, each).min(1)
