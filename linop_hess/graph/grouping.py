@@ -172,7 +172,7 @@ def needed_of(sets: Sequence[Alike], needed: np.ndarray, ids: int) -> list[Alike
         for one in left:
             for argument in one.arguments:
                 read[argument] = True
-        kept = [np.concatenate([read[output] for output in one.outputs], 1).any(1) for one in left]
+        kept = [np.any(np.concatenate([read[output] for output in one.outputs], 1), axis=1) for one in left]
         if all(bool(mine.all()) for mine in kept):
             return left
         left = [one if mine.all() else one.of(mine) for one, mine in zip(left, kept, strict=True) if mine.any()]

@@ -66,7 +66,7 @@ _ADDS_UP = _overloads("index_put index_put_")
 @cache
 def only_relabels(func: Any) -> bool:
     """Whether an operation gives views of its argument and changes nothing."""
-    if func in _RELABELS_IN_PLACE or func in (aten._unsafe_view.default, aten.detach.default):
+    if func in (aten._unsafe_view.default, aten.detach.default):
         return True
     returns = func._schema.returns
     alias = [r.alias_info is not None and not r.alias_info.is_write for r in returns]
@@ -190,16 +190,19 @@ class Handling:
     writes: tuple[int, ...] = ()  # positions of the arguments that it changes
     moves: bool = False
     random: bool = False
+    only: bool = False  # it gives views, makes something new without reading it, or changes shape and strides
 
 
-RELABELS, AS_NEW = Handling(), Handling(moves=True)
+RELABELS, RELABELS_IN_PLACE, AS_NEW = Handling(only=True), Handling(only=True), Handling(only=True)
 
 
 @cache
 def handling(func: Any) -> Handling:
-    """How an operation is dealt with: `RELABELS`, `AS_NEW`, or what its schema says of it."""
+    """How an operation is dealt with: `RELABELS`, `RELABELS_IN_PLACE`, `AS_NEW`, or what its schema says of it."""
     if is_creation(func):
         return AS_NEW
+    if func in _RELABELS_IN_PLACE:
+        return RELABELS_IN_PLACE
     if only_relabels(func):
         return RELABELS
     schema = func._schema
