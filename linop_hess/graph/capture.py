@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import as_data, call_loss, call_model
-from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.differentiate import FusedOperation, twice_differentiable
 from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.rounding import Rounded
 from linop_hess.autograd.untouched import StandIns
@@ -46,6 +46,8 @@ class Capture:
         the output does; empty where the loss is a function of output and parameters.
     loss_of_output : callable
         ``loss_of_output(output, targets)``: the loss with the parameters, where it reads them itself, as constants.
+    in_primitives : bool
+        Whether functions of torch's had to be written in others.
     """
 
     trace: Trace
@@ -56,6 +58,7 @@ class Capture:
     gradient: list[Tensor]
     looks_inside: str
     loss_of_output: Callable[[Any, Any], Tensor]
+    in_primitives: bool
 
     def reads_output_alone(self, trace: Trace) -> bool:
         """Whether the loss of a trace, this run's or what is left of it, depends on the parameters through the output alone."""
@@ -71,6 +74,7 @@ def capture(
     names: Sequence[str],
     selections_compute: bool = False,
     again: bool = False,
+    in_primitives: bool = False,
 ) -> Capture:
     """Record loss_fn(model(inputs), targets).
 
@@ -85,6 +89,8 @@ def capture(
         Whether selections that have a surrogate, as maxima, are operations; else they move entries.
     again : bool
         Whether this model and loss have been seen to give the same value each time; else they run twice.
+    in_primitives : bool
+        Whether it is known that functions of torch's must be written in others; else it is found on the way, and run anew.
 
     Raises
     ------
@@ -96,9 +102,23 @@ def capture(
         If it is no tensor.
     """
     own = _Private(model, loss_fn, inputs, targets, names)
+    try:
+        return _captured(own, model, loss_fn, selections_compute, again, in_primitives)
+    except FusedOperation:
+        return _captured(own, model, loss_fn, selections_compute, again, True)
+
+
+def _captured(
+    own: _Private,
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    selections_compute: bool,
+    again: bool,
+    in_primitives: bool,
+) -> Capture:
     leaves, (own_inputs, own_targets) = list(own.leaves.values()), own.data()
     ours = [t for t in tree_leaves((own_inputs, own_targets)) if isinstance(t, Tensor)]
-    recorder = Recorder(leaves, [*ours, *own.constants], selections_compute)
+    recorder = Recorder(leaves, [*ours, *own.constants], selections_compute, in_primitives)
     between: list[Any] = []
 
     def recorded() -> Tensor:
@@ -119,7 +139,8 @@ def capture(
         kept = [t.detach().clone() for t in _floating(output)]
         return [*kept, checked_loss(own.loss(output, own_targets))]
 
-    with twice_differentiable("the model", leaves[0].device, model), recorder.memory.restored():
+    twice = twice_differentiable("the model", leaves[0].device, model, in_primitives)
+    with twice, recorder.memory.restored():
         with own.standing_in(), _module_paths(model, recorder.path):
             value = recorded()
         loss_ids = recorder.ids_of(value)
@@ -144,6 +165,7 @@ def capture(
         [g.detach() for g in gradient],
         _first_beyond(recorder.trace, given)[0],
         partial(own.loss_of_output, loss_fn),
+        in_primitives,
     )
 
 

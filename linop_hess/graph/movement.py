@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from linop_hess.autograd.differentiate import is_fused
+
 aten = torch.ops.aten
 
 
@@ -190,6 +192,7 @@ class Handling:
     writes: tuple[int, ...] = ()  # positions of the arguments that it changes
     moves: bool = False
     random: bool = False
+    fused: bool = False  # torch has its second derivative wrong, or not at all
     only: bool = False  # it gives views, makes something new without reading it, or changes shape and strides
 
 
@@ -207,7 +210,7 @@ def handling(func: Any) -> Handling:
         return RELABELS
     schema = func._schema
     writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
-    return Handling(writes, moves(func), torch.Tag.nondeterministic_seeded in func.tags)
+    return Handling(writes, moves(func), torch.Tag.nondeterministic_seeded in func.tags, is_fused(func))
 
 
 def draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

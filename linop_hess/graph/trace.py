@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from linop_hess.autograd.differentiate import FusedOperation
 from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.autograd.untouched import Memory
 from linop_hess.errors import UnsupportedModelError
@@ -149,6 +150,8 @@ class Recorder(TorchDispatchMode):
         Constants that nobody else has. Of other tensors that existed before, what nodes hold is a copy.
     selections_compute : bool
         Whether selections that have a surrogate, as maxima, are operations; else they move entries.
+    in_primitives : bool
+        Whether it runs with functions of torch's written in others where that is needed; else it ends with `FusedOperation` there.
 
     Notes
     -----
@@ -157,11 +160,15 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], private: Sequence[Tensor] = (), selections_compute: bool = False
+        self,
+        parameters: Sequence[Tensor],
+        private: Sequence[Tensor] = (),
+        selections_compute: bool = False,
+        in_primitives: bool = True,
     ) -> None:
         super().__init__()
         self.trace = Trace()
-        self._selections_compute = selections_compute
+        self._selections_compute, self._in_primitives = selections_compute, in_primitives
         self.path: list[str] = [""]
         self.in_loss = False
         self._ids: dict[int, int | Tensor] = {}  # by storage: the first of consecutive ids, or the id of each entry
@@ -205,6 +212,8 @@ class Recorder(TorchDispatchMode):
                 self._known.clear()
             out = func(*args, **kwargs)
             return self.memory.note(out) if how is AS_NEW else out
+        if how.fused and not self._in_primitives:
+            raise FusedOperation
         flat, spec = args, None
         if kwargs or _nested(args):
             flat, spec = tree_flatten((args, kwargs))
