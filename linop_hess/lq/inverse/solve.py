@@ -24,6 +24,7 @@ from linop_hess.lq.accuracy import (
     DENSE_CONDITION,
     DETERMINED,
     NEARLY_SINGULAR,
+    NORM_SETTLED,
     SINGULAR_CONDITION,
     STALLED,
     UNDETERMINED,
@@ -125,7 +126,9 @@ class Solver:
         if self._is_alone:
             self.plan: Plan = plan_for(self.analysis, self.damping.real, method)
         else:
-            self.plan = make_plan(self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch, precision)
+            self.plan = make_plan(
+                self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch, precision, method
+            )
         v, product = self.analysis.probe
         self._norm_bound = float(norms(product + self.damping * v).max())
         self._norm_is_final = False
@@ -320,7 +323,7 @@ class Solver:
 
     def _iterated(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
         """x, its backward error, residual norms and iterations, by GMRES with the factors as preconditioner."""
-        self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping))
+        self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping, settled=NORM_SETTLED))
         self._norm_is_final = True
         sizes = norms(g)
         found = gmres(
@@ -369,7 +372,7 @@ class Solver:
             self._norm_bound = max(self._norm_bound, bound)
         error = self._ratio(size_r, size_x, size_g)
         if not error <= tolerance and not self._norm_is_final:
-            self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping))
+            self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping, settled=NORM_SETTLED))
             self._norm_is_final = True
             error = self._ratio(size_r, size_x, size_g)
         return error, residuals, r
