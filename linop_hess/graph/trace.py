@@ -253,9 +253,8 @@ class Recorder(TorchDispatchMode):
             before = {id(flat[i]): as_tensor(a, flat[i].shape) for i, a in zip(active, arguments, strict=True)}
         out = self.memory.note(func(*args, **kwargs))
         results = out if isinstance(out, (tuple, list)) else (out,)
-        for result in results:
-            if isinstance(result, Tensor) and result.is_complex():
-                raise self._complex(func)
+        if any(o.is_complex() for o in results if isinstance(o, Tensor)):
+            raise self._complex(func)
         if before is not None:
             moved = moved_ids(func, args, kwargs, before, results)
             if moved is not None:
