@@ -155,7 +155,9 @@ def alike(nodes: Sequence[Node]) -> list[Alike]:
     """Nodes by their signatures, in the order of the first of each."""
     found: dict[Hashable, list[int]] = {}
     for k, node in enumerate(nodes):
-        found.setdefault(_signature(node), []).append(k)
+        if node.signature is None:
+            node.signature = _signature(node)
+        found.setdefault(node.signature, []).append(k)
     return [Alike(signature, np.array(mine), [nodes[k] for k in mine]) for signature, mine in found.items()]
 
 

@@ -14,30 +14,42 @@ from torch.utils._pytree import tree_unflatten
 
 from linop_hess.graph.grouping import Alike
 from linop_hess.graph.rules.elementwise import is_elementwise, scale_shift
-from linop_hess.graph.rules.operation import flattened, out_of_place
+from linop_hess.graph.rules.operation import argument_names, out_of_place
 from linop_hess.graph.rules.reductions import normalize, standardize
 from linop_hess.graph.trace import Ids, Node, Strided, Trace, contiguous_strides
 
 aten = torch.ops.aten
 
 
-def lower(trace: Trace) -> list[Node]:
+def lower(trace: Trace, sets: Sequence[Alike]) -> list[Node]:
     """The nodes of a trace, with each fused operation replaced by its parts; the very list where there is none.
 
     One is left as it is where something other than its first output is used.
+
+    Parameters
+    ----------
+    trace : Trace
+        Its number of elements grows.
+    sets : sequence of Alike
+        Its nodes.
     """
-    if not any(node.func in _PARTS for node in trace.nodes):
+    fused = [one for one in sets if one.nodes[0].func in _PARTS]
+    if not fused:
         return trace.nodes
     read = np.zeros(trace.ids + 1, dtype=bool)
-    if any(node.func in _PARTS and len(node.outputs) > 1 for node in trace.nodes):
-        for node in trace.nodes:
-            for ids in node.arguments:
-                read[ids.ids() if isinstance(ids, Strided) else ids] = True
+    if any(len(one.outputs) > 1 for one in fused):
+        for one in sets:
+            for argument in one.arguments:
+                read[argument] = True
+    whole: set[int] = set()
+    for one in fused:
+        side_outputs = [ids for (j, _), ids in zip(one.nodes[0].outputs, one.outputs, strict=True) if j > 0]
+        if side_outputs:
+            whole.update(one.members[np.any(read[np.concatenate(side_outputs, 1)], axis=1)].tolist())
     nodes: list[Node] = []
-    for node in trace.nodes:
+    for k, node in enumerate(trace.nodes):
         parts = _PARTS.get(node.func)
-        side_outputs = [output for j, output in node.outputs if j > 0]
-        if parts is None or any(bool(read[output.ids()].any()) for output in side_outputs):
+        if parts is None or k in whole:
             nodes.append(node)
         else:
             nodes += parts(trace, node) or [node]
@@ -48,7 +60,7 @@ def _derived(
     trace: Trace, node: Node, func: Any, args: tuple[Any, ...], ids: dict[int, Ids], output: Strided | None
 ) -> Node:
     """A node with the same place and name; without `output` one with new ids."""
-    flat, spec = flattened(args)
+    flat, spec = list(args), None  # none of them is nested
     active = [i for i, a in enumerate(flat) if isinstance(a, Tensor) and id(a) in ids]
     if output is None:
         value = args[0]
@@ -81,7 +93,7 @@ def _then_affine(
 def named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any]:
     """The flattened arguments of an operation by their names in its schema, those that were given."""
     args, kwargs = tree_unflatten(list(flat), spec) if spec is not None else (flat, {})
-    return {**{a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}, **kwargs}
+    return {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
 
 
 def _reader(node: Node) -> tuple[Callable[..., Any], dict[int, Ids]]:

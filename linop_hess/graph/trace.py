@@ -89,6 +89,8 @@ class Node:
         Whether the loss function ran it, and not the model.
     operation : str
         What it is called where `func` is a function of ours.
+    signature : hashable
+        As `grouping.alike` finds it, kept; None: not found yet.
     """
 
     func: Any
@@ -100,6 +102,7 @@ class Node:
     path: str
     in_loss: bool
     operation: str = ""
+    signature: Any = field(default=None, init=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -112,6 +115,7 @@ class Node:
         return f"{self.name} in module {self.path!r}" if self.path else f"{self.name}"
 
 
+@cache
 def operation_name(func: Any) -> str:
     """Name of an operation without its overload."""
     return str(func).rsplit(".", 1)[0]
@@ -403,7 +407,11 @@ class Recorder(TorchDispatchMode):
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
-    return tuple(int(np.prod(shape[k + 1 :], dtype=np.int64)) for k in range(len(shape)))
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= int(size)
+    return tuple(reversed(strides))
 
 
 # Usual arguments that are no tensors, told without asking torch.
