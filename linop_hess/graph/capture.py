@@ -23,7 +23,8 @@ from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.rounding import Rounded
 from linop_hess.autograd.untouched import StandIns
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.trace import Recorder, Strided, Trace
+from linop_hess.graph.movement import Strided
+from linop_hess.graph.trace import Recorder, Trace
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.liveness import uses
+from linop_hess.graph.movement import Ids, Strided, places
 from linop_hess.graph.rules.elementwise import Elementwise, ScaleShift
 from linop_hess.graph.rules.nonsmooth import Extremum, Pooling, SecondDerivatives
 from linop_hess.graph.rules.operation import CONSTANT, CONTROL, STATE, Operation, Placement, Rule, is_aten
 from linop_hess.graph.rules.primitive import Whole
 from linop_hess.graph.rules.products import Affine, BatchedProduct, Convolution
 from linop_hess.graph.rules.reductions import Along, Normalization, Reduction, Standardization
-from linop_hess.graph.trace import Ids, Node, Strided, places
+from linop_hess.graph.trace import Node
 
 RULES: tuple[Rule, ...] = (
     Affine(),

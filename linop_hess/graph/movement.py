@@ -1,4 +1,4 @@
-"""Operations that move entries and compute nothing, carried out on element ids."""
+"""Element ids of tensors, and operations that move entries and compute nothing, carried out on them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -14,6 +15,46 @@ from torch.utils._pytree import tree_flatten, tree_map
 from linop_hess.autograd.differentiate import is_fused
 
 aten = torch.ops.aten
+
+
+@dataclass(slots=True)
+class Strided:
+    """Element ids of a tensor that lies in a storage whose ids are consecutive: `start` plus the place in the storage."""
+
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def ids(self) -> np.ndarray:
+        """The ids, flat, in row-major order."""
+        return self.start + places(self.shape, self.stride, self.offset)
+
+
+@cache
+def places(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> np.ndarray:
+    """Places in a storage of a tensor's entries, in row-major order."""
+    at = np.array(offset, dtype=np.int64)
+    for size, step in zip(shape, stride, strict=True):
+        at = at[..., None] + step * np.arange(size, dtype=np.int64)
+    return at.reshape(-1)
+
+
+Ids = Strided | np.ndarray
+
+
+def as_tensor(ids: Ids, shape: torch.Size) -> Tensor:
+    """The ids of a tensor, in its shape."""
+    return torch.from_numpy(ids.ids() if isinstance(ids, Strided) else ids).view(shape)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= int(size)
+    return tuple(reversed(strides))
 
 
 def _overloads(names: str) -> frozenset[Any]:

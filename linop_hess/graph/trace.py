@@ -25,45 +25,26 @@ from linop_hess.autograd.differentiate import FusedOperation
 from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.autograd.untouched import Memory
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.movement import AS_NEW, RELABELS_IN_PLACE, Handling, draws, handling, moved_ids
+from linop_hess.graph.movement import (
+    AS_NEW,
+    RELABELS_IN_PLACE,
+    Handling,
+    Ids,
+    Strided,
+    as_tensor,
+    contiguous_strides,
+    draws,
+    handling,
+    moved_ids,
+)
 
 _FLOATS = (torch.float32, torch.float64)
 _DTYPES = (*_FLOATS, torch.float16, torch.bfloat16)
 
 
-@dataclass(slots=True)
-class Strided:
-    """Element ids of a tensor that lies in a storage whose ids are consecutive: `start` plus the place in the storage."""
-
-    start: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def ids(self) -> np.ndarray:
-        """The ids, flat, in row-major order."""
-        return self.start + places(self.shape, self.stride, self.offset)
-
-
-@cache
-def places(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> np.ndarray:
-    """Places in a storage of a tensor's entries, in row-major order."""
-    at = np.array(offset, dtype=np.int64)
-    for size, step in zip(shape, stride, strict=True):
-        at = at[..., None] + step * np.arange(size, dtype=np.int64)
-    return at.reshape(-1)
-
-
-Ids = Strided | np.ndarray
-
 # In place of the first id of a storage: that of a tensor which requires a gradient but depends on no parameter.
 _CONSTANT = 0
 _NONE = np.zeros(0, dtype=np.int64)
-
-
-def as_tensor(ids: Ids, shape: torch.Size) -> Tensor:
-    """The ids of a tensor, in its shape."""
-    return torch.from_numpy(ids.ids() if isinstance(ids, Strided) else ids).view(shape)
 
 
 @dataclass(slots=True)
@@ -255,10 +236,12 @@ class Recorder(TorchDispatchMode):
         before = None
         if how.moves and not (self._selections_compute and surrogate(func, 1.0) is not None):
             before = {id(flat[i]): as_tensor(a, flat[i].shape) for i, a in zip(active, arguments, strict=True)}
-        out = self.memory.note(func(*args, **kwargs))
+        out = func(*args, **kwargs)
         results = out if isinstance(out, (tuple, list)) else (out,)
         if any(o.is_complex() for o in results if isinstance(o, Tensor)):
             raise self._complex(func)
+        if before is not None or len(results) > 1:
+            self.memory.note(out)
         if before is not None:
             moved = moved_ids(func, args, kwargs, before, results)
             if moved is not None:
@@ -267,7 +250,7 @@ class Recorder(TorchDispatchMode):
                         self._write(output, new)
                 return out
         fresh = [
-            (j, o, o.untyped_storage().data_ptr())
+            (j, o, self.memory.note_one(o))
             for j, o in enumerate(results)
             if isinstance(o, Tensor) and o.dtype in _DTYPES and o.numel()
         ]
@@ -403,15 +386,6 @@ class Recorder(TorchDispatchMode):
             self._ids[key] = buffer
             self._alive.append(tensor)
         buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= int(size)
-    return tuple(reversed(strides))
 
 
 # Usual arguments that are no tensors, told without asking torch.

@@ -46,7 +46,6 @@ PRECISIONS = ("auto", "single", "double")
 # A solution that looks singular is worth so many times the fastest factorization to tell; one that is nearly so is worth less.
 _WORTH, _WORTH_A_LOOK = 100.0, 4.0
 
-
 # Flops of a solve for each entry of the factors, four times: what a refinement may cost is a fourth of the factorization.
 _REFINEMENT_FLOPS = 4 * 4.0
 
@@ -126,9 +125,8 @@ class Solver:
         if self._is_alone:
             self.plan: Plan = plan_for(self.analysis, self.damping.real, method)
         else:
-            self.plan = make_plan(
-                self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch, precision, method
-            )
+            how = self.right_hand_sides, self.tolerance, sketch, precision, method
+            self.plan = make_plan(self.analysis, self.damping, *how)
         v, product = self.analysis.probe
         self._norm_bound = float(norms(product + self.damping * v).max())
         self._norm_is_final = False
