@@ -83,7 +83,6 @@ def main() -> None:
         serve(args.serve)
         return
     trees = [Path(__file__).resolve().parents[2], *([args.against.resolve()] if args.against else [])]
-    rows = []
     for name in [n for n in NAMES if not args.names or any(part in n for part in args.names)]:
         servers = [
             subprocess.Popen(
@@ -109,10 +108,12 @@ def main() -> None:
         for server in servers:
             server.communicate()
         unit = statistics.median(run["unit"] for runs in found for run in runs)
+        rows = []
         for label, runs in zip(("this tree", "the other"), found, strict=False):
             parts = [f"{statistics.median(run[part] for run in runs) / unit:.2f}" for part in PARTS]
             rows.append([name, label, f"{1e3 * unit:.0f} ms", *parts])
-    print_table(["model", "", "one HVP", *PARTS], rows)
+        print_table(["model", "", "one HVP", *PARTS], rows)
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
