@@ -20,6 +20,7 @@ from scipy.linalg import lapack
 _SIZES = {
     "gemm": (8, 32, 96, 288),
     "ldl": (8, 32, 96, 288, 720),
+    "cholesky": (96, 288, 720),
     "substitution": (8, 32, 96, 288),
     "lu": (8, 32, 96, 288),
 }
@@ -43,8 +44,8 @@ class Machine:
     byte : float
         Of one byte read and written.
     rates : dict of str to (sizes, seconds per flop)
-        Of each kernel: "gemm", "ldl" (Bunch-Kaufman, n³/3 flops), "substitution" (triangular, n³), "lu" (2/3 n³), "band" (LU of half
-        bandwidth n, 4 n² a row).
+        Of each kernel: "gemm", "ldl" (Bunch-Kaufman, n³/3 flops), "cholesky" (the same), "substitution" (triangular, n³), "lu" (2/3 n³),
+        "band" (LU of half bandwidth n, 4 n² a row).
     """
 
     call: float
@@ -81,6 +82,7 @@ def _measured(dtype: torch.dtype, threads: int) -> Machine:
 _FLOPS: dict[str, Callable[[float], float]] = {
     "gemm": lambda n: 2.0 * n**3,
     "ldl": lambda n: n**3 / 3.0,
+    "cholesky": lambda n: n**3 / 3.0,
     "substitution": lambda n: 1.0 * n**3,
     "lu": lambda n: 2.0 / 3.0 * n**3,
 }
@@ -96,6 +98,9 @@ def _run(kernel: str, n: int, dtype: torch.dtype) -> Callable[[], object]:
         return lambda: A @ S
     if kernel == "ldl":
         return lambda: torch.linalg.ldl_factor_ex(S)
+    if kernel == "cholesky":
+        S.diagonal().add_(3.0)  # definite: eigenvalues of the rest are within ±2√2
+        return lambda: torch.linalg.cholesky_ex(S)
     if kernel == "substitution":
         return lambda: torch.linalg.solve_triangular(S, A, upper=False, unitriangular=True)
     return lambda: torch.linalg.lu_factor_ex(S)

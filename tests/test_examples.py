@@ -44,6 +44,7 @@ def test_every_example_is_tested():
         "near_inverses",
         "optimal_control",
         "pendulum",
+        "physics_informed",
         "preconditioner_clinic",
         "preconditioning",
         "residual_network",
@@ -51,6 +52,13 @@ def test_every_example_is_tested():
         "transformer",
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_physics_informed(tmp_path):
+    picture = tmp_path / "physics_informed.png"
+    found = load("physics_informed").main(width=10, side=6, seconds=60.0, steps=50, figure=str(picture))
+    assert found["GaussNewton"] <= 1e-2 and found["GaussNewton"] <= 0.1 * min(found["Adam"], found["L-BFGS"])
+    assert picture.stat().st_size > 10_000
 
 
 def test_swap_adam():

@@ -86,6 +86,11 @@ _INSTEAD: dict[Any, Callable[..., Any]] = {
 }
 
 
+def in_primitives(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same of operations that have second derivatives and batching rules, where torch's own has not; else the function itself."""
+    return _INSTEAD.get(function, function)
+
+
 class _Primitive(TorchFunctionMode):
     """Operations whose second derivative torch has wrong, or not at all, written in primitive ones."""
 
@@ -93,7 +98,7 @@ class _Primitive(TorchFunctionMode):
         if func is torch.autograd.grad:
             with self:  # a checkpoint runs its forward pass within the backward pass
                 return _grad(*args, **(kwargs or {}))
-        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+        return in_primitives(func)(*args, **(kwargs or {}))
 
 
 def _switch_off(library: str) -> Callable[[], bool]:

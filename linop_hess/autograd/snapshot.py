@@ -123,6 +123,15 @@ def changed_buffers(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
     ]
 
 
+def put_buffers_back(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Write copies made by `buffers_of` into the buffers that differ from them in their entries."""
+    own = dict(model.named_buffers())
+    with torch.no_grad():
+        for name in changed_buffers(model, before):
+            if name in before and own[name].shape == before[name].shape:
+                own[name].copy_(before[name])
+
+
 def _chosen_names(named: dict[str, nn.Parameter], params: str | Iterable[str] | None) -> list[str]:
     if params is None:
         return [name for name, parameter in named.items() if parameter.requires_grad]

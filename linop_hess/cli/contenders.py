@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from linop_hess import tasks
 from linop_hess.cli.kfac import KFAC
 from linop_hess.cli.trace import Finished, Trace
-from linop_hess.optim import GaussNewton, HessianFree, PreconditionedSGD, SaddleFree, TrustRegion
+from linop_hess.optim import GaussNewton, HessianFree, PreconditionedSGD, SaddleFree, Searched, TrustRegion
 from linop_hess.tasks import ControlRecord, LearningTask, ShootingTask
 
 Task = LearningTask | ShootingTask
@@ -137,6 +137,14 @@ def _smooth(model: nn.Module, loss_fn: Any, **how: Any) -> SaddleFree:
     return SaddleFree(model, loss_fn, nonsmooth="smooth", sharpness=_BLUNT, **how)
 
 
+def _geodesic(model: nn.Module, loss_fn: Any, **how: Any) -> GaussNewton:
+    return GaussNewton(model, loss_fn, damping=Searched(_FIRST_DAMPING), geodesic=True, **how)
+
+
+# Of the first trial point of least squares, whose Jacobian has entries of order one.
+_FIRST_DAMPING = 1e-2
+
+
 def _control(method: Callable[..., Any], **how: Any) -> Callable[[ShootingTask, Trace, float | None], None]:
     def steps(task: ShootingTask, trace: Trace, rate: float | None) -> None:
         def watch(record: ControlRecord) -> None:
@@ -174,6 +182,7 @@ LEARNING: dict[str, Contender] = {
     "kfac": Contender("K-FAC", _curved(KFAC), why_not=_why_no_kfac),
     "saddle-free": Contender("SaddleFree", _curved(SaddleFree)),
     "gauss-newton": Contender("GaussNewton", _curved(GaussNewton)),
+    "gauss-newton-geodesic": Contender("GaussNewton, geodesic", _curved(_geodesic)),
     "saddle-free-smooth": Contender("SaddleFree, smooth", _curved(_smooth, _sharper)),
     "trust-region": Contender("TrustRegion", _curved(TrustRegion)),
     "preconditioned-sgd": Contender("PreconditionedSGD", _curved(PreconditionedSGD), (3e-2, 1e-1, 3e-1)),

@@ -255,8 +255,9 @@ def handling(func: Any) -> Handling:
 
 
 def draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a random operation draws: some do so in training alone."""
-    for k, argument in enumerate(func._schema.arguments):
-        if argument.name in ("training", "train"):
-            return bool(args[k] if k < len(args) else kwargs.get(argument.name, argument.default_value))
-    return True
+    """Whether a random operation draws: some do so in training alone, or where something is to be dropped."""
+    return all(
+        args[k] if k < len(args) else kwargs.get(argument.name, argument.default_value)
+        for k, argument in enumerate(func._schema.arguments)
+        if argument.name in ("training", "train", "dropout_p", "dropout")
+    )

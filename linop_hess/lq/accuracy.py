@@ -71,6 +71,18 @@ CANCELLED = 100.0
 # A dense Hessian is compared with a product on a random unit vector: it is right where they differ by so many eps of its norm.
 ASSEMBLED = 1e4
 
+# Rows of a Jacobian, added up with random weights, are the gradient of the same sum up to so much of the sum of their absolute values:
+# sums in another order, through some layers.
+ROWS_ADD_UP = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+# A loss computed twice at the same parameters by the same kernels differs by no more, relatively: on a graphics card some add up in an
+# order that is not told, in float32 too.
+LOSS_REPEATS = 1e-5
+
+# A loss is taken as convex in the outputs where its negative curvatures are at most so much of the largest: those of cross entropy cancel
+# to p − p², and are rounding in these terms where all probabilities are near 0 and 1.
+CONCAVE = 1e-3
+
 # --- Which pivots a solve may divide by ----------------------------------------------------------------------------------------
 
 # Every stage has pivots of size ε (controls that its output hardly sees), so a pivot is small only where it is far below |ε|, and far

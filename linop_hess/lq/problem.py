@@ -21,7 +21,7 @@ from torch import Tensor
 from linop_hess.lq.layout import Layout, Slots, sizes_of
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.dense import DenseStage
-from linop_hess.lq.transition import Sweep, Transition
+from linop_hess.lq.transition import Sweep, SweptProduct, Transition
 from linop_hess.processes import ALONE, Processes
 
 
@@ -331,18 +331,12 @@ class Problem:
         return out
 
     @cached_property
-    def sweep(self) -> Sweep:
-        """The stages from the first with controls on, for products stage by stage."""
-        return Sweep(self.stages[self.layout.first :])
+    def _swept(self) -> SweptProduct:
+        return SweptProduct(Sweep(self.stages[self.layout.first :]))
 
     def _swept_product(self, x: Tensor) -> Tensor:
         """The same stage by stage, which keeps wide states in cache where products of whole stacks do not."""
-        chain = self.layout.in_chain_order(x)
-        out = torch.zeros_like(chain)
-        states = self.sweep.forward(chain, None)
-        self.sweep.back(None, states=states, x=chain, rows=out, down=False)
-        self.sweep.add_A(chain, out)
-        out = self.layout.in_flat_order(out)
+        out = self.layout.in_flat_order(self._swept.times(self.layout.in_chain_order(x)))
         if self.diagonal is not None:
             out.addcmul_(self.diagonal[:, None], x)
         return out

@@ -11,6 +11,7 @@ costates y_{l−1} = F_lᵀ y_l + C_l δ_{l−1} + B_lᵀ x_l, the rows are (H x
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -27,6 +28,8 @@ from linop_hess.lq.stages.base import Stage, common_samples
 _CALLS_PER_STAGE = 5
 _ENTRIES_PER_CALL = 4000
 _BAND_BYTES_LIMIT = 1 << 31
+# Numbers of a state that products with a block of columns move at once.
+_NUMBERS_IN_CACHE = 1 << 17
 
 
 class Transition:
@@ -270,6 +273,44 @@ class Sweep:
         for stage, part in zip(self.stages, self._slices, strict=True):
             if part is not None and "A" in stage.nonzero:
                 rows[part] += stage.A(x[None, part])[0]
+
+
+class SweptProduct:
+    """Products of H with blocks of columns, a chunk of samples after another, so that the states of a chunk stay in cache.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        Of all stages, from the first with controls on.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self._samples = common_samples(sweep.stages)
+        self._widest = max((stage.n_out for stage in sweep.stages), default=0)  # what precedes the first does not move
+        self._is_cached = bool(sweep.stages) and sweep.stages[0].device.type == "cpu"
+        self._parts: dict[int, list[Sweep]] = {1: [sweep]}
+
+    def times(self, x: Tensor) -> Tensor:
+        """H x for x of shape (N, k) in the order of the chain."""
+        out = torch.zeros_like(x)
+        for part in self._chunks(x.shape[1]):
+            part.back(None, states=part.forward(x, None), x=x, rows=out, down=False)
+        self.sweep.add_A(x, out)
+        return out
+
+    def _chunks(self, columns: int) -> list[Sweep]:
+        """The stages on chunks of samples; all at once for one column, whose states are small beside what the stages hold."""
+        samples = self._samples
+        fitting = min(samples, self._widest * columns / _NUMBERS_IN_CACHE) if self._is_cached and columns > 1 else 1.0
+        count = 1 << round(math.log2(max(1.0, fitting)))  # a power of two, so that few are made
+        count = count if count <= samples else count // 2
+        if count not in self._parts:
+            bounds = [samples * c // count for c in range(count + 1)]
+            self._parts[count] = [
+                self.sweep.of_samples(start, stop, samples) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+            ]
+        return self._parts[count]
 
 
 def _plus(y: Tensor | None, more: Tensor) -> Tensor:

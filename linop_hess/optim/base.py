@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from linop_hess._validate import Nonsmooth, finite_real, require_loss_fn, whole
 from linop_hess.autograd.calling import NOT_GIVEN
 from linop_hess.autograd.snapshot import select_parameters
-from linop_hess.errors import FactorizationError, NotFiniteError, SingularPivotError
+from linop_hess.errors import FactorizationError, NotFiniteError, SingularPivotError, UnsupportedModelError
+from linop_hess.lq.accuracy import LOSS_REPEATS
 from linop_hess.optim.damping import Curvature, Damping
-from linop_hess.optim.objective import Linearizer, Loss, Objective, objective_of
+from linop_hess.optim.objective import Loss, Objective, objective_of
+from linop_hess.optim.quadratic import Linearizer
 from linop_hess.optim.record import StepRecord, Tally
 from linop_hess.optim.trials import Point, Trial, further, searched
 
@@ -298,6 +300,7 @@ class TrialOptimizer(CurvatureOptimizer):
             return StepRecord(number, loss, reason="the loss is not finite", damping=self.damping.value)
         try:
             model = self._local_model(objective, tally)
+            _require_same(loss, model.loss, objective)
             tally.inertia = self.damping.begin(model.curvature)
         except (NotFiniteError, *FAILURES) as error:
             self.damping.refused()
@@ -359,6 +362,26 @@ class TrialOptimizer(CurvatureOptimizer):
 
 
 _NO_SLOPE = "the gradient is zero"
+
+
+def _require_same(loss: float, of_model: float, objective: Objective) -> None:
+    """Refuse a loss that is another one when it is computed again, in the same way.
+
+    In another way it may be off by all of its digits: near its least value it is rounding.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is off by more than sums in another order explain.
+    """
+    if of_model == loss:
+        return
+    again = objective.loss()
+    if abs(loss - again) > LOSS_REPEATS * max(abs(loss), abs(again)):
+        raise UnsupportedModelError(
+            f"expected a model and a loss that give the same value each time, got {loss!r} and {again!r}: call model.eval(), or remove "
+            "what is random"
+        )
 
 
 def first_line(error: BaseException) -> str:

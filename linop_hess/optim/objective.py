@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader, Dataset
 
-from linop_hess._validate import Nonsmooth, checked_loss
+from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model, takes_parameters
 from linop_hess.autograd.differentiate import twice_differentiable
-from linop_hess.autograd.kinks.surrogates import checked_sharpness
 from linop_hess.graph.build import AUTOGRAD
+from linop_hess.graph.layers import known_layers
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.linearization import Linearization, Told, linearize_again
 
@@ -30,14 +30,40 @@ class Objective(ABC):
     ----------
     parameters : mapping of str to Tensor
         Those that are optimized, by name, in the model's order.
+
+    Attributes
+    ----------
+    shape : torch.Size or None
+        Of the output when the loss was last computed; None if it is no tensor, or not told from the loss.
     """
+
+    shape: torch.Size | None = None
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = dict(parameters)
 
+    @property
+    def leaves(self) -> list[nn.Parameter]:
+        """The parameters, in the order of flat vectors."""
+        return list(self._parameters.values())
+
     @abstractmethod
     def _compute(self) -> Any:
         """The loss as the user's function gives it."""
+
+    def output(self) -> Any:
+        """The output of the model as it gives it.
+
+        Raises
+        ------
+        TypeError
+            If it is not told from the loss.
+        """
+        raise TypeError("expected a closure that returns (output, target), got one that returns the loss: return both")
+
+    def _loss_of(self, output: Any, loss_fn: Loss, targets: Any) -> Any:
+        self.shape = output.shape if isinstance(output, Tensor) else None
+        return call_loss(loss_fn, output, targets, self._parameters)
 
     def loss(self) -> float:
         """The loss at the current parameters, which may be infinite or NaN.
@@ -60,7 +86,7 @@ class Objective(ABC):
         TypeError, ValueError
             If the loss is no scalar tensor, or not differentiable by any parameter.
         """
-        leaves = list(self._parameters.values())
+        leaves = self.leaves
         with twice_differentiable("the closure", leaves[0].device), torch.enable_grad():
             loss = self._compute()
             value = _number(loss)
@@ -101,16 +127,16 @@ class Objective(ABC):
         Raises
         ------
         TypeError
-            If the output is not told from the loss, or is no tensor, or the loss has the parameters as a third argument.
+            If the output is not told from the loss, or is no tensor, or the loss depends on parameters in another way than by it.
         """
-        leaves = list(self._parameters.values())
+        leaves = self.leaves
         # Trial points move parameters in place, which the graph of this point must not see.
         mine = {p.untyped_storage().data_ptr() for p in leaves}
         kept = saved_tensors_hooks(
             lambda t: t.detach().clone() if t.untyped_storage().data_ptr() in mine else t, lambda t: t
         )
         with twice_differentiable("the model", leaves[0].device), torch.enable_grad(), kept:
-            output, loss_of = self._parts()
+            output, loss_of = self.parts()
             if not isinstance(output, Tensor):
                 raise TypeError(
                     f"expected a model whose output is one tensor, got {_described(output)}: use GaussNewton, which takes nests"
@@ -118,7 +144,12 @@ class Objective(ABC):
             state, spread = output.detach().requires_grad_(), torch.zeros_like(output).requires_grad_()
             loss = loss_of(state)
             value = _number(loss)
-            (slope,) = torch.autograd.grad(loss, state, create_graph=True)
+            slope = slope_by_output(loss, state, leaves)
+            if slope is None:
+                raise TypeError(
+                    "expected a loss of the output alone, got one that depends on parameters in another way too, or on none: give the loss "
+                    "the parameters as a third argument and use GaussNewton, or use SaddleFree"
+                )
             pulled = torch.autograd.grad(output, leaves, spread, create_graph=True, materialize_grads=True)
             pullback = torch.cat([part.reshape(-1) for part in pulled])
 
@@ -138,8 +169,8 @@ class Objective(ABC):
         return value, pull(slope.detach()), product
 
     @abstractmethod
-    def _parts(self) -> tuple[Any, Callable[[Any], Any]]:
-        """The output of the model, and the loss as a function of it."""
+    def parts(self) -> tuple[Any, Callable[[Any], Any]]:
+        """The output of the model, and the loss as a function of it; a TypeError where one is not told from the other."""
 
     @abstractmethod
     def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
@@ -149,6 +180,11 @@ class Objective(ABC):
     def has_output(self) -> bool:
         """Whether the model's output is told from the loss, as Gauss-Newton needs it."""
         return True
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether the model is a sequence of layers known by their formulas, so that `linearize` need not record it."""
+        return False
 
 
 class Batch(Objective):
@@ -161,10 +197,17 @@ class Batch(Objective):
         self._model, self._loss_fn, self._inputs, self._targets = model, loss_fn, inputs, targets
 
     def _compute(self) -> Any:
-        return call_loss(self._loss_fn, call_model(self._model, self._inputs), self._targets, self._parameters)
+        return self._loss_of(self.output(), self._loss_fn, self._targets)
 
-    def _parts(self) -> tuple[Any, Callable[[Any], Any]]:
-        return call_model(self._model, self._inputs), _of_output(self._loss_fn, self._targets)
+    @property
+    def has_layers(self) -> bool:
+        return known_layers(self._model, self._inputs, list(self._parameters)) is not None
+
+    def output(self) -> Any:
+        return call_model(self._model, self._inputs)
+
+    def parts(self) -> tuple[Any, Callable[[Any], Any]]:
+        return self.output(), _of_output(self._loss_fn, self._targets)
 
     def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
         names = list(self._parameters)
@@ -195,20 +238,20 @@ class Closure(Objective):
     ) -> None:
         super().__init__(parameters)
         self._called, self._loss_fn, self._closure, self._target = (
-            _Called(model, self._output),
+            _Called(model, self.output),
             loss_fn,
             closure,
             target,
         )
 
-    def _output(self) -> Any:
+    def output(self) -> Any:
         return self._closure()[0]
 
     def _compute(self) -> Any:
-        return call_loss(self._loss_fn, self._output(), self._target, self._parameters)
+        return self._loss_of(self.output(), self._loss_fn, self._target)
 
-    def _parts(self) -> tuple[Any, Callable[[Any], Any]]:
-        return self._output(), _of_output(self._loss_fn, self._target)
+    def parts(self) -> tuple[Any, Callable[[Any], Any]]:
+        return self.output(), _of_output(self._loss_fn, self._target)
 
     def linearize(self, second: SecondDerivatives = AUTOGRAD, told: Told | None = None) -> Linearization:
         names = [f"model.{name}" for name in self._parameters]
@@ -227,7 +270,7 @@ class Scalar(Objective):
     def _compute(self) -> Any:
         return self._closure()
 
-    def _parts(self) -> tuple[Any, Callable[[Any], Any]]:
+    def parts(self) -> tuple[Any, Callable[[Any], Any]]:
         raise TypeError(
             "expected a closure that returns (output, target) for a Gauss-Newton matrix, got one that returns the loss: it tells nothing "
             "of the output; use SaddleFree, or return both"
@@ -244,6 +287,18 @@ class Scalar(Objective):
         return False
 
 
+def slope_by_output(loss: Tensor, state: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
+    """Derivatives of a loss by the output of which it was computed, with their graph; None where it depends on parameters past that.
+
+    So does a penalty on weights that a loss takes from the model itself, or one on what a layer has left for it. None too where it does
+    not depend on the output.
+    """
+    if not loss.requires_grad:
+        return None
+    slope, *past = torch.autograd.grad(loss, [state, *leaves], create_graph=True, allow_unused=True)
+    return None if any(part is not None for part in past) else slope
+
+
 def _of_output(loss_fn: Loss, targets: Any) -> Callable[[Any], Any]:
     if takes_parameters(loss_fn):
         raise TypeError(
@@ -251,32 +306,6 @@ def _of_output(loss_fn: Loss, targets: Any) -> Callable[[Any], Any]:
             "GaussNewton"
         )
     return lambda output: call_loss(loss_fn, output, targets, {})
-
-
-class Linearizer:
-    """Linearizes the objectives of one step after the other, each with what the last one told.
-
-    Parameters
-    ----------
-    nonsmooth, sharpness
-        As of `linop_hess.linearize`.
-
-    Raises
-    ------
-    ValueError
-        If they are not usable.
-    """
-
-    def __init__(self, nonsmooth: Nonsmooth, sharpness: float | None) -> None:
-        self._second = SecondDerivatives.of(nonsmooth, sharpness, "autograd")
-        self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
-        self._told: Told | None = None
-
-    def __call__(self, objective: Objective) -> Linearization:
-        """Linearize one; what it raises is what `linop_hess.linearize` does."""
-        lin = objective.linearize(self._second, self._told)
-        self._told = lin.told
-        return lin
 
 
 def objective_of(

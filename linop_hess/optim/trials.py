@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,9 +29,17 @@ class Point:
 
     def at(self, step: Tensor) -> float:
         """Move by a step from the point, and return the loss there."""
+        self._move(step)
+        return self._objective.loss()
+
+    def output_at(self, step: Tensor) -> Any:
+        """Move by a step from the point, and return the model's output there."""
+        self._move(step)
+        return self._objective.output()
+
+    def _move(self, step: Tensor) -> None:
         for p, before, part in zip(self._parameters, self._kept, step.split(self._sizes), strict=True):
             p.copy_(before + part.view_as(p).to(p.dtype))
-        return self._objective.loss()
 
     def back(self) -> None:
         """Return to the point, bit for bit."""

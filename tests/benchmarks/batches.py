@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import linop_hess as lh
 from linop_hess import lq
+from linop_hess.errors import FactorizationError
 from linop_hess.lq.assembly import assemble
 
 LOSS = nn.CrossEntropyLoss()
@@ -150,7 +151,47 @@ def batches(quick: bool) -> None:
         print_table(header, rows)
 
 
-SECTIONS: dict[str, Callable[[bool], None]] = {"dense": table, "batches": batches}
+def least(run: Callable[[], Any], repeats: int = 3) -> float:
+    """Least processor time of some runs."""
+    return min(once(run, time.process_time)[0] for _ in range(repeats))
+
+
+def columns(quick: bool) -> None:
+    """Processor time of 64 right-hand sides, gradients of samples, in that of one, after the factorization; and of what bounds it."""
+    header = ["network, damping", "N", "what", "one, ms", "64, ms", "ratio", "iterations", "error"]
+    rows = []
+    for name in ("6x10",) if quick else ("6x10", "10x16 trained"):
+        depth, width, steps, damping, _ = CASES[name]
+        x, y = digits()
+        lin = lh.linearize(network(depth, width, steps, x, y), LOSS, x, y)
+        analysis, G = lin.analysis, lin.sample_gradients(to="torch")[:64].mT.contiguous()
+        N, product = len(G), analysis.problem.hessian_product
+        L = torch.linalg.cholesky(4.0 * torch.eye(N) + torch.randn(N, N) / N)
+        single = G.float()
+        first = [f"{name}, {damping:g}", f"{N}"]
+        for what, run in (
+            ("product", product),
+            ("LAPACK spotrs", lambda v, L=L: torch.cholesky_solve(v.float(), L)),
+        ):
+            run(single.to(G.dtype))
+            one, many = least(lambda run=run, G=G: run(G[:, :1])), least(lambda run=run, G=G: run(G))
+            rows.append([*first, what, f"{one * 1e3:.1f}", f"{many * 1e3:.0f}", f"{many / one:.1f}", "", ""])
+        for method in ("dense", "sketched", "iterative"):
+            solver = lq.Solver(analysis, damping, method)
+            try:
+                alone = solver.solve(G[:, 0])
+                one = f"{(took := least(lambda s=solver, G=G: s.solve(G[:, 0]), 2)) * 1e3:.0f}"
+            except FactorizationError:
+                alone, one, took = None, "not reached", math.nan
+            many, found = once(lambda s=solver, G=G: s.solve(G), time.process_time)
+            iterations = f"{alone.iterations if alone else '> 1000'}, {found.iterations}" if found.iterations else ""
+            rows.append([*first, method, one, f"{many * 1e3:.0f}", f"{many / took:.1f}", iterations])
+            rows[-1].append(f"{found.backward_error:.0e}")
+            print(" ".join(rows[-1]), flush=True)
+    print_table(header, rows)
+
+
+SECTIONS: dict[str, Callable[[bool], None]] = {"dense": table, "batches": batches, "columns": columns}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Factorizations in float32: of H + εI of trained and untrained networks, and of random symmetric matrices.
+"""Factorizations in float32: of H + εI of trained and untrained networks, of random symmetric matrices, and recursions along chains.
 
 Run: python tests/benchmarks/factorizations.py [N ...], the sizes of random matrices. Processor time of one thread: OMP_NUM_THREADS=1.
 """
@@ -11,12 +11,17 @@ from collections.abc import Callable
 
 import torch
 from batches import LOSS, digits, network
-from common import machine, print_table
+from common import batch, machine, print_table
+from common import network as chain
 from torch import Tensor
 
 import linop_hess as lh
+from linop_hess import lq
 from linop_hess.lq.assembly import assemble
+from linop_hess.lq.iterative.gmres import gmres
+from linop_hess.lq.methods.base import Factorization
 
+DAMPING = 1e-2
 CASES = [(6, 10, 0, 1e-2), (6, 10, 200, 1e-2), (20, 10, 0, 1e-1), (10, 16, 200, 1e-2), (10, 16, 200, 1e-1)]
 
 
@@ -78,6 +83,37 @@ def of_random(sizes: list[int]) -> None:
     print_table(header, rows)
 
 
+def of_chains() -> None:
+    """The recursions in float64 and float32, the products that refinement by GMRES takes with the latter, and what those cost."""
+    rows = []
+    for method, depth, width, samples in (
+        ("riccati", 6, 48, 16), ("riccati", 20, 16, 32), ("riccati", 4, 100, 8), ("banded", 100, 8, 2), ("banded", 20, 8, 8),
+    ):  # fmt: skip
+        x, y = batch(samples)
+        problem = lh.linearize(chain(depth, width), LOSS, x, y).problem
+        times, g = [], torch.ones(problem.size, 1, dtype=torch.float64)
+        for dtype in (torch.float64, torch.float32):
+            analysis = lq.Analysis(problem.to(dtype))
+            factors = lq.METHODS[method].factor(analysis, DAMPING)
+            times.append(min(once(lambda a=analysis: lq.METHODS[method].factor(a, DAMPING)) for _ in range(2)))
+
+        def product(v: Tensor, problem: lq.Problem = problem) -> Tensor:
+            return problem.hessian_product(v, DAMPING)
+
+        def reached(of_x: Tensor, of_g: Tensor) -> Tensor:
+            return 1e-14 * (of_x + of_g)
+
+        def inexact(v: Tensor, factors: Factorization = factors) -> Tensor:
+            return factors.solve(v.float())
+
+        found = gmres(product, inexact, g, reached, 100)
+        applied = min(once(lambda g=g, f=inexact: f(g)) for _ in range(5))
+        refining = found.iterations * (min(once(lambda g=g, p=product: p(g)) for _ in range(5)) + applied)
+        rows.append([f"{method}, {depth}x{width}, {samples} samples", f"{problem.size}"])
+        rows[-1] += [f"{1e3 * t:.1f}" for t in (*times, refining)] + [f"{found.iterations}" + "+" * (not found.reached)]
+    print_table(["method, network", "N", "float64, ms", "float32, ms", "refining, ms", "iterations"], rows)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("sizes", type=int, nargs="*", default=[1310, 2850, 3658, 6378])
@@ -86,3 +122,4 @@ if __name__ == "__main__":
     print(machine())
     of_networks()
     of_random(chosen.sizes)
+    of_chains()

@@ -1,9 +1,8 @@
-"""Physics-informed networks: least squares with exact Jacobians against L-BFGS, Adam and SciPy's BFGS, each for the same seconds.
+"""Physics-informed networks: `GaussNewton` against L-BFGS, Adam and SciPy's BFGS, each for the same seconds.
 
-Run: python tests/benchmarks/physics.py [--task poisson|burgers] [--seeds 5] [--seconds 10] [--methods lm-geodesic,bfgs,...]
+Run: python tests/benchmarks/physics.py [--task poisson|burgers] [--seeds 5] [--seconds 10] [--methods geodesic,bfgs,...]
 
-Seconds are the processor's, of one thread. The rows "LM" are written here on a Jacobian that one backward pass gives (the
-points are independent of each other); they are not `GaussNewton`, which goes through `linearize` and has a row of its own.
+Seconds are the processor's, of one thread.
 """
 
 from __future__ import annotations
@@ -21,16 +20,14 @@ import scipy.optimize
 import torch
 from common import machine, print_table
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from linop_hess.optim import GaussNewton
+from linop_hess.optim import GaussNewton, Searched
 from linop_hess.tasks import LearningTask, burgers, poisson
 
 MAKE = {"poisson": poisson, "burgers": burgers}
 ERROR = "relative L2 error"
 ADAM = (1e-3, 3e-3, 1e-2)
-FIRST_DAMPING, RAISE, LOWEST = 1e-2, 30.0, 1e-26
-FACTORS = {"poisson": (0.1, 1 / 3, 1.0, 3.0), "burgers": (0.1, 1.0)}
+FIRST_DAMPING = 1e-2
 
 
 class OutOfTime(Exception):
@@ -69,31 +66,6 @@ class Run:
         return self.task.measured()[ERROR]
 
 
-class Products(TorchFunctionMode):
-    """Keeps the left factors and the results of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul):
-            self.pairs.append((args[0], out))
-        return out
-
-
-def jacobian(task: LearningTask) -> tuple[Tensor, Tensor]:
-    """Residuals and their Jacobian (points, parameters), by one backward pass: a point's residual is no function of other points."""
-    with Products() as products:
-        r = task.model(task.inputs)
-    adjoints = torch.autograd.grad(r.sum(), [out for _, out in products.pairs])
-    columns = []
-    for (jet, _), adjoint in zip(products.pairs, adjoints, strict=True):
-        columns += [torch.bmm(adjoint.transpose(1, 2), jet.detach()).flatten(1), adjoint[:, 0]]
-    return r.detach(), torch.cat(columns, 1)
-
-
 def get(task: LearningTask) -> Tensor:
     return torch.nn.utils.parameters_to_vector(task.model.parameters()).detach()
 
@@ -103,52 +75,15 @@ def put(task: LearningTask, vector: Tensor) -> None:
         torch.nn.utils.vector_to_parameters(vector, task.model.parameters())
 
 
-def residuals(task: LearningTask, vector: Tensor) -> Tensor:
-    put(task, vector)
-    with torch.no_grad():
-        return task.model(task.inputs)
+def gauss_newton(**how: Any) -> Callable[[Run], None]:
+    def train(run: Run) -> None:
+        searched = {"damping": Searched(FIRST_DAMPING)} if how.get("geodesic") else {}
+        opt = GaussNewton(run.task.model, run.task.loss_fn, **searched, **how)
+        while True:
+            opt.step(run.task.inputs, run.task.targets)
+            run.step(opt.last.new_loss)
 
-
-def levenberg_marquardt(run: Run, geodesic: bool) -> None:
-    """The best of some dampings, by an SVD of R in J = QR; with half the second derivative along the step (Transtrum and Sethna 2012)."""
-    task, damping, at = run.task, FIRST_DAMPING, get(run.task)
-    while True:
-        put(task, at)
-        r, J = jacobian(task)
-        Q, R = torch.linalg.qr(J)
-        U, sigma, Vh = torch.linalg.svd(R)
-        U = Q @ U
-        best: tuple[float, Tensor, float] = (float(r @ r), at, damping)
-        while best[1] is at:
-            for factor in FACTORS[task.name]:
-                lam = damping * factor
-                shrunk = sigma / (sigma.square() + lam)
-                step = -Vh.T @ (shrunk * (U.T @ r))
-                moves = [step]
-                if geodesic:
-                    h = 0.1
-                    bend = 2.0 / h * ((residuals(task, at + h * step) - r) / h - J @ step)
-                    turn = -0.5 * Vh.T @ (shrunk * (U.T @ bend))
-                    if turn.norm() <= 1.5 * step.norm():
-                        moves.append(step + turn)
-                for move in moves:
-                    loss = float(residuals(task, at + move).square().sum())
-                    if loss < best[0]:
-                        best = (loss, at + move, lam)
-            if best[1] is at:
-                damping *= RAISE
-                if damping > 1e12:
-                    return
-        at, damping = best[1], max(best[2], LOWEST)
-        put(task, at)
-        run.step(best[0])
-
-
-def gauss_newton(run: Run) -> None:
-    opt = GaussNewton(run.task.model, run.task.loss_fn)
-    while True:
-        opt.step(run.task.inputs, run.task.targets)
-        run.step(float(run.task.loss().detach()))
+    return train
 
 
 def lbfgs(run: Run) -> None:
@@ -211,9 +146,9 @@ METHODS: dict[str, tuple[str, Callable[[Run], None]]] = {
     "adam": ("Adam", adam(0.0)),
     "lbfgs": ("L-BFGS (torch, strong Wolfe, memory 100)", lbfgs),
     "bfgs": ("BFGS (SciPy)", bfgs),
-    "gauss-newton": ("`GaussNewton`", gauss_newton),
-    "lm": ("LM, Jacobian by hand", lambda run: levenberg_marquardt(run, False)),
-    "lm-geodesic": ("LM + geodesic, Jacobian by hand", lambda run: levenberg_marquardt(run, True)),
+    "chain": ("`GaussNewton` through a chain", gauss_newton(method="dense")),
+    "gauss-newton": ("`GaussNewton`", gauss_newton()),
+    "geodesic": ("`GaussNewton`, geodesic, `Searched`", gauss_newton(geodesic=True)),
 }
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from linop_hess.lq import transition
 from linop_hess.lq.methods.dense import assembled
-from linop_hess.lq.transition import Sweep, pulled_back, times_blocks
+from linop_hess.lq.transition import Sweep, SweptProduct, pulled_back, times_blocks
 from tests.lq.sketches import analyses
 
 
@@ -18,6 +19,20 @@ def test_products_with_the_hessian(kind, which):
     found = problem._swept_product(x)
     assert float((found - expected).norm() / expected.norm()) < 1e-13
     assert float((problem.hessian_product(x, 0.5) - expected - 0.5 * x).norm() / expected.norm()) < 1e-13
+
+
+@pytest.mark.parametrize("kind", ["tanh", "wired"])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("numbers", [1, 300])
+def test_products_in_chunks_of_samples(kind, which, numbers, monkeypatch):
+    monkeypatch.setattr(transition, "_NUMBERS_IN_CACHE", numbers)
+    analysis = analyses(kind)[which]
+    swept = SweptProduct(Sweep(analysis.problem.stages[analysis.problem.layout.first :]))
+    x = torch.randn(analysis.problem.size, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layout, expected = analysis.problem.layout, assembled(analysis) @ x
+    found = layout.in_flat_order(swept.times(layout.in_chain_order(x)))
+    assert float((found - expected).norm() / expected.norm()) < 1e-13
+    assert max(swept._parts) > 1 and bool((swept.times(x[:, :1]) == SweptProduct(swept.sweep).times(x[:, :1])).all())
 
 
 def test_parts_add_up():

@@ -323,12 +323,12 @@ class Solver:
         """x, its backward error, residual norms and iterations, by GMRES with the factors as preconditioner."""
         self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping, settled=NORM_SETTLED))
         self._norm_is_final = True
-        sizes = norms(g)
+        bound = self._norm_bound
         found = gmres(
             self._product,
             self._by_factors,
             g,
-            lambda x: tolerance * (self._norm_bound * x + sizes),
+            lambda of_x, of_g: tolerance * (bound * of_x + of_g),
             MOST_ITERATIONS,
         )
         error, residuals, _ = self._backward_error(g, found.x, tolerance)

@@ -62,6 +62,17 @@ def expected_iterations(analysis: Analysis, damping: float, tolerance: float, di
     return min(float(N), max(float(LEAST), least))
 
 
+def looks_definite(analysis: Analysis, damping: float) -> bool:
+    """Whether H + εI is positive definite, as far as the Lanczos run tells: an estimate, the ends of a spectrum coming first.
+
+    Where no run was made it does not.
+    """
+    if not analysis.has(spectrum_of):
+        return False
+    nodes = analysis.once(spectrum_of).nodes
+    return bool(nodes.numel()) and float(nodes.min()) + damping > 0.0
+
+
 class Product(NamedTuple):
     """What one product with H costs: flops, numbers moved, calls, and the width of its matrix products."""
 

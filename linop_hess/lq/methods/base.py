@@ -261,6 +261,8 @@ class Method:
     forecast : callable or None
         Of a method that iterates: ``forecast(analysis, asked, worth)`` gives its `Cost` for what is asked; it need not look further where
         the cost exceeds `worth` seconds.
+    definite : callable or None
+        Of a method that takes less where H + εI is positive definite: ``definite(analysis, cost)`` gives that, from its estimate.
     """
 
     name: str
@@ -272,6 +274,7 @@ class Method:
     of_matrix: bool = False
     single: Method | None = None
     forecast: Callable[[Analysis, Any, float], Cost] | None = None
+    definite: Callable[[Analysis, Cost], Cost] | None = None
 
     @property
     def exact(self) -> bool:

@@ -13,6 +13,7 @@ from linop_hess._memory import available_bytes, format_bytes
 from linop_hess.lq.accuracy import SINGLE_DAMPING, SINGLE_NORMS, default_tolerance
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative import plain
+from linop_hess.lq.iterative.convergence import looks_definite
 from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.methods import banded, block_ldu, dense, mixed, riccati, sketched, woodbury
 from linop_hess.lq.methods.base import Cost, Factor, Method
@@ -209,6 +210,7 @@ def make_plan(
         goal = default_tolerance(analysis.problem.dtype) if tolerance is None else tolerance
         asked = Asked(change.damping, right_hand_sides, goal, sketch or SketchOptions())
         costs = _with_forecasts(change.analysis, asked, costs, available)
+        costs = _as_definite(change.analysis, change.damping, costs)
     if precision == "single" and analysis.problem.dtype == torch.float64:
         costs = {name: cost if cost.precision or cost.why_not else _ONLY_DOUBLE for name, cost in costs.items()}
     able = [name for name, cost in costs.items() if METHODS[name].is_automatic and not cost.why_not]
@@ -243,6 +245,17 @@ def _with_forecasts(analysis: Analysis, asked: Asked, known: dict[str, Cost], av
         worth = min((costs[m].seconds for m in _fitting(costs, available)), default=math.inf)
         costs[name] = method.forecast(analysis, asked, worth)
     return {name: costs[name] for name in METHODS}
+
+
+def _as_definite(analysis: Analysis, damping: float, costs: dict[str, Cost]) -> dict[str, Cost]:
+    """The costs with what factors of a definite matrix save, where the spectrum was looked at and seems to be one."""
+    if not looks_definite(analysis, damping):
+        return costs
+    told = dict(costs)
+    for name, method in METHODS.items():
+        if method.single is not None and method.single.definite is not None and costs[name].precision == "single":
+            told[name] = method.single.definite(analysis, costs[name])
+    return analysis.problem.processes.from_first(told)
 
 
 def ladder(

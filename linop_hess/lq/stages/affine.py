@@ -23,8 +23,11 @@ from linop_hess.lq.stages.row_space import (
     Joint,
     RowSpace,
     orthogonal_complement,
-    row_basis,
+    rows_split,
 )
+
+# States of so many numbers are transposed for one large product in place of one a row: beyond, that leaves the cache.
+_TRANSPOSED_UP_TO = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -155,16 +158,16 @@ class AffineStage(Stage):
         return replace(self, beta=None)
 
     def row_space(self) -> RowSpace:
-        return self._space(*_rows_split(self._rows_of_controls()), None) if self.p else IdentityRowSpace(self)
+        return self._space(*rows_split(self._rows_of_controls()), None) if self.p else IdentityRowSpace(self)
 
     def curved_row_space(self, diagonal: Tensor) -> RowSpace | None:
         # With w₀ in columns of its own, Q = diag(Q_w, 1) ⊗ I_o, the structure stays where only w₀ is curved, and if all is visible anyway.
         weights = diagonal[:, : self.W.shape[1] * self.W.shape[2] * self.weight]
         if self.rows > self.W.shape[2]:
-            return self._space(*_rows_split(self._rows_of_controls()), diagonal)
+            return self._space(*rows_split(self._rows_of_controls()), diagonal)
         if not (self.weight and self.bias) or bool(weights.any()):
             return super().curved_row_space(diagonal)
-        basis, rho = _rows_split(self.Z)
+        basis, rho = rows_split(self.Z)
         K, i, rank = basis.shape
         own = basis.new_zeros(K, i + 1, rank + 1)
         own[:, :i, :rank], own[:, i, rank] = basis, 1.0
@@ -243,8 +246,8 @@ def _map_rows(W: Tensor, d: Tensor, rows: int) -> Tensor:
     D = d.reshape(K, rows, i, k)
     if k == 1:
         y = D[..., 0] @ W.mT
-    elif rows == 1 or K == 1:
-        y = torch.matmul(W[:, None] if rows == 1 else W, D if rows == 1 else D[0])
+    elif rows == 1 or (K == 1 and D.numel() > _TRANSPOSED_UP_TO):
+        y = W[:, None] @ D
     else:
         y = (W @ D.transpose(1, 2).reshape(K, i, rows * k)).view(K, o, rows, k).transpose(1, 2)
     return y.reshape(K, rows * o, k)
@@ -256,20 +259,6 @@ def _outer(beta: Tensor, d: Tensor, bias: bool) -> Tensor:
     i = d.shape[1] // max(1, b)
     X = (beta.mT @ d.reshape(K, b, i * k)).reshape(K, o * i, k)
     return torch.cat([X, X.new_zeros(K, o, k)], 1) if bias else X
-
-
-def _rows_split(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Q_w of shape (K, c, rank) and ρ of shape (K, b, rank) with Z̃ = ρ Q_wᵀ, for the rows Z̃ of shape (K, b, c)."""
-    b, c = rows.shape[1:]
-    if b >= c:
-        return torch.eye(c, dtype=rows.dtype, device=rows.device).expand(rows.shape[0], c, c), rows
-    if b > 1:
-        basis = row_basis(rows)
-        return basis, rows @ basis
-    # One row is its own basis; of a row of zeros any unit vector is.
-    norm = rows.norm(dim=2, keepdim=True)
-    first = torch.eye(1, c, dtype=rows.dtype, device=rows.device)
-    return torch.where(norm > 0.0, rows / torch.where(norm > 0.0, norm, 1.0), first).mT, norm
 
 
 @dataclass(frozen=True)

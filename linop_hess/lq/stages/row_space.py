@@ -351,6 +351,20 @@ def row_basis(rows: Tensor) -> Tensor:
     return Vt[:, :rank].mT.contiguous()
 
 
+def rows_split(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Q_w of shape (K, c, rank) and ρ of shape (K, b, rank) with Z̃ = ρ Q_wᵀ, for the rows Z̃ of shape (K, b, c)."""
+    b, c = rows.shape[1:]
+    if b >= c:
+        return torch.eye(c, dtype=rows.dtype, device=rows.device).expand(rows.shape[0], c, c), rows
+    if b > 1:
+        basis = row_basis(rows)
+        return basis, rows @ basis
+    # One row is its own basis; of a row of zeros any unit vector is.
+    norm = rows.norm(dim=2, keepdim=True)
+    first = torch.eye(1, c, dtype=rows.dtype, device=rows.device)
+    return torch.where(norm > 0.0, rows / torch.where(norm > 0.0, norm, 1.0), first).mT, norm
+
+
 def orthogonal_complement(basis: Tensor) -> Tensor:
     """Orthonormal basis of what is orthogonal to the columns of (K, c, r), themselves orthonormal: (K, c, c − r)."""
     return torch.linalg.qr(basis, mode="complete").Q[:, :, basis.shape[2] :]

@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from linop_hess import lq
-from linop_hess.lq.iterative.convergence import LEAST, expected_iterations, product_seconds, spectrum_of
-from tests.lq.sketches import analyses
+from linop_hess.lq.iterative.convergence import (
+    LEAST,
+    expected_iterations,
+    looks_definite,
+    product_seconds,
+    spectrum_of,
+)
+from tests.lq.sketches import analyses, damped
 
 
 @pytest.mark.parametrize("damping", [0.3, 3.0, 100.0])
@@ -23,6 +29,15 @@ def test_directions_are_taken_off():
     assert LEAST <= sketched <= plain <= analysis.problem.size
     assert expected_iterations(analysis, 0.0, 1e-6) == analysis.problem.size
     assert analysis.once(spectrum_of) is analysis.once(spectrum_of)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_definite_is_told_by_the_spectrum_alone(which):
+    analysis = analyses()[which]
+    assert not looks_definite(analysis, 1e3)  # nothing was looked at yet
+    analysis.once(spectrum_of)
+    least = float(torch.linalg.eigvalsh(damped(analysis, 0.0))[0])
+    assert looks_definite(analysis, -least + 1e-6) and (which == 1 or not looks_definite(analysis, -0.9 * least))
 
 
 def test_seconds_of_a_product():

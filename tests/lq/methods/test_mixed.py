@@ -175,6 +175,17 @@ def test_the_plan_knows_time_and_memory(network):
     assert lq.make_plan(analysis, 0.1).costs["dense"] == own  # too small to be worth it
 
 
+def test_the_plan_charges_what_is_factored(network, monkeypatch):
+    """Of a matrix that seems definite Cholesky's factors, of others Bunch-Kaufman's."""
+    analysis, told = network[0].analysis, {}
+    for definite in (False, True):
+        monkeypatch.setattr(plan, "looks_definite", lambda analysis, damping, told=definite: told)
+        told[definite] = plan.make_plan(analysis, 1e-2, precision="single").costs
+    assert told[True]["dense"].seconds < told[False]["dense"].seconds
+    assert {**told[True], "dense": None} == {**told[False], "dense": None}
+    assert mixed.definite(analysis, told[False]["dense"]) == told[True]["dense"]
+
+
 def test_entries_beyond_the_range_of_float32_are_left_to_double(monkeypatch):
     monkeypatch.setattr(plan, "SINGLE_FROM", 1)
     rng = np.random.default_rng(0)
