@@ -126,6 +126,7 @@ def refuse_unusable_model(model: nn.Module) -> None:
         If parameters or buffers are on the meta device.
     """
     plain: set[type] = set()
+    local: set[type] = set()  # kinds of tensor of which a process has all
     for path, module in model.named_modules():
         if type(module) not in plain:
             where = f"model.{path}" if path else "model"
@@ -137,12 +138,17 @@ def refuse_unusable_model(model: nn.Module) -> None:
             plain.add(type(module))
         for own in (module._parameters, module._buffers):
             for key, tensor in own.items():
-                name = f"{path}.{key}" if path else key
-                if tensor is not None and "DTensor" in _names(type(tensor)):
-                    raise UnsupportedModelError(
-                        f"expected a plain torch model, got {name!r}, a DTensor, of which each process has a part: pass {_UNSHARDED}"
-                    )
-                if tensor is not None and tensor.is_meta:
+                if tensor is None:
+                    continue
+                if type(tensor) not in local:
+                    if "DTensor" in _names(type(tensor)):
+                        name = f"{path}.{key}" if path else key
+                        raise UnsupportedModelError(
+                            f"expected a plain torch model, got {name!r}, a DTensor, of which each process has a part: pass {_UNSHARDED}"
+                        )
+                    local.add(type(tensor))
+                if tensor.is_meta:
+                    name = f"{path}.{key}" if path else key
                     raise ValueError(
                         f"expected a model with data, got {name!r} on the meta device, which holds none: load the weights, as by "
                         "model.to_empty(device=...) and load_state_dict(...)"

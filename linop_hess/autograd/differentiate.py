@@ -117,8 +117,33 @@ _WITHOUT_FUSED = {
 }
 
 
+class FusedOperation(BaseException):
+    """Where a run without `_Primitive` comes to an operation that this would have written in others. No model is to catch it."""
+
+
+# Beginnings of the names of what torch makes of those functions.
+_FUSED = (
+    "_scaled_dot_product",
+    "_flash_attention",
+    "_efficient_attention",
+    "_cudnn_attention",
+    "_weight_norm",
+    "_native_multi_head_attention",
+    "_transform_bias_rescale_qkv",
+    "_transformer_encoder",
+    "_nested",
+)
+
+
+def is_fused(func: Any) -> bool:
+    """Whether an operation is what torch makes of a function that is written in others here."""
+    return str(func._schema.name).removeprefix("aten::").startswith(_FUSED)
+
+
 @contextmanager
-def twice_differentiable(what: str, device: torch.device, model: nn.Module | None = None) -> Iterator[None]:
+def twice_differentiable(
+    what: str, device: torch.device, model: nn.Module | None = None, in_primitives: bool = True
+) -> Iterator[None]:
     """Record graphs that can be differentiated twice, in full precision, whatever is switched on outside.
 
     The fused kernels of attention have no second derivatives, and those of recurrent layers neither; the plain ones
@@ -132,6 +157,9 @@ def twice_differentiable(what: str, device: torch.device, model: nn.Module | Non
         Where it runs.
     model : torch.nn.Module, optional
         Looked through for recurrent layers.
+    in_primitives : bool
+        Whether to write operations in others; else who runs it must raise `FusedOperation` for those that `is_fused` tells. Every call
+        of a function of torch's takes a third longer with it, and few models have one.
 
     Raises
     ------
@@ -140,7 +168,8 @@ def twice_differentiable(what: str, device: torch.device, model: nn.Module | Non
     """
     with ExitStack() as stack:
         stack.enter_context(once_differentiable_graphs(device))
-        stack.enter_context(_Primitive())
+        if in_primitives:
+            stack.enter_context(_Primitive())
         if device.type in _WITHOUT_FUSED and model is not None and _has_recurrent_layers(model):
             stack.enter_context(_WITHOUT_FUSED[device.type].changed())
         try:

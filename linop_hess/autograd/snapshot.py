@@ -60,9 +60,12 @@ def select_parameters(model: Any, params: str | Iterable[str] | None) -> list[st
             raise ValueError(
                 f"expected parameters with shapes, got {name!r}, which has no shape yet: run the model once"
             )
+    first, usable = named[chosen[0]], set()
     for name in chosen:
-        parameter, first = named[name], named[chosen[0]]
-        require_dtype(parameter.dtype, f"parameter {name!r}")
+        parameter = named[name]
+        if parameter.dtype not in usable:
+            require_dtype(parameter.dtype, f"parameter {name!r}")
+            usable.add(parameter.dtype)
         if parameter.dtype != first.dtype:
             raise TypeError(
                 f"expected parameters of one dtype, got {chosen[0]!r} in {first.dtype} and {name!r} in {parameter.dtype}: "
@@ -133,6 +136,9 @@ def _chosen_names(named: dict[str, nn.Parameter], params: str | Iterable[str] | 
     if params is None:
         return [name for name, parameter in named.items() if parameter.requires_grad]
     patterns = patterns_of(params)
+    if all(pattern in named and named[pattern].requires_grad for pattern in patterns):  # names: nothing to search for
+        listed = set(patterns)
+        return [name for name in named if name in listed]
     chosen: set[str] = set()
     frozen: list[str] = []
     for pattern in patterns:

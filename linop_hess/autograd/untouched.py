@@ -7,10 +7,11 @@ import gc
 import inspect
 import random
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
-from operator import is_
+from operator import is_, is_not
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 _CONTAINERS = (dict, list, set)
+# What most attributes of modules are, and no tensors, which is sooner told by the type than by asking torch.
+_OFTEN = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, list})
 
 
 class ProcessWide:
@@ -211,18 +214,20 @@ class StandIns:
     """
 
     def __init__(self, model: nn.Module, others: Mapping[int, Tensor]) -> None:
-        self._modules = list(model.modules())
-        self._before = [_Attributes(module) for module in self._modules]
+        modules = list(model.modules())
+        self._before = _Attributes(modules)
+        self._functions = list(filter(_is_no_function, modules))
         self._tensors = [  # that are attributes by themselves
             (vars(module), key, value)
-            for module in self._modules
+            for module in modules
             for key, value in vars(module).items()
-            if isinstance(value, Tensor) and not value.requires_grad
+            if type(value) not in _OFTEN and isinstance(value, Tensor) and not value.requires_grad
         ]
         self._places: list[tuple[dict[str, Any], str, Tensor]] = [
             (own, key, others[id(tensor)])
-            for module in self._modules
+            for module in modules
             for own in (module._parameters, module._buffers)
+            if own
             for key, tensor in own.items()
             if id(tensor) in others
         ]
@@ -235,13 +240,22 @@ class StandIns:
             attributes[key] = copies[id(value)]
         for own, key, tensor in self._places:
             own[key] = tensor
-        for module in self._modules:
+        for module in self._functions:
             as_a_function(module)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for attributes in self._before:
-            attributes.restore()
+        self._before.restore()
+
+
+def _is_no_function(module: nn.Module) -> bool:
+    """Whether a module has what `as_a_function` takes off."""
+    return bool(module._backward_hooks or module._backward_pre_hooks or _has_sparse_gradients(module))
+
+
+def _has_sparse_gradients(module: nn.Module) -> bool:
+    has_it = "sparse" in vars(module) or hasattr(type(module), "sparse")  # nn.Module takes its time to say no
+    return has_it and getattr(module, "sparse", None) is True
 
 
 def as_a_function(module: nn.Module) -> None:
@@ -250,18 +264,18 @@ def as_a_function(module: nn.Module) -> None:
         module._backward_hooks.clear()
     if module._backward_pre_hooks:
         module._backward_pre_hooks.clear()
-    has_it = "sparse" in vars(module) or hasattr(type(module), "sparse")  # nn.Module takes its time to say no
-    if has_it and getattr(module, "sparse", None) is True:
+    if _has_sparse_gradients(module):
         module.sparse = False  # type: ignore[assignment]
 
 
 class _Attributes:
-    """A module's attributes, and the contents of those that are containers."""
+    """Attributes of modules, and the contents of those that are containers."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._contents: list[tuple[Any, Any]] = []
         self._empty: list[Any] = []  # most of a module's, its hooks
-        self._keep(vars(module))
+        for module in modules:
+            self._keep(vars(module))
 
     def _keep(self, value: Any) -> None:
         copy = dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else set(value)
@@ -279,7 +293,7 @@ class _Attributes:
         for value, before in self._contents:
             if isinstance(value, dict):
                 same = len(value) == len(before) and all(map(is_, value.values(), before.values()))
-                if not same or list(value) != list(before):
+                if not same or any(map(is_not, value, before)) and list(value) != list(before):
                     value.clear()
                     value.update(before)
             elif isinstance(value, list):
@@ -313,6 +327,13 @@ class Memory:
             if isinstance(output, Tensor) and (key := _address(output)) not in self._overwritten:
                 self._made.add(key)
         return out
+
+    def note_one(self, tensor: Tensor) -> int:
+        """The same of one tensor; return the address of its storage."""
+        key = tensor.untyped_storage().data_ptr()
+        if key not in self._overwritten:
+            self._made.add(key)
+        return key
 
     def kept(self, tensor: Tensor) -> Tensor:
         """Return a tensor that nobody else changes: a copy where it is not of the run; the same tensor is copied once."""

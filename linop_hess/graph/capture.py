@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,12 +18,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import as_data, call_loss, call_model
-from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.differentiate import FusedOperation, twice_differentiable
 from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.rounding import Rounded
 from linop_hess.autograd.untouched import StandIns
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.trace import Recorder, Strided, Trace
+from linop_hess.graph.movement import Strided
+from linop_hess.graph.trace import Recorder, Trace
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Capture:
         the output does; empty where the loss is a function of output and parameters.
     loss_of_output : callable
         ``loss_of_output(output, targets)``: the loss with the parameters, where it reads them itself, as constants.
+    in_primitives : bool
+        Whether functions of torch's had to be written in others.
     """
 
     trace: Trace
@@ -56,6 +60,7 @@ class Capture:
     gradient: list[Tensor]
     looks_inside: str
     loss_of_output: Callable[[Any, Any], Tensor]
+    in_primitives: bool
 
     def reads_output_alone(self, trace: Trace) -> bool:
         """Whether the loss of a trace, this run's or what is left of it, depends on the parameters through the output alone."""
@@ -71,6 +76,7 @@ def capture(
     names: Sequence[str],
     selections_compute: bool = False,
     again: bool = False,
+    in_primitives: bool = False,
 ) -> Capture:
     """Record loss_fn(model(inputs), targets).
 
@@ -85,6 +91,8 @@ def capture(
         Whether selections that have a surrogate, as maxima, are operations; else they move entries.
     again : bool
         Whether this model and loss have been seen to give the same value each time; else they run twice.
+    in_primitives : bool
+        Whether it is known that functions of torch's must be written in others; else it is found on the way, and run anew.
 
     Raises
     ------
@@ -96,9 +104,23 @@ def capture(
         If it is no tensor.
     """
     own = _Private(model, loss_fn, inputs, targets, names)
+    try:
+        return _captured(own, model, loss_fn, selections_compute, again, in_primitives)
+    except FusedOperation:
+        return _captured(own, model, loss_fn, selections_compute, again, True)
+
+
+def _captured(
+    own: _Private,
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    selections_compute: bool,
+    again: bool,
+    in_primitives: bool,
+) -> Capture:
     leaves, (own_inputs, own_targets) = list(own.leaves.values()), own.data()
     ours = [t for t in tree_leaves((own_inputs, own_targets)) if isinstance(t, Tensor)]
-    recorder = Recorder(leaves, [*ours, *own.constants], selections_compute)
+    recorder = Recorder(leaves, [*ours, *own.constants], selections_compute, in_primitives)
     between: list[Any] = []
 
     def recorded() -> Tensor:
@@ -119,7 +141,8 @@ def capture(
         kept = [t.detach().clone() for t in _floating(output)]
         return [*kept, checked_loss(own.loss(output, own_targets))]
 
-    with twice_differentiable("the model", leaves[0].device, model), recorder.memory.restored():
+    twice = twice_differentiable("the model", leaves[0].device, model, in_primitives)
+    with twice, recorder.memory.restored():
         with own.standing_in(), _module_paths(model, recorder.path):
             value = recorded()
         loss_ids = recorder.ids_of(value)
@@ -144,6 +167,7 @@ def capture(
         [g.detach() for g in gradient],
         _first_beyond(recorder.trace, given)[0],
         partial(own.loss_of_output, loss_fn),
+        in_primitives,
     )
 
 
@@ -206,7 +230,7 @@ class _Private:
     ) -> None:
         named, self._buffers = dict(model.named_parameters()), dict(model.named_buffers())
         self._model, self._loss_fn, self._data = model, loss_fn, (inputs, targets)
-        self.leaves = {name: _leaf(named[name]) for name in names}
+        self.leaves = dict(zip(names, _leaves([named[name] for name in names]), strict=True))
         others = {name: p.detach().clone() for name, p in named.items() if name not in self.leaves}
         self._copies = {name: b.detach().clone() for name, b in self._buffers.items()}
         self.constants = [*others.values(), *self._copies.values()]
@@ -261,8 +285,16 @@ class _Private:
             )
 
 
-def _leaf(parameter: Tensor) -> Tensor:
-    return parameter.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+def _leaves(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of parameters, contiguous, each in a storage of its own, as leaves."""
+    with torch.no_grad():
+        if all(p.is_contiguous() and type(p) is nn.Parameter for p in parameters):
+            copies = torch._foreach_mul(list(parameters), 1.0)  # in one call, and exact
+        else:
+            copies = tuple(p.detach().clone(memory_format=torch.contiguous_format) for p in parameters)
+    for leaf in copies:
+        leaf.requires_grad_()
+    return list(copies)
 
 
 def _floating(output: Any) -> list[Tensor]:
@@ -285,10 +317,53 @@ def _first_beyond(trace: Trace, given: np.ndarray) -> tuple[str, np.ndarray]:
     return "", known
 
 
+class _Noting:
+    """A module's `forward` that has its name on top of a path while it runs; copies of the module get their own."""
+
+    __slots__ = ("_forward", "_name", "_path", "_thread")
+
+    def __init__(self, name: str, forward: Callable[..., Any], path: list[str], thread: int) -> None:
+        self._name, self._forward, self._path, self._thread = name, forward, path, thread
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return self._forward(*args, **kwargs)
+        self._path.append(self._name)
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._path.pop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._forward, memo)  # a method goes with the copy of its module
+
+
+@contextmanager
+def _noting_forward(named: Sequence[tuple[str, nn.Module]], path: list[str]) -> Iterator[None]:
+    """`_module_paths` where no module has hooks: with a `forward` that notes, which is sooner called than hooks are by half."""
+    mine = threading.get_ident()
+    before = [(vars(module), vars(module).get("forward")) for _, module in named]
+    for name, module in named:
+        vars(module)["forward"] = _Noting(name, module.forward, path, mine)
+    try:
+        yield
+    finally:
+        for own, forward in before:
+            if forward is None:
+                own.pop("forward", None)
+            else:
+                own["forward"] = forward
+
+
 @contextmanager
 def _module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
     """Keep the path of the module that runs in this thread on top of `path`."""
-    names = {id(module): name for name, module in model.named_modules()}
+    named = list(model.named_modules())
+    if not any(module._forward_pre_hooks or module._forward_hooks for _, module in named):
+        with _noting_forward(named, path):
+            yield
+        return
+    names = {id(module): name for name, module in named}
     mine = threading.get_ident()
 
     def enter(module: nn.Module, args: Any) -> None:

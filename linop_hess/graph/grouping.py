@@ -13,13 +13,14 @@ from torch import Tensor
 
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.liveness import uses
+from linop_hess.graph.movement import Ids, Strided, places
 from linop_hess.graph.rules.elementwise import Elementwise, ScaleShift
 from linop_hess.graph.rules.nonsmooth import Extremum, Pooling, SecondDerivatives
 from linop_hess.graph.rules.operation import CONSTANT, CONTROL, STATE, Operation, Placement, Rule, is_aten
 from linop_hess.graph.rules.primitive import Whole
 from linop_hess.graph.rules.products import Affine, BatchedProduct, Convolution
 from linop_hess.graph.rules.reductions import Along, Normalization, Reduction, Standardization
-from linop_hess.graph.trace import Ids, Node, Strided, places
+from linop_hess.graph.trace import Node
 
 RULES: tuple[Rule, ...] = (
     Affine(),
@@ -90,6 +91,97 @@ class Group:
         return replace(self, op=replace(self.op, flats=flats))
 
 
+@dataclass(frozen=True)
+class Alike:
+    """Nodes of one signature: the same operation on arguments of the same shapes, of which the same depend on parameters.
+
+    Attributes
+    ----------
+    signature : hashable
+    members : ndarray of int, shape (K,)
+        Their positions among all nodes, ascending.
+    nodes : list of Node
+    """
+
+    signature: Hashable
+    members: np.ndarray
+    nodes: list[Node]
+
+    @cached_property
+    def arguments(self) -> list[np.ndarray]:
+        """Element ids of each argument that depends on parameters, (K, entries)."""
+        return [_stacked_ids([node.arguments[j] for node in self.nodes]) for j in range(len(self.nodes[0].active))]
+
+    @cached_property
+    def outputs(self) -> list[np.ndarray]:
+        """Element ids of each output, (K, entries)."""
+        return [_stacked_ids([node.outputs[j][1] for node in self.nodes]) for j in range(len(self.nodes[0].outputs))]
+
+    def of(self, chosen: np.ndarray) -> Alike:
+        """Some of the nodes."""
+        return Alike(self.signature, self.members[chosen], [self.nodes[k] for k in np.flatnonzero(chosen).tolist()])
+
+    def print(self) -> Footprint:
+        """All of the nodes but their numbers, apart from constants that are no floats: these may say what is moved where."""
+        first = self.nodes[0]
+        read = [_places_read([node.arguments[j] for node in self.nodes]) for j in range(len(first.active))]
+        written = np.array([output.start for node in self.nodes for _, output in node.outputs])
+        names = [(node.path, node.operation, node.spec) for node in self.nodes]
+        fixed = [i for i, a in enumerate(first.flat) if isinstance(a, Tensor) and not a.is_floating_point()]
+        constants = [node.flat[i] for i in fixed if i not in first.active for node in self.nodes]
+        return Footprint(self.signature, names, [self.members, written, *read], constants)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What nodes of one signature do, apart from numbers."""
+
+    signature: Hashable
+    names: list[tuple[Any, ...]]
+    places: list[np.ndarray]
+    constants: list[Tensor]
+
+    def equals(self, other: Footprint) -> bool:
+        """Whether others do the same."""
+        return (
+            self.signature == other.signature
+            and self.names == other.names
+            and len(self.places) == len(other.places)
+            and all(map(np.array_equal, self.places, other.places))
+            and all(map(torch.equal, self.constants, other.constants))
+        )
+
+
+def alike(nodes: Sequence[Node]) -> list[Alike]:
+    """Nodes by their signatures, in the order of the first of each."""
+    found: dict[Hashable, list[int]] = {}
+    for k, node in enumerate(nodes):
+        if node.signature is None:
+            node.signature = _signature(node)
+        found.setdefault(node.signature, []).append(k)
+    return [Alike(signature, np.array(mine), [nodes[k] for k in mine]) for signature, mine in found.items()]
+
+
+# Rounds of leaving out nodes that nothing reads; after a loss that is taken as a whole there are few.
+_ROUNDS = 4
+
+
+def needed_of(sets: Sequence[Alike], needed: np.ndarray, ids: int) -> list[Alike] | None:
+    """The nodes that some needed element depends on, told of all at once; None where that would take many rounds: see `live_nodes`."""
+    left = list(sets)
+    for _ in range(_ROUNDS):
+        read = np.zeros(ids + 1, dtype=bool)
+        read[needed] = True
+        for one in left:
+            for argument in one.arguments:
+                read[argument] = True
+        kept = [np.any(np.concatenate([read[output] for output in one.outputs], 1), axis=1) for one in left]
+        if all(bool(mine.all()) for mine in kept):
+            return left
+        left = [one if mine.all() else one.of(mine) for one, mine in zip(left, kept, strict=True) if mine.any()]
+    return None
+
+
 def live_nodes(nodes: Sequence[Node], needed: np.ndarray, ids: int) -> list[Node]:
     """The nodes that some needed element depends on, in order.
 
@@ -122,12 +214,13 @@ def _extent(output: Strided) -> int:
     return output.offset + 1 + sum((size - 1) * step for size, step in zip(output.shape, output.stride, strict=True))
 
 
-def grouped(nodes: Sequence[Node], parameters: int, target: np.ndarray, second: SecondDerivatives) -> list[Group]:
+def grouped(sets: Sequence[Alike], parameters: int, target: np.ndarray, second: SecondDerivatives) -> list[Group]:
     """Group nodes by signature and by the roles of what they read, and choose a rule for each group.
 
     Parameters
     ----------
-    nodes : sequence of Node
+    sets : sequence of Alike
+        All nodes.
     parameters : int
         Number of parameter entries N.
     target : ndarray of int
@@ -142,18 +235,13 @@ def grouped(nodes: Sequence[Node], parameters: int, target: np.ndarray, second: 
     UnsupportedModelError
         If an operation of another library has no second derivative that is right, and differences are not allowed.
     """
-    by_signature: dict[Hashable, list[int]] = {}
-    for k, node in enumerate(nodes):
-        by_signature.setdefault(_signature(node), []).append(k)
-    batches = [(members, [nodes[k] for k in members]) for members in by_signature.values()]
-    slots = [_slots(chosen) for _, chosen in batches]
-    reads = [part for (_, chosen), ids in zip(batches, slots, strict=True) for part in _distinct_reads(chosen, ids)]
+    slots = [np.concatenate(one.arguments, 1) for one in sets]
+    reads = [_distinct(argument) for one in sets for argument in one.arguments]
     count = uses(parameters, [*reads, np.unique(target)])
     groups: list[Group] = []
-    for (members, chosen), ids in zip(batches, slots, strict=True):
-        outputs = np.concatenate(
-            [_stacked_ids([n.outputs[j][1] for n in chosen]) for j in range(len(chosen[0].outputs))], 1
-        )
+    for one, ids in zip(sets, slots, strict=True):
+        members, chosen = one.members, one.nodes
+        outputs = np.concatenate(one.outputs, 1)
         is_parameter = (ids > 0) & (ids <= parameters)
         once = is_parameter & (count[np.where(is_parameter, ids, 0)] == 1)
         roles = np.where(ids == 0, CONSTANT, np.where(once, CONTROL, STATE))
@@ -176,7 +264,7 @@ def grouped(nodes: Sequence[Node], parameters: int, target: np.ndarray, second: 
             groups.append(
                 Group(
                     op,
-                    np.array(members)[which],
+                    members[which],
                     rule,
                     outputs[which],
                     first.in_loss,
@@ -221,50 +309,25 @@ def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return kinds, kind_of.reshape(-1)
 
 
+# What most arguments are that are no tensors, told without asking torch.
+_NUMBERS = frozenset({int, float, bool, str, type(None)})
+
+
 def _signature(node: Node) -> Hashable:
-    ids = iter(node.arguments)
-    active = set(node.active)
+    active, flat = node.active, node.flat
     parts: list[Hashable] = []
-    for i, a in enumerate(node.flat):
-        if isinstance(a, Tensor):
-            parts.append((a.shape, a.dtype, _pattern(next(ids)) if i in active else None))
+    for i, a in enumerate(flat):
+        kind = type(a)
+        if kind in _NUMBERS:
+            parts.append((kind, a))
+        elif isinstance(a, Tensor):
+            parts.append(
+                (a.shape, a.dtype, a.device, _pattern(node.arguments[active.index(i)]) if i in active else None)
+            )
         else:
-            parts.append((type(a), a) if isinstance(a, (int, float, bool, str, type(None))) else repr(a))
+            parts.append(repr(a))
     outputs = tuple((j, o.start - node.outputs[0][1].start, o.shape, o.stride, o.offset) for j, o in node.outputs)
     return node.func, node.in_loss, tuple(parts), outputs
-
-
-Footprint = tuple[tuple[Any, ...], list[Ids], list[Tensor]]
-"""Of a node: what it is and writes, and shapes; what it reads; constants that are no floats."""
-
-
-def footprint(node: Node) -> Footprint:
-    """All of a node but its numbers, apart from constants that are no floats: these may say what is moved where."""
-    active = set(node.active)
-    parts: list[Any] = []
-    constants = []
-    for i, a in enumerate(node.flat):
-        if isinstance(a, Tensor):
-            parts.append((a.shape, a.dtype, a.device))
-            if i not in active and not a.is_floating_point():
-                constants.append(a)
-        else:
-            parts.append((type(a), a) if isinstance(a, (int, float, bool, str, type(None))) else repr(a))
-    fixed = node.func, node.spec, node.in_loss, node.path, node.operation, node.active, node.outputs, parts
-    return fixed, node.arguments, constants
-
-
-def are_alike(mine: Footprint, theirs: Footprint) -> bool:
-    """Whether two footprints are equal."""
-    if mine[0] != theirs[0] or len(mine[1]) != len(theirs[1]) or len(mine[2]) != len(theirs[2]):
-        return False
-    for ours, other in zip(mine[1], theirs[1], strict=True):
-        if isinstance(ours, Strided) or isinstance(other, Strided):
-            if ours != other:
-                return False
-        elif not np.array_equal(ours, other):
-            return False
-    return all(map(torch.equal, mine[2], theirs[2]))
 
 
 def _pattern(ids: Ids) -> Hashable:
@@ -280,16 +343,17 @@ def _stacked_ids(ids: Sequence[Ids]) -> np.ndarray:
     return np.stack([one for one in ids if isinstance(one, np.ndarray)])
 
 
-def _slots(nodes: Sequence[Node]) -> np.ndarray:
-    return np.concatenate([_stacked_ids([n.arguments[j] for n in nodes]) for j in range(len(nodes[0].active))], 1)
+def _places_read(ids: Sequence[Ids]) -> np.ndarray:
+    """What tells the ids of one argument of K nodes, of one pattern, apart from those of others."""
+    if isinstance(ids[0], Strided):
+        return np.array([one.start for one in ids if isinstance(one, Strided)])
+    return _stacked_ids(ids)
 
 
-def _distinct_reads(nodes: Sequence[Node], ids: np.ndarray) -> list[np.ndarray]:
-    """For each argument the elements that each node reads there, none twice; 0 stands for what is not counted."""
-    parts = []
-    edges = np.cumsum([0, *(nodes[0].flat[i].numel() for i in nodes[0].active)])
-    for j in range(len(nodes[0].active)):
-        mine = np.sort(ids[:, edges[j] : edges[j + 1]], axis=1)
-        mine[:, 1:][mine[:, 1:] == mine[:, :-1]] = 0
-        parts.append(mine)
-    return parts
+def _distinct(ids: np.ndarray) -> np.ndarray:
+    """The elements that each node reads, along the first axis, none twice; 0 stands for what is not counted."""
+    if bool((ids[:, 1:] > ids[:, :-1]).all()):
+        return ids
+    mine = np.sort(ids, axis=1)
+    mine[:, 1:][mine[:, 1:] == mine[:, :-1]] = 0
+    return mine

@@ -12,29 +12,45 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
+from linop_hess.graph.grouping import Alike
+from linop_hess.graph.movement import Ids, Strided, contiguous_strides
 from linop_hess.graph.rules.elementwise import is_elementwise, scale_shift
-from linop_hess.graph.rules.operation import flattened, out_of_place
+from linop_hess.graph.rules.operation import argument_names, out_of_place
 from linop_hess.graph.rules.reductions import normalize, standardize
-from linop_hess.graph.trace import Ids, Node, Strided, Trace, contiguous_strides
+from linop_hess.graph.trace import Node, Trace
 
 aten = torch.ops.aten
 
 
-def lower(trace: Trace) -> list[Node]:
-    """The nodes of a trace, with each fused operation replaced by its parts.
+def lower(trace: Trace, sets: Sequence[Alike]) -> list[Node]:
+    """The nodes of a trace, with each fused operation replaced by its parts; the very list where there is none.
 
     One is left as it is where something other than its first output is used.
+
+    Parameters
+    ----------
+    trace : Trace
+        Its number of elements grows.
+    sets : sequence of Alike
+        Its nodes.
     """
+    fused = [one for one in sets if one.nodes[0].func in _PARTS]
+    if not fused:
+        return trace.nodes
     read = np.zeros(trace.ids + 1, dtype=bool)
-    if any(node.func in _PARTS and len(node.outputs) > 1 for node in trace.nodes):
-        for node in trace.nodes:
-            for ids in node.arguments:
-                read[ids.ids() if isinstance(ids, Strided) else ids] = True
+    if any(len(one.outputs) > 1 for one in fused):
+        for one in sets:
+            for argument in one.arguments:
+                read[argument] = True
+    whole: set[int] = set()
+    for one in fused:
+        side_outputs = [ids for (j, _), ids in zip(one.nodes[0].outputs, one.outputs, strict=True) if j > 0]
+        if side_outputs:
+            whole.update(one.members[np.any(read[np.concatenate(side_outputs, 1)], axis=1)].tolist())
     nodes: list[Node] = []
-    for node in trace.nodes:
+    for k, node in enumerate(trace.nodes):
         parts = _PARTS.get(node.func)
-        side_outputs = [output for j, output in node.outputs if j > 0]
-        if parts is None or any(bool(read[output.ids()].any()) for output in side_outputs):
+        if parts is None or k in whole:
             nodes.append(node)
         else:
             nodes += parts(trace, node) or [node]
@@ -45,7 +61,7 @@ def _derived(
     trace: Trace, node: Node, func: Any, args: tuple[Any, ...], ids: dict[int, Ids], output: Strided | None
 ) -> Node:
     """A node with the same place and name; without `output` one with new ids."""
-    flat, spec = flattened(args)
+    flat, spec = list(args), None  # none of them is nested
     active = [i for i, a in enumerate(flat) if isinstance(a, Tensor) and id(a) in ids]
     if output is None:
         value = args[0]
@@ -78,7 +94,7 @@ def _then_affine(
 def named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any]:
     """The flattened arguments of an operation by their names in its schema, those that were given."""
     args, kwargs = tree_unflatten(list(flat), spec) if spec is not None else (flat, {})
-    return {**{a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}, **kwargs}
+    return {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
 
 
 def _reader(node: Node) -> tuple[Callable[..., Any], dict[int, Ids]]:
@@ -283,17 +299,44 @@ def split_late(nodes: Sequence[Node], ids: int) -> list[Node]:
     return [node for _, _, node in placed]
 
 
+def may_be_split(sets: Sequence[Alike], ids: int, nodes: int) -> bool:
+    """Whether `split_late` could split one of `nodes` nodes, told of all at once: one whose rows are first read at different times."""
+    first = np.full(ids + 1, nodes, dtype=np.int64)
+    for one in sets:
+        for argument in one.arguments:
+            np.minimum.at(first, argument.reshape(-1), np.repeat(one.members, argument.shape[1]))
+    for one in sets:
+        if not _could_be_split(one.nodes[0]):
+            continue
+        rows = one.nodes[0].outputs[0][1].shape[0]
+        when = first[one.outputs[0]].reshape(len(one.nodes), rows, -1).min(2)
+        if bool((when != when[:, :1]).any()):
+            return True
+    return False
+
+
+def _could_be_split(node: Node) -> bool:
+    """Whether a node has rows that are computed alike."""
+    if len(node.outputs) != 1 or not _by_first_axis(node):
+        return False
+    output = node.outputs[0][1]
+    return (
+        bool(output.shape)
+        and output.shape[0] > 1
+        and output.stride == contiguous_strides(output.shape)
+        and not output.offset
+    )
+
+
 # What rows read may be alive in place of what they compute: a little more, since what computed that may be split in turn.
 _WORTH = 1.1
 
 
 def _pieces(node: Node, first: np.ndarray, never: float) -> list[tuple[float, Node]] | None:
     """A node in runs of rows that are first read at one time, each with the time just before; None where it stays whole."""
-    if len(node.outputs) != 1 or not _by_first_axis(node):
+    if not _could_be_split(node):
         return None
     output = node.outputs[0][1]
-    if not output.shape or output.shape[0] < 2 or output.stride != contiguous_strides(output.shape) or output.offset:
-        return None
     rows = output.shape[0]
     each = int(np.prod(output.shape[1:], dtype=np.int64))
     when = first[output.start : output.start + rows * each].reshape(rows, each).min(1)

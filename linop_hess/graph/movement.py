@@ -1,4 +1,4 @@
-"""Operations that move entries and compute nothing, carried out on element ids."""
+"""Element ids of tensors, and operations that move entries and compute nothing, carried out on them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,54 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from linop_hess.autograd.differentiate import is_fused
+
 aten = torch.ops.aten
+
+
+@dataclass(slots=True)
+class Strided:
+    """Element ids of a tensor that lies in a storage whose ids are consecutive: `start` plus the place in the storage."""
+
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def ids(self) -> np.ndarray:
+        """The ids, flat, in row-major order."""
+        return self.start + places(self.shape, self.stride, self.offset)
+
+
+@cache
+def places(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> np.ndarray:
+    """Places in a storage of a tensor's entries, in row-major order."""
+    at = np.array(offset, dtype=np.int64)
+    for size, step in zip(shape, stride, strict=True):
+        at = at[..., None] + step * np.arange(size, dtype=np.int64)
+    return at.reshape(-1)
+
+
+Ids = Strided | np.ndarray
+
+
+def as_tensor(ids: Ids, shape: torch.Size) -> Tensor:
+    """The ids of a tensor, in its shape."""
+    return torch.from_numpy(ids.ids() if isinstance(ids, Strided) else ids).view(shape)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= int(size)
+    return tuple(reversed(strides))
 
 
 def _overloads(names: str) -> frozenset[Any]:
@@ -66,7 +109,7 @@ _ADDS_UP = _overloads("index_put index_put_")
 @cache
 def only_relabels(func: Any) -> bool:
     """Whether an operation gives views of its argument and changes nothing."""
-    if func in _RELABELS_IN_PLACE or func in (aten._unsafe_view.default, aten.detach.default):
+    if func in (aten._unsafe_view.default, aten.detach.default):
         return True
     returns = func._schema.returns
     alias = [r.alias_info is not None and not r.alias_info.is_write for r in returns]
@@ -190,21 +233,25 @@ class Handling:
     writes: tuple[int, ...] = ()  # positions of the arguments that it changes
     moves: bool = False
     random: bool = False
+    fused: bool = False  # torch has its second derivative wrong, or not at all
+    only: bool = False  # it gives views, makes something new without reading it, or changes shape and strides
 
 
-RELABELS, AS_NEW = Handling(), Handling(moves=True)
+RELABELS, RELABELS_IN_PLACE, AS_NEW = Handling(only=True), Handling(only=True), Handling(only=True)
 
 
 @cache
 def handling(func: Any) -> Handling:
-    """How an operation is dealt with: `RELABELS`, `AS_NEW`, or what its schema says of it."""
+    """How an operation is dealt with: `RELABELS`, `RELABELS_IN_PLACE`, `AS_NEW`, or what its schema says of it."""
     if is_creation(func):
         return AS_NEW
+    if func in _RELABELS_IN_PLACE:
+        return RELABELS_IN_PLACE
     if only_relabels(func):
         return RELABELS
     schema = func._schema
     writes = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
-    return Handling(writes, moves(func), torch.Tag.nondeterministic_seeded in func.tags)
+    return Handling(writes, moves(func), torch.Tag.nondeterministic_seeded in func.tags, is_fused(func))
 
 
 def draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from linop_hess.errors import NotFiniteError
-from linop_hess.graph.grouping import Footprint, Group, are_alike, footprint, grouped, live_nodes
+from linop_hess.graph.grouping import Alike, Footprint, Group, alike, grouped, live_nodes, needed_of
 from linop_hess.graph.liveness import LiveCuts
-from linop_hess.graph.lowering import lower, split_late
+from linop_hess.graph.lowering import lower, may_be_split, split_late
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.samples import state_order
 from linop_hess.graph.trace import Node, Trace
@@ -62,8 +62,8 @@ class Structure:
 
     Attributes
     ----------
-    nodes : tuple of Footprint
-        Of what was recorded.
+    nodes : list of Footprint
+        Of what was recorded, by signature.
     ids : int
         The largest element id there.
     target : ndarray of int
@@ -88,7 +88,7 @@ class Structure:
     layout : Layout or None
     """
 
-    nodes: tuple[Footprint, ...]
+    nodes: list[Footprint]
     ids: int
     target: np.ndarray
     samples: int
@@ -106,9 +106,16 @@ class Structure:
     layout: Layout | None = None
 
     def fits(
-        self, trace: Trace, target: np.ndarray, objective: ObjectiveStage | None, second: SecondDerivatives
+        self,
+        trace: Trace,
+        sets: Sequence[Alike],
+        target: np.ndarray,
+        objective: ObjectiveStage | None,
+        second: SecondDerivatives,
     ) -> bool:
         """Whether a run did the same on elements of the same places: then nothing here would come out otherwise.
+
+        `sets` are its nodes by signature.
 
         Of constants, numbers that are no floats must be the same, since they may say what is moved where.
         """
@@ -118,8 +125,8 @@ class Structure:
             and self.samples == (1 if objective is None else objective.samples)
             and (objective is None) == all(stack.group != OBJECTIVE for stack in self.stacks)
             and np.array_equal(self.target, target)
-            and len(self.nodes) == len(trace.nodes)
-            and all(are_alike(mine, footprint(node)) for mine, node in zip(self.nodes, trace.nodes, strict=True))
+            and len(self.nodes) == len(sets)
+            and all(mine.equals(one.print()) for mine, one in zip(self.nodes, sets, strict=True))
         )
 
     def groups_of(self, lowered: list[Node], ids: int) -> list[Group]:
@@ -164,9 +171,10 @@ def build_graph(
     MemoryError
         If the states do not fit into memory; the message has the widest of them.
     """
-    lowered, seen = None, known
-    if known is not None and known.fits(trace, target, objective, second):
-        lowered = lower(trace)
+    lowered, seen, ids = None, known, trace.ids
+    sets = alike(trace.nodes)
+    if known is not None and known.fits(trace, sets, target, objective, second):
+        lowered = lower(trace, sets)
         groups = known.groups_of(lowered, trace.ids)
         makers = [group.rule.linearize(group.op).to(like.dtype) for group in groups]
         if known.parts != [max(1, maker.samples) for maker in makers]:
@@ -174,7 +182,7 @@ def build_graph(
     else:
         seen = None
     if seen is None:
-        seen, groups, makers = _analysed(trace, lowered, target, objective, like, parameters, second)
+        seen, groups, makers = _analysed(trace, ids, sets, lowered, target, objective, like, parameters, second)
     slopes = [_stage(stack, makers, objective, like) for stack in seen.stacks]
     labels = seen.cuts.labels
     if seen.layout is None:
@@ -204,6 +212,8 @@ def build_graph(
 
 def _analysed(
     trace: Trace,
+    ids: int,
+    sets: list[Alike],
     lowered: list[Node] | None,
     target: np.ndarray,
     objective: ObjectiveStage | None,
@@ -211,13 +221,29 @@ def _analysed(
     parameters: dict[str, int],
     second: SecondDerivatives,
 ) -> tuple[Structure, list[Group], list[Stage]]:
-    """What numbers do not change, worked out; and the groups with their numbers, linearized. `lowered`: that trace, where it is done."""
-    ids = trace.ids
-    footprints = tuple(footprint(node) for node in trace.nodes)
-    lowered = lower(trace) if lowered is None else lowered
-    kept = live_nodes(lowered, target[target > 0], trace.ids)
-    nodes = split_late(kept, trace.ids)
-    groups = grouped(nodes, trace.parameters, target, second)
+    """What numbers do not change, worked out; and the groups with their numbers, linearized.
+
+    `ids` and `sets` are the trace's largest id, and its nodes by signature; `lowered` what it is lowered to, where that is done.
+    """
+    footprints = [one.print() for one in sets]
+    lowered = lower(trace, sets) if lowered is None else lowered
+    if lowered is not trace.nodes:
+        sets = alike(lowered)
+    needed = target[target > 0]
+    chosen = needed_of(sets, needed, trace.ids)
+    if chosen is None:
+        position = {id(node): k for k, node in enumerate(lowered)}
+        kept = [position[id(node)] for node in live_nodes(lowered, needed, trace.ids)]
+        chosen = alike([lowered[k] for k in kept])
+    else:
+        kept = sorted(k for one in chosen for k in one.members.tolist())
+        chosen = [replace(one, members=np.searchsorted(kept, one.members)) for one in chosen]
+    splits = may_be_split(chosen, trace.ids, len(kept))
+    if splits:
+        nodes = split_late([lowered[k] for k in kept], trace.ids)
+        splits = len(nodes) > len(kept)
+        chosen = alike(nodes)
+    groups = grouped(chosen, trace.parameters, target, second)
 
     def cuts_of(what: np.ndarray, birth: np.ndarray, last: np.ndarray) -> LiveCuts:
         return LiveCuts(_labels(groups, what), birth, last, parameters, like.element_size())
@@ -237,7 +263,6 @@ def _analysed(
     ).astype(np.int64)
     # Gauss-Newton keeps the curvature of all that the loss runs; an objective keeps its own.
     of_loss = frozenset(b for b, stack in enumerate(plan.stacks) if stack.group >= 0 and groups[stack.group].in_loss)
-    position = {id(node): k for k, node in enumerate(lowered)}
     new = np.flatnonzero(plan.live.is_new)
     where = np.full(trace.ids + 2, -1, dtype=np.int64)
     where[plan.live.ids[new]] = new
@@ -248,8 +273,8 @@ def _analysed(
             target,
             samples,
             second,
-            [position[id(node)] for node in kept],
-            len(nodes) > len(kept),
+            kept,
+            splits,
             [group.without_arguments() for group in groups],
             parts,
             plan.stacks,

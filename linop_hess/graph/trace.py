@@ -21,48 +21,30 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from linop_hess.autograd.differentiate import FusedOperation
 from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.autograd.untouched import Memory
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.movement import AS_NEW, RELABELS, Handling, draws, handling, moved_ids
+from linop_hess.graph.movement import (
+    AS_NEW,
+    RELABELS_IN_PLACE,
+    Handling,
+    Ids,
+    Strided,
+    as_tensor,
+    contiguous_strides,
+    draws,
+    handling,
+    moved_ids,
+)
 
 _FLOATS = (torch.float32, torch.float64)
 _DTYPES = (*_FLOATS, torch.float16, torch.bfloat16)
 
 
-@dataclass(slots=True)
-class Strided:
-    """Element ids of a tensor that lies in a storage whose ids are consecutive: `start` plus the place in the storage."""
-
-    start: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def ids(self) -> np.ndarray:
-        """The ids, flat, in row-major order."""
-        return self.start + places(self.shape, self.stride, self.offset)
-
-
-@cache
-def places(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> np.ndarray:
-    """Places in a storage of a tensor's entries, in row-major order."""
-    at = np.array(offset, dtype=np.int64)
-    for size, step in zip(shape, stride, strict=True):
-        at = at[..., None] + step * np.arange(size, dtype=np.int64)
-    return at.reshape(-1)
-
-
-Ids = Strided | np.ndarray
-
 # In place of the first id of a storage: that of a tensor which requires a gradient but depends on no parameter.
 _CONSTANT = 0
 _NONE = np.zeros(0, dtype=np.int64)
-
-
-def as_tensor(ids: Ids, shape: torch.Size) -> Tensor:
-    """The ids of a tensor, in its shape."""
-    return torch.from_numpy(ids.ids() if isinstance(ids, Strided) else ids).view(shape)
 
 
 @dataclass(slots=True)
@@ -88,6 +70,8 @@ class Node:
         Whether the loss function ran it, and not the model.
     operation : str
         What it is called where `func` is a function of ours.
+    signature : hashable
+        As `grouping.alike` finds it, kept; None: not found yet.
     """
 
     func: Any
@@ -99,6 +83,7 @@ class Node:
     path: str
     in_loss: bool
     operation: str = ""
+    signature: Any = field(default=None, init=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -111,6 +96,7 @@ class Node:
         return f"{self.name} in module {self.path!r}" if self.path else f"{self.name}"
 
 
+@cache
 def operation_name(func: Any) -> str:
     """Name of an operation without its overload."""
     return str(func).rsplit(".", 1)[0]
@@ -149,6 +135,8 @@ class Recorder(TorchDispatchMode):
         Constants that nobody else has. Of other tensors that existed before, what nodes hold is a copy.
     selections_compute : bool
         Whether selections that have a surrogate, as maxima, are operations; else they move entries.
+    in_primitives : bool
+        Whether it runs with functions of torch's written in others where that is needed; else it ends with `FusedOperation` there.
 
     Notes
     -----
@@ -157,17 +145,27 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], private: Sequence[Tensor] = (), selections_compute: bool = False
+        self,
+        parameters: Sequence[Tensor],
+        private: Sequence[Tensor] = (),
+        selections_compute: bool = False,
+        in_primitives: bool = True,
     ) -> None:
         super().__init__()
         self.trace = Trace()
-        self._selections_compute = selections_compute
+        self._selections_compute, self._in_primitives = selections_compute, in_primitives
         self.path: list[str] = [""]
         self.in_loss = False
         self._ids: dict[int, int | Tensor] = {}  # by storage: the first of consecutive ids, or the id of each entry
-        self._alive: list[Tensor] = []  # a storage's address stays its own only while it lives
+        self._known: dict[
+            int, Strided
+        ] = {}  # by `id`: element ids of outputs, until something is written or relabelled in place
+        self._alive: list[
+            Tensor
+        ] = []  # a storage's address stays its own only while it lives, as does the `id` of a tensor
         self._leaves = {parameter.untyped_storage().data_ptr() for parameter in parameters if parameter.numel()}
-        self._read: dict[int, list[tuple[Node, int]]] = {}  # by storage: the nodes that hold a tensor of it
+        self._read: dict[int, list[tuple[Node, int]]] = {}  # by storage: the nodes that hold a tensor of it,
+        self._listed = 0  # as far as this many
         self.memory = Memory([*parameters, *private])
         for parameter in parameters:
             self._alive.append(parameter)
@@ -194,30 +192,34 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         how = handling(func)
-        if how is RELABELS or how is AS_NEW:
+        if how.only:
+            if how is RELABELS_IN_PLACE:
+                self._known.clear()
             out = func(*args, **kwargs)
-            return out if how is RELABELS else self.memory.note(out)
-        if kwargs or not _SCALARS.issuperset(map(type, args)) and _nested(args):
+            return self.memory.note(out) if how is AS_NEW else out
+        if how.fused and not self._in_primitives:
+            raise FusedOperation
+        flat, spec = args, None
+        if kwargs or _nested(args):
             flat, spec = tree_flatten((args, kwargs))
-        else:
-            flat, spec = list(args), None
         active: list[int] = []
         arguments: list[Ids] = []
-        tensors: list[int] = []
-        # Those of other libraries run with gradients off; what they give counts only where it requires one.
-        recording = torch.is_grad_enabled() or func.namespace != "aten"
+        constants: list[int] = []
         is_complex = False
         for i, a in enumerate(flat):
-            if isinstance(a, Tensor):
-                tensors.append(i)
-                is_complex = is_complex or a.is_complex()
-                if a.requires_grad and a.numel():
-                    ids = self._ids_of(a)
-                    if ids is None:
-                        self._take_unknown(func, a)
-                    elif isinstance(ids, Strided) or ids.any():
-                        active.append(i)
-                        arguments.append(ids)
+            if type(a) in _SCALARS or not isinstance(a, Tensor):
+                continue
+            is_complex = is_complex or a.is_complex()
+            if a.requires_grad and a.numel():
+                known = self._known.get(id(a))
+                ids = self._ids_of(a) if known is None else known
+                if ids is None:
+                    self._take_unknown(func, a)
+                elif isinstance(ids, Strided) or ids.any():
+                    active.append(i)
+                    arguments.append(ids)
+                    continue
+            constants.append(i)
         if how.random and draws(func, args, kwargs):
             raise UnsupportedModelError(
                 f"expected a model and a loss that give the same value each time, got the random operation "
@@ -228,16 +230,18 @@ class Recorder(TorchDispatchMode):
         if is_complex:
             raise self._complex(func)
         held = self._before_writing(func, how, flat) if how.writes else None
-        if not recording:
+        # Those of other libraries run with gradients off; what they give counts only where it requires one.
+        if not torch.is_grad_enabled() and func.namespace == "aten":
             return self.memory.note(func(*args, **kwargs))
         before = None
         if how.moves and not (self._selections_compute and surrogate(func, 1.0) is not None):
             before = {id(flat[i]): as_tensor(a, flat[i].shape) for i, a in zip(active, arguments, strict=True)}
-        out = self.memory.note(func(*args, **kwargs))
+        out = func(*args, **kwargs)
         results = out if isinstance(out, (tuple, list)) else (out,)
-        for result in results:
-            if isinstance(result, Tensor) and result.is_complex():
-                raise self._complex(func)
+        if any(o.is_complex() for o in results if isinstance(o, Tensor)):
+            raise self._complex(func)
+        if before is not None or len(results) > 1:
+            self.memory.note(out)
         if before is not None:
             moved = moved_ids(func, args, kwargs, before, results)
             if moved is not None:
@@ -245,21 +249,24 @@ class Recorder(TorchDispatchMode):
                     if isinstance(output, Tensor) and new is not None and output.numel():
                         self._write(output, new)
                 return out
-        fresh = [(j, o) for j, o in enumerate(results) if isinstance(o, Tensor) and o.dtype in _DTYPES and o.numel()]
-        if not how.writes and all(o.untyped_storage().data_ptr() in self._ids for _, o in fresh):
+        fresh = [
+            (j, o, self.memory.note_one(o))
+            for j, o in enumerate(results)
+            if isinstance(o, Tensor) and o.dtype in _DTYPES and o.numel()
+        ]
+        if not how.writes and all(key in self._ids for _, _, key in fresh):
             return out  # views that do not say so
         if held is None:
-            held = [a.detach() if isinstance(a, Tensor) else a for a in flat]
-        for i in tensors:
-            if i not in active:
+            held = list(flat)
+            for i in active:
+                held[i] = held[i].detach()
+            for i in constants:
+                held[i] = self.memory.kept(held[i].detach())
+        else:
+            for i in constants:
                 held[i] = self.memory.kept(held[i])
-        node = Node(func, held, spec, active, arguments, [], self.path[-1], self.in_loss)
-        for i in tensors:
-            a = held[i]
-            if a.numel():
-                self._read.setdefault(a.untyped_storage().data_ptr(), []).append((node, i))
-        node.outputs = [(j, self._new(o)) for j, o in fresh]
-        self.trace.nodes.append(node)
+        outputs = [(j, self._new(o, key)) for j, o, key in fresh]
+        self.trace.nodes.append(Node(func, held, spec, active, arguments, outputs, self.path[-1], self.in_loss))
         return out
 
     def _complex(self, func: Any) -> UnsupportedModelError:
@@ -292,7 +299,7 @@ class Recorder(TorchDispatchMode):
         self._ids.setdefault(tensor.untyped_storage().data_ptr(), _CONSTANT)
         self._alive.append(tensor)
 
-    def _constant(self, func: Any, how: Handling, flat: list[Any], args: Any, kwargs: Any) -> Any:
+    def _constant(self, func: Any, how: Handling, flat: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """Run what depends on no parameter; what it writes into depends on none any more."""
         if how.writes:
             self._save_readers(how, flat)
@@ -309,15 +316,24 @@ class Recorder(TorchDispatchMode):
                     self._set_constant(output)
         return out
 
-    def _save_readers(self, how: Handling, flat: list[Any]) -> None:
+    def _save_readers(self, how: Handling, flat: Sequence[Any]) -> None:
         """Give nodes that hold what is about to be overwritten a copy of it."""
         for i in how.writes:
             if i < len(flat) and isinstance(flat[i], Tensor) and flat[i].numel():
                 self.memory.before_writing(flat[i])
+                self._list_readers()
                 for node, k in self._read.pop(flat[i].untyped_storage().data_ptr(), ()):
                     node.flat[k] = node.flat[k].clone()
 
-    def _before_writing(self, func: Any, how: Handling, flat: list[Any]) -> list[Any]:
+    def _list_readers(self) -> None:
+        """Note of the nodes since the last time which storages they hold tensors of."""
+        for node in self.trace.nodes[self._listed :]:
+            for k, a in enumerate(node.flat):
+                if isinstance(a, Tensor) and a.numel():
+                    self._read.setdefault(a.untyped_storage().data_ptr(), []).append((node, k))
+        self._listed = len(self.trace.nodes)
+
+    def _before_writing(self, func: Any, how: Handling, flat: Sequence[Any]) -> list[Any]:
         """Save for all nodes, this one included, what is about to be overwritten; give its arguments."""
         self._save_readers(how, flat)
         written = [flat[i] for i in how.writes if i < len(flat) and isinstance(flat[i], Tensor) and flat[i].numel()]
@@ -335,17 +351,22 @@ class Recorder(TorchDispatchMode):
             held.append(a)
         return held
 
-    def _new(self, output: Tensor) -> Strided:
-        """Give an output new ids."""
-        storage = output.untyped_storage()
-        key, entries = storage.data_ptr(), storage.nbytes() // output.element_size()
+    def _new(self, output: Tensor, key: int) -> Strided:
+        """Give an output new ids; `key` is the address of its storage."""
+        entries = output.untyped_storage().nbytes() // output.element_size()
         start = self.trace.ids + 1
         self._alive.append(output)
-        shape, stride, offset = tuple(output.shape), output.stride(), int(output.storage_offset())
-        if output.numel() == entries or key not in self._ids and output.is_contiguous():
+        shape, stride, offset = output.shape, output.stride(), int(output.storage_offset())
+        is_new = key not in self._ids
+        if is_new and output.is_contiguous() or output.numel() == entries:
             self._ids[key] = start
             self.trace.ids += entries
-            return Strided(start, shape, stride, offset)
+            ids = Strided(start, shape, stride, offset)
+            if is_new:
+                self._known[id(output)] = ids
+            else:
+                self._known.clear()
+            return ids
         # Part of a storage of which the rest has ids of its own.
         self.trace.ids += output.numel()
         self._write(output, torch.arange(start, self.trace.ids + 1, device="cpu").view(shape))
@@ -355,6 +376,7 @@ class Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
         buffer = self._ids.get(key)
+        self._known.clear()
         if buffer is None or isinstance(buffer, int):
             entries = storage.nbytes() // tensor.element_size()
             first = 0 if buffer is None else buffer
@@ -366,14 +388,10 @@ class Recorder(TorchDispatchMode):
         buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
 
 
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
-    return tuple(int(np.prod(shape[k + 1 :], dtype=np.int64)) for k in range(len(shape)))
-
-
-# Of arguments that are not nested, the usual ones.
-_SCALARS = frozenset({Tensor, nn.Parameter, int, float, bool, type(None)})
+# Usual arguments that are no tensors, told without asking torch.
+_SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+_NOT_NESTED = _SCALARS | {Tensor, nn.Parameter}
 
 
 def _nested(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, (list, tuple, dict)) for a in args)
+    return not _NOT_NESTED.issuperset(map(type, args)) and any(isinstance(a, (list, tuple, dict)) for a in args)

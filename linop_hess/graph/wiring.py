@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -224,20 +224,39 @@ class _Events:
         """Events of one kind and wiring together."""
         live = self._live
         source = np.where(live.is_new, -1 - self._place[live.ids], live.before)
-        widths = [0, *live.widths.tolist()]  # before the first event there is no state
-        starts = live.starts.tolist()
+        widths = np.concatenate([[0], live.widths])  # before the first event there is no state
         out = []
         for kind in self._kinds:
-            found: dict[Hashable, list[int]] = {}
-            for k, event in enumerate(kind.events.tolist()):
-                after = source[starts[event] : starts[event + 1]]
-                found.setdefault((widths[event], kind.at[k].tobytes(), after.tobytes()), []).append(k)
-            for members in found.values():
-                which, event = np.array(members), int(kind.events[members[0]])
-                after = source[starts[event] : starts[event + 1]]
-                wiring = _wiring(widths[event], kind.at[members[0]], after, kind.outputs)
+            found: list[np.ndarray] = []
+            before, after = widths[kind.events], widths[kind.events + 1]
+            sizes = before * (int(after.max(initial=0)) + 1) + after
+            for size in np.unique(sizes):
+                mine = np.flatnonzero(sizes == size)
+                sources = source[live.starts[kind.events[mine]][:, None] + np.arange(after[mine[0]])]
+                found += [mine[part] for part in _alike_rows(np.concatenate([kind.at[mine], sources], 1))]
+            for which in sorted(found, key=lambda members: int(members[0])):
+                first = int(which[0])
+                event = int(kind.events[first])
+                wiring = _wiring(
+                    int(widths[event]),
+                    kind.at[first],
+                    source[live.starts[event] : live.starts[event + 1]],
+                    kind.outputs,
+                )
                 out.append(Stack(kind.group, which, kind.events[which], wiring, kind.controls[which]))
         return out
+
+
+def _alike_rows(rows: np.ndarray) -> list[np.ndarray]:
+    """The numbers of the rows of a matrix that are equal, ascending."""
+    if bool((rows == rows[:1]).all()):
+        return [np.arange(len(rows))]
+    keys = rows @ np.random.default_rng(0).integers(1, 2**62, rows.shape[1])  # modulo 2^64
+    _, first, of = np.unique(keys, return_index=True, return_inverse=True)
+    if not np.array_equal(rows, rows[first[of]]):
+        of = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(of, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(of[order])) + 1)
 
 
 def _wiring(n_in: int, read: np.ndarray, source: np.ndarray, outputs: int) -> Wiring | None:

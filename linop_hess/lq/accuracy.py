@@ -28,6 +28,10 @@ DENSE_CONDITION = 1e-4 * SINGULAR_CONDITION
 # A step of refinement that does not halve the backward error is the last one: rounding has been reached.
 STALLED = 0.5
 
+# ‖H + εI‖ for a backward error, from below, is taken as found when two steps of power iteration have added no more than this each: an
+# eigenvalue that is found too late makes backward errors look larger than they are.
+NORM_SETTLED = 0.01
+
 # Factors in single precision are tried for a float64 problem where |ε| is at least this part of ‖H‖: eigenvalues of H that are zero are
 # rounding of size 1e-7‖H‖ in them, which GMRES cannot tell from ε below that.
 SINGLE_DAMPING = 1e-6

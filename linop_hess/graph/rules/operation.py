@@ -8,13 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from linop_hess.lq.stages.base import Stage
 
@@ -224,6 +224,7 @@ def base_name(func: Any) -> str:
     return "" if schema is None else schema.name.removeprefix("aten::").rstrip("_")
 
 
-def flattened(args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[list[Any], Any]:
-    """Arguments as `Operation` has them."""
-    return tree_flatten((tuple(args), kwargs or {}))
+@cache
+def argument_names(func: Any) -> tuple[str, ...]:
+    """The names in an operation's schema."""
+    return tuple(a.name for a in func._schema.arguments)

@@ -24,6 +24,7 @@ from linop_hess.lq.accuracy import (
     DENSE_CONDITION,
     DETERMINED,
     NEARLY_SINGULAR,
+    NORM_SETTLED,
     SINGULAR_CONDITION,
     STALLED,
     UNDETERMINED,
@@ -44,7 +45,6 @@ PRECISIONS = ("auto", "single", "double")
 
 # A solution that looks singular is worth so many times the fastest factorization to tell; one that is nearly so is worth less.
 _WORTH, _WORTH_A_LOOK = 100.0, 4.0
-
 
 # Flops of a solve for each entry of the factors, four times: what a refinement may cost is a fourth of the factorization.
 _REFINEMENT_FLOPS = 4 * 4.0
@@ -125,7 +125,8 @@ class Solver:
         if self._is_alone:
             self.plan: Plan = plan_for(self.analysis, self.damping.real, method)
         else:
-            self.plan = make_plan(self.analysis, self.damping, self.right_hand_sides, self.tolerance, sketch, precision)
+            how = self.right_hand_sides, self.tolerance, sketch, precision, method
+            self.plan = make_plan(self.analysis, self.damping, *how)
         v, product = self.analysis.probe
         self._norm_bound = float(norms(product + self.damping * v).max())
         self._norm_is_final = False
@@ -320,7 +321,7 @@ class Solver:
 
     def _iterated(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
         """x, its backward error, residual norms and iterations, by GMRES with the factors as preconditioner."""
-        self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping))
+        self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping, settled=NORM_SETTLED))
         self._norm_is_final = True
         bound = self._norm_bound
         found = gmres(
@@ -369,7 +370,7 @@ class Solver:
             self._norm_bound = max(self._norm_bound, bound)
         error = self._ratio(size_r, size_x, size_g)
         if not error <= tolerance and not self._norm_is_final:
-            self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping))
+            self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping, settled=NORM_SETTLED))
             self._norm_is_final = True
             error = self._ratio(size_r, size_x, size_g)
         return error, residuals, r

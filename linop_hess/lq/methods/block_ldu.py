@@ -165,8 +165,11 @@ _CALLS_PER_LAYER = 150
 
 def estimate(analysis: Analysis) -> Cost:
     """LU of every diagonal block and its solves with the couplings."""
-    layers = [analysis.groups[g] for g, _ in analysis.pairs]
-    size = np.array([float(group.control.p + 2 * group.n_out) for group in layers])
+    of = analysis.order[:, 0]
+    p, n_in, n_out = (
+        np.array([(g.control.p, g.n_in, g.n_out) for g in analysis.groups], dtype=float).reshape(-1, 3)[of].T
+    )
+    size = p + 2 * n_out
     tally, item = Tally(analysis.problem.dtype), analysis.problem.dtype.itemsize
     tally.calls(_CALLS_PER_LAYER * size.size)
     pairs = np.column_stack([size, np.append(size[1:], 0.0)[: size.size]])
@@ -174,7 +177,7 @@ def estimate(analysis: Analysis) -> Cost:
         tally.kernel("lu", count * 2 / 3 * n**3, n)
         tally.kernel("substitution", count * 2 * n**2 * after, min(n, after))
         tally.moved(count * item * 6 * n**2)
-    blocks = sum(float(group.control.p) * (group.control.p + group.n_in + group.n_out) for group in layers)
+    blocks = float((p * (p + n_in + n_out)).sum())
     nbytes = item * (float((size**2).sum()) + blocks + 4 * float(size.max(initial=0.0)) ** 2)
     return Cost(tally.flops, nbytes, tally.seconds)
 

@@ -144,13 +144,22 @@ def plan_for(analysis: Analysis, damping: float, method: str) -> Plan:
     return Plan(damping, costs, method, available_bytes(), costs)
 
 
-def _in_single(analysis: Analysis, damping: complex, costs: dict[str, Cost], precision: str) -> dict[str, Cost]:
-    """The costs of methods that are to factor in float32."""
+def _in_single(
+    analysis: Analysis, damping: complex, costs: dict[str, Cost], precision: str, method: str
+) -> dict[str, Cost]:
+    """The costs of methods that are to factor in float32, where `method`, or "auto" or "" for all of them, may be one."""
     if analysis.problem.dtype != torch.float64 or isinstance(damping, complex) or precision == "double":
         return {}
-    if precision == "auto" and (analysis.problem.size < SINGLE_FROM or not _is_worth_trying(analysis, damping)):
+    if precision == "auto" and analysis.problem.size < SINGLE_FROM:
         return {}
-    return {name: cost for name, cost in analysis.once(single_estimates).items() if not costs[name].why_not}
+    found = {name: cost for name, cost in analysis.once(single_estimates).items() if not costs[name].why_not}
+    if precision == "auto":
+        least = min((costs[m].seconds for m in costs if METHODS[m].is_automatic and not costs[m].why_not), default=0.0)
+        if method == "auto" and all(cost.seconds >= least for cost in found.values()):
+            return {}  # none would be chosen, whatever the norm is
+        if not _is_worth_trying(analysis, damping):
+            return {}
+    return found
 
 
 def _is_worth_trying(analysis: Analysis, damping: float) -> bool:
@@ -166,6 +175,7 @@ def make_plan(
     tolerance: float | None = None,
     sketch: SketchOptions | None = None,
     precision: str = "auto",
+    method: str = "",
 ) -> Plan:
     """Estimate every method for a problem and choose.
 
@@ -181,6 +191,8 @@ def make_plan(
         What is asked of method "sketched".
     precision : {"auto", "single", "double"}
         What methods factor in, as of `Solver`.
+    method : str
+        The one that is asked for, or "auto" where the plan is there to choose one; by default all are told as they would be used.
 
     Returns
     -------
@@ -190,7 +202,7 @@ def make_plan(
     available = int(-processes.largest(-float(available_bytes())))  # the least of all processes
     change = analysis.at(damping)
     own = change.analysis.once(estimates)
-    costs = own | _in_single(change.analysis, change.damping, own, precision)
+    costs = own | _in_single(change.analysis, change.damping, own, precision, method)
     if isinstance(change.damping, complex):
         real = Cost.impossible("it takes real dampings alone")
         costs = {name: costs[name].in_complex if method.is_complex else real for name, method in METHODS.items()}

@@ -126,7 +126,7 @@ def test_single_that_fails_is_followed_by_double_once(network, monkeypatch, coun
     lin, H, _ = network
     monkeypatch.setattr(plan, "SINGLE_FROM", 1)
     monkeypatch.setattr(plan, "SINGLE_DAMPING", 0.0)
-    monkeypatch.setattr(plan, "_in_single", lambda a, d, own, p: a.once(plan.single_estimates))
+    monkeypatch.setattr(plan, "_in_single", lambda a, *_: a.once(plan.single_estimates))
     monkeypatch.setattr(mixed, "_STEPS", 2)
     found = lq.Solver(lq.Analysis(lin.problem), 1e-10, "dense")
     assert found.precision == "single"
