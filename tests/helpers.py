@@ -72,6 +72,12 @@ def double_backward(gradient: Tensor, leaves: Sequence[Tensor], at_once: int = 6
     if not gradient.requires_grad:
         return gradient.new_zeros(len(gradient), sum(leaf.numel() for leaf in leaves))
     options = {"retain_graph": True, "materialize_grads": True}
+
+    def one_by_one() -> Tensor:
+        return torch.cat(
+            [_beside(torch.autograd.grad(g, leaves, **options), leaves, gradient[:1]) for g in gradient.unbind()]
+        )
+
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
@@ -85,12 +91,14 @@ def double_backward(gradient: Tensor, leaves: Sequence[Tensor], at_once: int = 6
                 ]
             )
     except RuntimeError:
-        return torch.cat(
-            [_beside(torch.autograd.grad(g, leaves, **options), leaves, gradient[:1]) for g in gradient.unbind()]
-        )
+        return one_by_one()
     v = torch.randn(1, len(gradient), generator=torch.Generator().manual_seed(0), dtype=gradient.dtype)
     alone = _beside(torch.autograd.grad(gradient, leaves, v[0], **options), leaves, v)
-    assert torch.allclose(v @ H, alone, rtol=0, atol=1e-13 * float(H.norm()), equal_nan=True)
+    if not torch.allclose(v @ H, alone, rtol=0, atol=1e-13 * float(H.norm()), equal_nan=True):
+        # Where all cancels, rounding shows; its truth is that of the plain walks, from which a wrong rule is farther off.
+        plain = one_by_one()
+        assert torch.allclose(H, plain, rtol=0, atol=1e-9 * float(plain.norm()), equal_nan=True)
+        return plain
     return H
 
 
