@@ -84,7 +84,7 @@ def sequential(model: Wrapped) -> nn.Sequential:
 
 
 def drawn(model: nn.Module) -> nn.Module:
-    """In float64, matrices orthogonal with gain 1.2."""
+    """In float64, matrices orthogonal with gain 1.2; the rest as torch draws it."""
     torch.manual_seed(0)
     model = model.double()
     for parameter in model.parameters():
@@ -170,6 +170,7 @@ def end_to_end(names: list[str]) -> None:
     for name, (make, batch, shape) in CASES.items():
         if names and not any(n in name for n in names):
             continue
+        torch.manual_seed(0)  # for what torch draws while a model is made
         model, (x, y) = make(), data(batch, *shape)
         hvp = unit(model, x, y)
         run = measure(model, x, y)
@@ -189,6 +190,7 @@ def methods(names: list[str]) -> None:
         make, batch, shape = CASES[name]
         if names and not any(n in name for n in names):
             continue
+        torch.manual_seed(0)  # for what torch draws while a model is made
         model, (x, y) = make(), data(batch, *shape)
         lin = lh.linearize(model, functional.cross_entropy, x, y, verify=False)
         plan = lin.plan(1e-2)
