@@ -7,7 +7,6 @@ added up with random weights must be the gradient of the same sum.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linop_hess._memory import require
 from linop_hess.autograd.differentiate import in_primitives
-from linop_hess.lq.accuracy import ROWS_ADD_UP
+from linop_hess.lq.accuracy import ROUNDED, ROWS_ADD_UP
 
 
 def output_jacobian(
@@ -56,7 +55,7 @@ def output_jacobian(
         if not isinstance(found, Tensor) or not found.ndim:
             return None
         samples = len(found)
-    require_of = functools.partial(_require, sum(p.numel() for p in parameters))
+    size = sum(p.numel() for p in parameters)
     for way in (_as_called, _as_run):
         with torch.enable_grad():
             output, again, watch = way(run, parameters, samples)
@@ -65,7 +64,7 @@ def output_jacobian(
         if output.dtype not in ROWS_ADD_UP or any(p.dtype != output.dtype for p in parameters):
             return None
         if again is not None and watch.uses and not watch.is_strange:
-            require_of(output)
+            require(2 * output.numel() * size * output.element_size(), "the Jacobian of the model's output")
             jacobian = _checked_rows(output, again, watch.uses, parameters)
             if jacobian is not None:
                 return output.detach(), jacobian
@@ -78,10 +77,6 @@ def _checked_rows(output: Tensor, again: Tensor, uses: Sequence[_Use], parameter
         return jacobian if jacobian is not None and _add_up(output, jacobian, parameters) else None
     except RuntimeError:  # no derivative by what is in the midst of a graph, as where a reentrant checkpoint is
         return None
-
-
-def _require(size: int, output: Tensor) -> None:
-    require(2 * output.numel() * size * output.element_size(), "the Jacobian of the model's output")
 
 
 def _as_called(run: Callable[[], Any], parameters: Sequence[Tensor], samples: int) -> tuple[Any, Tensor | None, _Watch]:
@@ -126,15 +121,26 @@ def _rows(output: Tensor, uses: Sequence[_Use], parameters: Sequence[Tensor]) ->
 
 
 def _add_up(output: Tensor, jacobian: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Whether random weights times the rows are the gradient of the sum with these weights."""
+    """Whether random weights times the rows are the gradient of the sum with these weights, for each parameter by itself.
+
+    Weights are such that rows of all sizes count alike: what is small in one row or one parameter is not lost beside the others.
+    """
     generator = torch.Generator(device="cpu").manual_seed(0)
     weights = torch.randn(output.shape, generator=generator, dtype=output.dtype, device="cpu").to(output.device)
+    eps, rows = torch.finfo(output.dtype).eps, jacobian.flatten(0, 1)
+    sizes = rows.norm(dim=1)
+    if not bool(sizes.any()):
+        sizes = torch.ones_like(sizes)
+    weights = weights / sizes.clamp_min(eps * sizes.max()).view_as(output)
     parts = torch.autograd.grad(
         output, parameters, weights, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-    gradient, rows = torch.cat([part.reshape(-1) for part in parts]), jacobian.flatten(0, 1)
-    error = gradient - weights.flatten() @ rows
-    return not bool(error.norm() > ROWS_ADD_UP[output.dtype] * (weights.flatten().abs() @ rows.abs()).norm())
+    error = torch.cat([part.reshape(-1) for part in parts]) - weights.flatten() @ rows
+    terms = weights.flatten().abs() @ rows.abs()
+    counts = [p.numel() for p in parameters]
+    errors, bounds = (torch.stack([part.norm() for part in x.split(counts)]) for x in (error, terms))
+    # Derivatives that cancel are rounding of the others.
+    return not bool((errors > ROWS_ADD_UP[output.dtype] * bounds + ROUNDED * eps * bounds.norm()).any())
 
 
 class _Made:

@@ -219,6 +219,36 @@ def test_normalized_weights_and_attention_warn_of_nothing():
     assert float((J - expected).norm()) <= 1e-14 * float(expected.norm())
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-14])
+def test_a_coupling_of_a_sample_that_is_small_beside_the_others_is_seen(scale):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).double(), torch.randn(5, 3, dtype=torch.float64)
+    sizes = torch.tensor([scale, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+
+    def coupled():
+        y = model(x)
+        return sizes * torch.cat([y[:1] + y[1:2], y[1:]])
+
+    parameters = list(model.parameters())
+    assert output_jacobian(coupled, parameters) is None
+    _, J = output_jacobian(lambda: sizes * model(x), parameters)
+    expected = by_rows(lambda: sizes * model(x), parameters)
+    assert float(((J - expected) / sizes[:, :, None]).norm()) <= 1e-14 * float((expected / sizes[:, :, None]).norm())
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-13])
+def test_a_parameter_that_matters_little_is_checked_by_itself(scale):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).double(), torch.randn(5, 3, dtype=torch.float64)
+    little = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def mean_of_the_batch():
+        return model(x) + scale * (x[:, :2] * little).mean(0)
+
+    assert output_jacobian(mean_of_the_batch, [*model.parameters(), little]) is None
+    assert output_jacobian(lambda: model(x) + scale * x[:, :2] * little, [*model.parameters(), little]) is not None
+
+
 def test_a_coupling_that_is_small_is_seen():
     torch.manual_seed(0)
     model, x = nn.Linear(3, 2).double(), torch.randn(5, 3, dtype=torch.float64)
