@@ -82,7 +82,7 @@ def first_order(opt: torch.optim.Optimizer, model: nn.Module, inputs: tuple[Tens
 
 
 def with_gauss_newton(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Callable[[], object]:
-    opt = lh.optim.GaussNewton(model, squares, damping=lh.optim.Searched(0.01), geodesic=True)
+    opt = lh.optim.GaussNewton(model, squares, geodesic=True)
     return lambda: opt.step(inputs, None)
 
 

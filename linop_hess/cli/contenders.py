@@ -138,7 +138,7 @@ def _smooth(model: nn.Module, loss_fn: Any, **how: Any) -> SaddleFree:
 
 
 def _geodesic(model: nn.Module, loss_fn: Any, **how: Any) -> GaussNewton:
-    return GaussNewton(model, loss_fn, damping=Searched(_FIRST_DAMPING), geodesic=True, **how)
+    return GaussNewton(model, loss_fn, geodesic=True, **how)
 
 
 # Of the first trial point of least squares, whose Jacobian has entries of order one.

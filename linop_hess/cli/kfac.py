@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linop_hess.optim.base import LocalModel, TrialOptimizer
 from linop_hess.optim.damping import GainRatio
-from linop_hess.optim.hessian_free import ProductModel
 from linop_hess.optim.objective import Loss, Objective
+from linop_hess.optim.quadratic.products import ProductModel
 from linop_hess.optim.record import Tally
+from linop_hess.optim.trial_optimizer import LocalModel, TrialOptimizer
 
 
 class KFAC(TrialOptimizer):
@@ -38,7 +38,7 @@ class KFAC(TrialOptimizer):
         return super().step(inputs, targets)
 
     def _local_model(self, objective: Objective, tally: Tally) -> LocalModel:
-        return _Kronecker(self, ProductModel(objective, tally), tally)
+        return _Kronecker(self, ProductModel(*objective.gauss_newton(), tally), tally)
 
 
 class _Kronecker:

@@ -50,9 +50,12 @@ class Damping(ABC):
         λ of the next trial point.
     factor : float or None
         By which λ is changed while that lowers the loss of a step further; None where it is left as it is.
+    bold : float
+        How far a step may go on uphill, see `DelayedGratification`; 0 where none may.
     """
 
     factor: float | None = None
+    bold: float = 0.0
 
     def __init__(self, value: float) -> None:
         self.value = _positive(value, "the damping")
@@ -159,9 +162,7 @@ class Searched(Damping):
 
     def __init__(self, initial: float = 1.0, factor: float = 3.0, least: float = _LEAST) -> None:
         super().__init__(initial)
-        self.factor, self.least = finite_real(factor, "factor"), _positive(least, "the least damping")
-        if not self.factor > 1.0:
-            raise ValueError(f"expected a factor above 1, got {factor!r}: pass 3.0")
+        self.factor, self.least = _above_one(factor, "factor"), _positive(least, "the least damping")
 
     def begin(self, curvature: Curvature) -> Inertia | None:
         return None
@@ -173,6 +174,56 @@ class Searched(Damping):
     def refused(self) -> None:
         assert self.factor is not None
         self.value = min(self.value * self.factor**2, _MOST)
+
+
+class DelayedGratification(Damping):
+    """λ is raised by little where a point is refused and lowered by more where a step is taken; steps may go on uphill.
+
+    A step that lowers the loss most leads to the bottom of a narrow curved valley, from which each further one is short. These are as long
+    as the loss allows. One that raises the loss, up to a hundred times the least so far, is taken too where (1 − cos β)ᵇ times it is at
+    most that, β being the angle between the step and the one before. `TrialOptimizer.return_to_least` goes back there in the end. Losses
+    below zero never rise.
+
+    Parameters
+    ----------
+    initial : float
+        λ of the first trial point.
+    raised, lowered : float
+        The factors, above 1.
+    bold : float
+        The exponent b ≥ 0; with 0 no step goes uphill.
+    least : float
+        λ does not fall below this.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a number is not usable.
+
+    References
+    ----------
+    M. K. Transtrum and J. P. Sethna, "Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares minimization",
+    arXiv 1201.5885 (2012).
+    """
+
+    def __init__(
+        self, initial: float = 0.01, raised: float = 2.0, lowered: float = 5.0, bold: float = 2.0, least: float = _LEAST
+    ) -> None:
+        super().__init__(initial)
+        self.raised, self.lowered = _above_one(raised, "raised"), _above_one(lowered, "lowered")
+        self.bold, self.least = finite_real(bold, "bold"), _positive(least, "the least damping")
+        if self.bold < 0.0:
+            raise ValueError(f"expected bold to be 0 or more, got {bold!r}: pass 2.0, or 0 for steps downhill alone")
+
+    def begin(self, curvature: Curvature) -> Inertia | None:
+        return None
+
+    def accepted(self, ratio: float, backward_error: float) -> None:
+        super().accepted(ratio, backward_error)
+        self.value = min(max(self.value / self.lowered, self.least), _MOST)
+
+    def refused(self) -> None:
+        self.value = min(self.value * self.raised, _MOST)
 
 
 class JustConvex(Damping):
@@ -211,9 +262,7 @@ class ConditionNumber(Damping):
 
     def __init__(self, target: float = 1e6) -> None:
         super().__init__(CONVEX_DAMPING)
-        self.target = finite_real(target, "the condition number")
-        if not self.target > 1.0:
-            raise ValueError(f"expected a condition number above 1, got {target!r}: pass a larger one")
+        self.target = _above_one(target, "the condition number")
 
     def begin(self, curvature: Curvature) -> Inertia | None:
         self.value = max(curvature.norm() / (self.target - 1.0), _LEAST)
@@ -262,4 +311,11 @@ def _positive(value: float, name: str) -> float:
     number = finite_real(value, name)
     if not number > 0.0:
         raise ValueError(f"expected {name} to be positive, got {value!r}: pass a positive number")
+    return number
+
+
+def _above_one(value: float, name: str) -> float:
+    number = finite_real(value, name)
+    if not number > 1.0:
+        raise ValueError(f"expected {name} above 1, got {value!r}: pass a larger number")
     return number

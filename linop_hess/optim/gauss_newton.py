@@ -8,20 +8,20 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from linop_hess._validate import Nonsmooth, finite_real
 from linop_hess.autograd.calling import takes_parameters
 from linop_hess.autograd.snapshot import buffers_of, changed_buffers, put_buffers_back
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.lq.inverse.solve import Solver
 from linop_hess.lq.methods.plan import METHODS, make_plan
-from linop_hess.optim.base import LocalModel, TrialOptimizer
-from linop_hess.optim.damping import TOLERANCE, Damping, GainRatio, as_damping, iterations
+from linop_hess.optim.damping import TOLERANCE, Damping, DelayedGratification, GainRatio, as_damping
 from linop_hess.optim.objective import Loss, Objective
-from linop_hess.optim.quadratic import FUNCTION_SPACE, ChainModel, Factored, FunctionSpace, function_space
+from linop_hess.optim.quadratic.chain import ChainModel
+from linop_hess.optim.quadratic.damped import Curve, LevenbergMarquardt, Solves, TrustRegionSteps
+from linop_hess.optim.quadratic.function_space import FUNCTION_SPACE, FunctionSpace, function_space
 from linop_hess.optim.record import Tally
-from linop_hess.optim.trials import Point
+from linop_hess.optim.trial_optimizer import LocalModel, TrialOptimizer
 
 _FORMS = ("levenberg-marquardt", "trust-region")
 
@@ -42,7 +42,8 @@ class GaussNewton(TrialOptimizer):
     lr : float
         By which steps are multiplied.
     damping : Damping or float, optional
-        By default `GainRatio(0.1)`; an object is one optimizer's alone. In the trust-region form it holds 1/Δ².
+        By default `GainRatio(0.1)`, of geodesic steps `DelayedGratification()`; an object is one optimizer's alone. In the trust-region
+        form it holds 1/Δ².
     form : {"levenberg-marquardt", "trust-region"}
         Whether λ is adapted, or the radius Δ of which it is the multiplier.
     method : str
@@ -68,7 +69,7 @@ class GaussNewton(TrialOptimizer):
     References
     ----------
     M. K. Transtrum and J. P. Sethna, "Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares minimization",
-    arXiv 1201.5885 (2012): geodesic acceleration.
+    arXiv 1201.5885 (2012): geodesic acceleration, and the damping that goes with it.
 
     Examples
     --------
@@ -119,7 +120,7 @@ class GaussNewton(TrialOptimizer):
             model,
             loss_fn,
             params,
-            as_damping(damping, GainRatio(0.1)),
+            as_damping(damping, DelayedGratification() if self.geodesic else GainRatio(0.1)),
             max_trials,
             extrapolate,
             lr=lr,
@@ -133,16 +134,16 @@ class GaussNewton(TrialOptimizer):
                 "expected a closure that returns (output, target) for a Gauss-Newton matrix, got one that returns the loss: it tells "
                 "nothing of the output; use SaddleFree, or return both"
             )
-        kind = _LevenbergMarquardt if self.form == _FORMS[0] else _TrustRegion
+        kind = LevenbergMarquardt if self.form == _FORMS[0] else TrustRegionSteps
         rows = self._rows(objective, tally)
         if rows is not None:
-            return kind(rows, rows.factored, _Curve(objective, rows) if self.geodesic else None)
+            return kind(rows, rows.factored, Curve(objective, rows) if self.geodesic else None)
         lin = self._linearize(objective)
         chain = ChainModel(lin.gauss_newton().analysis, lin.loss, lin.gradient_tensor, tally)
         key = (lin.problem.size, lin.problem.layout.n_out.tobytes())
         if key not in self._chosen:
             self._chosen[key] = make_plan(chain.analysis, 1.0).choice if self.method == "auto" else self.method
-        return kind(chain, partial(_Solves, chain, self._chosen[key], self.tolerance), None)
+        return kind(chain, partial(Solves, chain, self._chosen[key], self.tolerance), None)
 
     def _rows(self, objective: Objective, tally: Tally) -> FunctionSpace | None:
         """The model by rows of the Jacobian, where that is asked for, or possible and cheap."""
@@ -192,92 +193,6 @@ class GaussNewton(TrialOptimizer):
         return flops <= _CHEAP_OF_LAYERS and len(objective.leaves) + prod(shape[1:]) <= _CALLS_OF_LAYERS
 
 
-class _Curve:
-    """How the output bends along a step: half of Jᵀ(∇²ℓ) times its second derivative, by differences."""
-
-    def __init__(self, objective: Objective, rows: FunctionSpace) -> None:
-        self._point, self._rows = Point(objective, objective.leaves), rows
-
-    def __call__(self, step: Tensor) -> Tensor:
-        here = self._rows.output
-        try:
-            ahead, behind = (self._point.output_at(h * step) for h in (_ALONG, -_ALONG))
-        finally:
-            self._point.back()
-        return 0.5 * self._rows.pulled(((ahead - here) - (here - behind)) / _ALONG**2)
-
-
-class _LevenbergMarquardt:
-    """Steps at any damping."""
-
-    def __init__(self, model: ChainModel | FunctionSpace, factored: Factored, curve: _Curve | None) -> None:
-        self.loss, self.curvature, self.change = model.loss, model, model.change
-        self._model, self._factored, self._curve = model, factored, curve
-
-    def propose(self, damping: float) -> tuple[Tensor, float]:
-        solve = self._factored(damping)
-        step = -solve(self._model.gradient)
-        promised = self._model.change(step)
-        if self._curve is not None and bool(torch.isfinite(step).all()):
-            turn = -solve(self._curve(step))
-            if bool(turn.norm() <= _TURN * step.norm()):
-                step = step + turn
-        return step, promised
-
-
-class _Solves:
-    """Certified solves with the chain's Gauss-Newton matrix at one damping."""
-
-    def __init__(self, chain: ChainModel, method: str, tolerance: float, damping: float) -> None:
-        self._tally, self._dtype = chain.tally, chain.analysis.problem.dtype
-        with self._tally.factoring(method):
-            self._solver = Solver(
-                chain.analysis,
-                damping,
-                method,
-                tolerance=max(tolerance, TOLERANCES[self._dtype]),
-                max_refinements=iterations(chain.analysis.problem.length),
-                escalate=False,
-                precision="double",
-            )
-
-    def __call__(self, g: Tensor) -> Tensor:
-        found = self._solver.solve(g.to(self._dtype))
-        self._tally.backward_error, self._tally.method = found.backward_error, found.method
-        self._tally.products += 1 + found.refinement_steps
-        return found.x.double()
-
-
-TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6}
-
-
-class _TrustRegion(_LevenbergMarquardt):
-    """The step of length Δ at most: λ ≥ 0 with ‖(G + λI)⁻¹g‖ = Δ, by Newton's method on 1/‖s‖ (Moré and Sorensen)."""
-
-    def propose(self, damping: float) -> tuple[Tensor, float]:
-        radius = damping**-0.5
-        lam = max(float(self._model.gradient.norm()) / radius * _FIRST, _LEAST * self._model.norm())
-        lower = 0.0
-        step = None
-        for _ in range(_NEWTON_STEPS):
-            solve = self._factored(lam)
-            step = -solve(self._model.gradient)
-            length = float(step.norm())
-            if abs(length - radius) <= _ON_BOUNDARY * radius or (
-                length < radius and lam <= _LEAST * self._model.norm()
-            ):
-                break
-            if length > radius:
-                lower = lam
-            slope = float(step @ solve(step))
-            new = lam + (length / radius - 1.0) * length**2 / max(slope, 1e-300)
-            lam = max(new, lower * (1.0 + _ON_BOUNDARY), lam * _FIRST, _LEAST * self._model.norm())
-        assert step is not None
-        length = float(step.norm())
-        step = step * min(1.0, radius / length) if length else step
-        return step, self._model.change(step)
-
-
 # Flops of the product of a Jacobian with itself, and of a factorization, up to which rows are taken: a chain of layers, of which nothing is
 # recorded, takes less time from about 1e9 on (320 rows × 1,900 and 640 × 6,000 on either side); of a run that is recorded the stages of
 # 1,000 points take seconds, and no product of this size does. Each parameter and each output of a sample takes about 0.6 ms by rows; in a
@@ -285,10 +200,3 @@ class _TrustRegion(_LevenbergMarquardt):
 # and 22).
 _CHEAP_OF_LAYERS, _CHEAP = 1e9, 2e10
 _CALLS_OF_LAYERS = 42
-# Where the output's second derivative is taken along a step, and how long a turn may be in terms of the step.
-_ALONG, _TURN = 0.1, 1.5
-# Steps of Newton's method for λ, how near to Δ is on the boundary, by how much λ falls at most in one, and the least λ in terms of ‖G‖.
-_NEWTON_STEPS = 8
-_ON_BOUNDARY = 0.1
-_FIRST = 1e-3
-_LEAST = 1e-14

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from linop_hess._validate import finite_real, whole
-from linop_hess.lq.pivots.inertia import Inertia
-from linop_hess.optim.base import LocalModel, TrialOptimizer
-from linop_hess.optim.damping import Curvature, Damping, GainRatio, as_damping
+from linop_hess.optim.damping import Damping, GainRatio, as_damping
 from linop_hess.optim.objective import Loss, Objective
+from linop_hess.optim.quadratic.products import ProductModel
 from linop_hess.optim.record import Tally
+from linop_hess.optim.trial_optimizer import LocalModel, TrialOptimizer
 
-# Power iterations for ‖G‖; what is kept of the last step as the start of the next.
-_POWER, _KEPT = 20, 0.95
+# What is kept of the last step as the start of the next.
+_KEPT = 0.95
 
 
 class HessianFree(TrialOptimizer):
@@ -90,62 +90,7 @@ class HessianFree(TrialOptimizer):
         self._start = None
 
     def _local_model(self, objective: Objective, tally: Tally) -> LocalModel:
-        return _Conjugate(self, ProductModel(objective, tally), tally)
-
-
-class ProductModel:
-    """loss + gᵀs + ½ sᵀGs with G known by products alone.
-
-    Parameters
-    ----------
-    objective : Objective
-        With an output.
-    tally : Tally
-        Where products are counted.
-    """
-
-    def __init__(self, objective: Objective, tally: Tally) -> None:
-        self.loss, gradient, self._product = objective.gauss_newton()
-        self.gradient, self._tally = gradient.double(), tally
-
-    def product(self, v: Tensor) -> Tensor:
-        """G times (N,)."""
-        self._tally.products += 1
-        return self._product(v[:, None])[:, 0]
-
-    def change(self, step: Tensor) -> float:
-        """Return gᵀs + ½ sᵀGs."""
-        return float(self.gradient @ step + 0.5 * step @ self.product(step))
-
-    @property
-    def curvature(self) -> Curvature:
-        """Itself."""
-        return self
-
-    def norm(self) -> float:
-        """‖G‖ from below, by power iteration from the gradient."""
-        v, norm = self.gradient, 0.0
-        for _ in range(_POWER):
-            if not (size := float(v.norm())) > 0.0:
-                break
-            v = self.product(v / size)
-            norm = float(v.norm())
-        return norm
-
-    def smallest_convex_damping(self) -> float:
-        """Zero: G is semidefinite where the loss is convex in the output."""
-        return 0.0
-
-    def inertia(self, damping: float) -> Inertia:
-        """Not known from products.
-
-        Raises
-        ------
-        TypeError
-        """
-        raise TypeError(
-            "expected a damping that needs no inertia, got JustConvex: products do not tell it; use GaussNewton, or GainRatio"
-        )
+        return _Conjugate(self, ProductModel(*objective.gauss_newton(), tally), tally)
 
 
 class _Conjugate:
@@ -159,7 +104,9 @@ class _Conjugate:
         opt, g = self._opt, self._model.gradient
         self._tally.method = "cg"
         start = torch.zeros_like(g) if opt._start is None else _KEPT * opt._start
-        step, residual = _cg(lambda v: self._model.product(v) + damping * v, g, start, opt.iterations, opt.tolerance)
+        step, residual = _cg(
+            lambda v: self._model.product(v[:, None])[:, 0] + damping * v, g, start, opt.iterations, opt.tolerance
+        )
         opt._start = step
         # gᵀs + ½ sᵀGs, with Gs = −g − λs − r.
         return step, 0.5 * float(step @ (g - damping * step - residual))

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from linop_hess._validate import Nonsmooth, finite_real
 from linop_hess.linearization import Linearization
-from linop_hess.optim.base import LocalModel, TrialOptimizer
 from linop_hess.optim.damping import GainRatio
 from linop_hess.optim.objective import Loss, Objective
-from linop_hess.optim.quadratic import ChainModel
+from linop_hess.optim.quadratic.chain import ChainModel
 from linop_hess.optim.record import Tally
+from linop_hess.optim.trial_optimizer import LocalModel, TrialOptimizer
 from linop_hess.trust_region import solve
 
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from linop_hess._validate import Nonsmooth, finite_real, whole
 from linop_hess.lq.methods.plan import METHODS, make_plan
-from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.optim.absolute import Subspace, krylov_subspace, rational_subspace
-from linop_hess.optim.base import LocalModel, TrialOptimizer
-from linop_hess.optim.damping import Curvature, Damping, Searched, as_damping, iterations
+from linop_hess.optim.damping import Damping, Searched, as_damping, iterations
 from linop_hess.optim.objective import Loss, Objective
-from linop_hess.optim.quadratic import ChainModel
+from linop_hess.optim.quadratic.chain import ChainModel
+from linop_hess.optim.quadratic.products import ProductModel
 from linop_hess.optim.record import Tally
+from linop_hess.optim.trial_optimizer import LocalModel, TrialOptimizer
 
 _METHODS = ("auto", "rational", "lanczos")
 
@@ -123,9 +123,8 @@ class SaddleFree(TrialOptimizer):
         if not objective.has_output:
             if self.method == "rational":
                 objective.linearize()  # which says what is wrong
-            loss, gradient, product = objective.gradient()
             count = self.products or iterations(sum(1 for _ in self.model.modules()))
-            return _Products(loss, gradient, product, count, tally)
+            return _Products(*objective.gradient(), tally, count)
         lin = self._linearize(objective)
         chain = ChainModel(lin.analysis, lin.loss, lin.gradient_tensor, tally)
         count = self.products or iterations(lin.problem.length)
@@ -203,42 +202,23 @@ def _backward_error(space: Subspace, z: Tensor, damping: complex) -> float:
     return float((basis[:, :1] - product).norm()) / (float(product.norm()) + 1.0)
 
 
-class _Products:
+class _Products(ProductModel):
     """|H| from products of a loss that no chain is known of."""
 
     def __init__(
-        self, loss: float, gradient: Tensor, product: Callable[[Tensor], Tensor], count: int, tally: Tally
+        self, loss: float, gradient: Tensor, product: Callable[[Tensor], Tensor], tally: Tally, count: int
     ) -> None:
-        self.loss, self.gradient, self._product, self._count, self._tally = (
-            loss,
-            gradient.double(),
-            product,
-            count,
-            tally,
-        )
+        super().__init__(loss, gradient, product, tally)
+        self._count = count
         self._space: Subspace | None = None
-
-    def product(self, V: Tensor) -> Tensor:
-        """H times the columns of (N, k)."""
-        self._tally.products += V.shape[1]
-        return self._product(V)
 
     def propose(self, damping: float) -> tuple[Tensor, float]:
         if not bool(self.gradient.any()):
             return torch.zeros_like(self.gradient), 0.0
         if self._space is None:
-            self._tally.method = "lanczos"
+            self.tally.method = "lanczos"
             self._space = krylov_subspace(self.product, self.gradient, self._count)
         return self._space.step(damping)
-
-    def change(self, step: Tensor) -> float:
-        """Return gᵀs + ½ sᵀHs."""
-        return float(self.gradient @ step + 0.5 * step @ self.product(step[:, None])[:, 0])
-
-    @property
-    def curvature(self) -> Curvature:
-        """Itself: ‖H‖ from the subspace; there is no inertia."""
-        return self
 
     def norm(self) -> float:
         """Largest |eigenvalue| within the subspace."""
@@ -249,15 +229,3 @@ class _Products:
         """Least damping that is convex within the subspace, from below."""
         self.propose(1.0)
         return 0.0 if self._space is None else max(0.0, -float(self._space.values.min()))
-
-    def inertia(self, damping: float) -> Inertia:
-        """Not known from products.
-
-        Raises
-        ------
-        TypeError
-        """
-        raise TypeError(
-            "expected a damping that needs no inertia where the closure returns the loss, got JustConvex: products do not tell it; return "
-            "(output, target)"
-        )

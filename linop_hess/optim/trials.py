@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from linop_hess.lq.accuracy import LOSS_REPEATS
 from linop_hess.optim.damping import Damping
 from linop_hess.optim.objective import Objective
 from linop_hess.optim.record import Tally
 
-# A step is made longer by this at most.
-_FURTHEST = 64.0
+# A step is made longer by this at most; and goes uphill to so many times the least loss.
+_FURTHEST, _HIGHEST = 64.0, 100.0
 
 
 class Point:
@@ -62,6 +65,59 @@ class Trial(NamedTuple):
     step: Tensor
     loss: float
     ratio: float
+
+
+class Course:
+    """Where the last steps led: a step that goes uphill may be taken where it goes on in their direction.
+
+    Attributes
+    ----------
+    least : float
+        The least loss so far, of one objective.
+    kept : list of Tensor
+        The parameters there.
+    """
+
+    def __init__(self) -> None:
+        self.least, self.kept = math.inf, list[Tensor]()
+        self._loss, self._step = math.nan, torch.zeros(0, device="cpu")
+
+    def begin(self, loss: float, parameters: list[nn.Parameter]) -> None:
+        """Begin a step at a loss; where the last one did not end at it the objective is another, and all is forgotten."""
+        if not abs(loss - self._loss) <= LOSS_REPEATS * abs(loss) or self._size(parameters) != self._step.numel():
+            self.least, self._step = math.inf, torch.zeros(0, device="cpu")
+            self.went(self._step, loss, parameters)
+
+    def leads(self, step: Tensor, loss: float, bold: float) -> bool:
+        """Whether (1 − cos β)ᵇ times the loss is at most the least so far, β the angle to the last step, and no loss is below zero."""
+        if not bold or self._step.shape != step.shape or not 0.0 <= loss <= _HIGHEST * self.least:
+            return False
+        cosine = float(self._step @ step) / float(self._step.norm() * step.norm())
+        return (1.0 - cosine) ** bold * loss <= self.least
+
+    def went(self, step: Tensor, loss: float, parameters: list[nn.Parameter]) -> None:
+        """Remember a step that was taken, and where it ended."""
+        self._step, self._loss = step, loss
+        if loss < self.least:
+            self.least, self.kept = loss, [p.detach().clone() for p in parameters]
+
+    def back(self, parameters: list[nn.Parameter]) -> None:
+        """Put parameters back to where the loss was least."""
+        for p, kept in zip(parameters, self.kept, strict=True):
+            p.copy_(kept)
+        self._step, self._loss = torch.zeros(0, device="cpu"), self.least
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {"least": self.least, "kept": self.kept, "loss": self._loss, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a stored state."""
+        self.least, self.kept, self._loss, self._step = (state[name] for name in ("least", "kept", "loss", "step"))
+
+    @staticmethod
+    def _size(parameters: list[nn.Parameter]) -> int:
+        return sum(p.numel() for p in parameters)
 
 
 Try = Callable[[], tuple[Tensor, float, float, str]]

@@ -75,10 +75,10 @@ def put(task: LearningTask, vector: Tensor) -> None:
         torch.nn.utils.vector_to_parameters(vector, task.model.parameters())
 
 
-def gauss_newton(**how: Any) -> Callable[[Run], None]:
+def gauss_newton(searched: bool = False, **how: Any) -> Callable[[Run], None]:
     def train(run: Run) -> None:
-        searched = {"damping": Searched(FIRST_DAMPING)} if how.get("geodesic") else {}
-        opt = GaussNewton(run.task.model, run.task.loss_fn, **searched, **how)
+        damping = {"damping": Searched(FIRST_DAMPING)} if searched else {}
+        opt = GaussNewton(run.task.model, run.task.loss_fn, **damping, **how)
         while True:
             opt.step(run.task.inputs, run.task.targets)
             run.step(opt.last.new_loss)
@@ -148,12 +148,14 @@ METHODS: dict[str, tuple[str, Callable[[Run], None]]] = {
     "bfgs": ("BFGS (SciPy)", bfgs),
     "chain": ("`GaussNewton` through a chain", gauss_newton(method="dense")),
     "gauss-newton": ("`GaussNewton`", gauss_newton()),
-    "geodesic": ("`GaussNewton`, geodesic, `Searched`", gauss_newton(geodesic=True)),
+    "searched": ("`GaussNewton`, geodesic, `Searched`", gauss_newton(searched=True, geodesic=True)),
+    "geodesic": ("`GaussNewton`, geodesic", gauss_newton(geodesic=True)),
 }
 
 
-def trained(name: str, train: Callable[[Run], None], seed: int, seconds: float, limit: int) -> Run:
-    run = Run(MAKE[name](seed), seconds, limit)
+def trained(options: argparse.Namespace, train: Callable[[Run], None], seed: int, seconds: float) -> Run:
+    sizes = {} if options.points is None else {"points": options.points}
+    run = Run(MAKE[options.task](seed, **sizes), seconds, options.steps)
     try:
         train(run)
     except OutOfTime:
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--steps", type=int, default=10**9, help="at most so many")
+    parser.add_argument("--points", type=int, help="along a side, or along x; by default the task's")
     parser.add_argument("--methods", default=",".join(METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -174,10 +177,10 @@ def main() -> None:
     for key in options.methods.split(","):
         label, train = METHODS[key]
         if key == "adam":
-            tried = {r: trained(options.task, adam(r), 0, options.seconds / 3, options.steps).least for r in ADAM}
+            tried = {r: trained(options, adam(r), 0, options.seconds / 3).least for r in ADAM}
             rate = min(tried, key=tried.__getitem__)
             label, train = f"Adam, lr {rate:g} of {', '.join(f'{r:g}' for r in ADAM)}", adam(rate)
-        runs = [trained(options.task, train, seed, options.seconds, options.steps) for seed in range(options.seeds)]
+        runs = [trained(options, train, seed, options.seconds) for seed in range(options.seeds)]
         errors = [run.error() for run in runs]
         row = [label]
         for values in (errors, [run.least for run in runs]):

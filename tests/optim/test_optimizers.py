@@ -22,7 +22,7 @@ from linop_hess.optim import (
     SaddleFree,
     TrustRegion,
 )
-from linop_hess.optim.quadratic import Linearizer
+from linop_hess.optim.quadratic.chain import Linearizer
 from tests.optim.problems import chain, dense_hessian, digits_like
 
 CE = nn.CrossEntropyLoss()

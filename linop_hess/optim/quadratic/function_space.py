@@ -1,4 +1,4 @@
-"""The quadratic model of a loss at one point, of a chain or of the rows of a Jacobian, and what damping strategies ask of it."""
+"""The quadratic model of the rows of the output's Jacobian."""
 
 from __future__ import annotations
 
@@ -11,18 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linop_hess._memory import require
-from linop_hess._validate import Nonsmooth, checked_loss
+from linop_hess._validate import checked_loss
 from linop_hess.autograd.differentiate import twice_differentiable
-from linop_hess.autograd.kinks.surrogates import checked_sharpness
 from linop_hess.autograd.output_jacobian import output_jacobian
 from linop_hess.errors import FactorizationError, NotFiniteError, UnsupportedModelError
 from linop_hess.graph.movement import draws
-from linop_hess.graph.rules.nonsmooth import SecondDerivatives
-from linop_hess.linearization import Linearization, Told
 from linop_hess.lq.accuracy import BACKWARD_ERROR, CONCAVE, ROUNDED
-from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.inverse.counting import smallest_convex_damping
-from linop_hess.lq.inverse.inertia import inertia
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.optim.objective import Objective, slope_by_output
 from linop_hess.optim.record import Tally
@@ -31,81 +25,7 @@ FUNCTION_SPACE = "function-space"
 """By rows of the output's Jacobian, as a method."""
 
 Solve = Callable[[Tensor], Tensor]
-Factored = Callable[[float], Solve]
-"""Makes, of a damping λ, the product of the inverse of the damped curvature with (N,)."""
-
-
-class Linearizer:
-    """Linearizes the objectives of one step after the other, each with what the last one told.
-
-    Parameters
-    ----------
-    nonsmooth, sharpness
-        As of `linop_hess.linearize`.
-
-    Raises
-    ------
-    ValueError
-        If they are not usable.
-    """
-
-    def __init__(self, nonsmooth: Nonsmooth, sharpness: float | None) -> None:
-        self._second = SecondDerivatives.of(nonsmooth, sharpness, "autograd")
-        self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
-        self._told: Told | None = None
-
-    def __call__(self, objective: Objective) -> Linearization:
-        """Linearize one; what it raises is what `linop_hess.linearize` does."""
-        lin = objective.linearize(self._second, self._told)
-        self._told = lin.told
-        return lin
-
-
-class ChainModel:
-    """loss + gᵀs + ½ sᵀHs of a chain, in float64.
-
-    Parameters
-    ----------
-    analysis : Analysis
-        Of H, or of Gauss-Newton.
-    loss : float
-    gradient : Tensor, shape (N,)
-    tally : Tally
-        Where products and factorizations are counted.
-    """
-
-    def __init__(self, analysis: Analysis, loss: float, gradient: Tensor, tally: Tally) -> None:
-        self.analysis, self.loss, self.tally = analysis, loss, tally
-        self.gradient = gradient.to(torch.float64)
-        self._problem = analysis.in_float64.problem
-
-    def product(self, V: Tensor) -> Tensor:
-        """H times the columns of (N, k)."""
-        self.tally.products += V.shape[1]
-        return self._problem.hessian_product(V)
-
-    def change(self, step: Tensor) -> float:
-        """Return gᵀs + ½ sᵀHs."""
-        return float(self.gradient @ step + 0.5 * step @ self.product(step[:, None])[:, 0])
-
-    @property
-    def curvature(self) -> ChainModel:
-        """Itself, for damping strategies."""
-        return self
-
-    def norm(self) -> float:
-        """‖H‖."""
-        return self.analysis.norm
-
-    def smallest_convex_damping(self) -> float:
-        """The least damping that makes H positive definite, 0 where a negligible one does."""
-        found = smallest_convex_damping(self.analysis, 1e-2)
-        return 0.0 if found <= 1e-6 * self.norm() else found
-
-    def inertia(self, damping: float) -> Inertia:
-        """Signs of the eigenvalues of H + λI."""
-        self.tally.factorizations += 1
-        return inertia(self.analysis, damping)
+"""The product of the inverse of the damped curvature with (N,)."""
 
 
 class FunctionSpace:
