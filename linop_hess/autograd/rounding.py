@@ -40,7 +40,8 @@ class Rounded(TorchDispatchMode):
             return out
         if name not in _SELECTIONS:
             for y in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(y, Tensor) and y.dtype in _ROUNDED:
+                # Zeros without memory, as torch has for the derivative of a sign, stay zero; writing to them ends the process.
+                if isinstance(y, Tensor) and y.dtype in _ROUNDED and not y._is_zerotensor():
                     y.mul_(1 + self._noise(y))
         return out
 
