@@ -188,10 +188,29 @@ def _has_recurrent_layers(model: nn.Module) -> bool:
     return any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
+_ABOVE_DISPATCH = tuple(
+    getattr(torch._C.DispatchKey, key)
+    for key in "AutogradFunctionality AutogradOther AutogradNestedTensor ADInplaceOrView Conjugate Negative ZeroTensor".split()
+)
+
+
 @contextmanager
 def once_differentiable_graphs(device: torch.device) -> Iterator[None]:
     """Record graphs that can be differentiated at least once, in full precision, with the model's own kernels."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def recorded_within_dispatch() -> Iterator[None]:
+    """Let autograd record what runs inside a dispatch mode's handler, which is below autograd.
+
+    `torch.overrides.enable_reentrant_dispatch` does so too, but with a mode, torch 2.3 then finds no implementation of any operation.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _ABOVE_DISPATCH:
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
         yield
 
 
