@@ -158,7 +158,10 @@ def saved_bytes(graph: Sequence[Tensor]) -> int:
         if kind not in names:
             names[kind] = [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
         for name in names[kind]:
-            value = getattr(node, name)
+            try:
+                value = getattr(node, name)
+            except RuntimeError:  # overwritten since: a backward pass that needs it raises, and others do without
+                continue
             for tensor in value if isinstance(value, tuple | list) else (value,):
                 if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()

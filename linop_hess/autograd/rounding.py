@@ -105,7 +105,7 @@ class MovedByRounding(Operator):
         """Return the size of the same where all that is computed changes by a few units in the last place, the largest of some tries."""
         moved = self.moved_by_rounding(X, products).abs()
         for seed in range(ROUNDINGS):
-            # Errors at the edge of where it is differentiable.
-            with suppress(ValueError, torch.linalg.LinAlgError), Rounded(seed):
+            # Errors at the edge of where it is defined or differentiable, such as torch's of a probability that became more than one.
+            with suppress(ValueError, RuntimeError), Rounded(seed):
                 moved = torch.maximum(moved, self.moved_by_rounding(X, products).abs())
         return moved
