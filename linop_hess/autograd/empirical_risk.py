@@ -13,16 +13,10 @@ from torch import Tensor, nn
 
 from linop_hess._validate import Nonsmooth, Reduction, checked_loss, require_loss_fn
 from linop_hess.autograd.additivity import Additivity, Part
+from linop_hess.autograd.backward_graph import coarsest_eps, refuse_direct_parameters, refuse_once_differentiable
 from linop_hess.autograd.batches import Batches, Progress
 from linop_hess.autograd.calling import as_data, call_loss, call_model
-from linop_hess.autograd.differentiate import (
-    coarsest_eps,
-    differentiate,
-    joined,
-    refuse_direct_parameters,
-    refuse_once_differentiable,
-    twice_differentiable,
-)
+from linop_hess.autograd.differentiate import differentiate, joined, twice_differentiable
 from linop_hess.autograd.kinks.surrogates import checked_sharpness
 from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.recording import Product, Recordings

@@ -31,7 +31,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from linop_hess.autograd.differentiate import differentiate, recorded_within_dispatch
+from linop_hess.autograd.backward_graph import recorded_within_dispatch
+from linop_hess.autograd.differentiate import differentiate
 from linop_hess.autograd.kinks.surrogates import is_curved, is_kinked, jumps, operation_name, surrogate
 from linop_hess.errors import UnsupportedModelError
 
