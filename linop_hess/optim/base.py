@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import Nonsmooth, finite_real, require_loss_fn, whole
+from linop_hess._validate import Nonsmooth, finite_real, require_loss_fn, true_or_false, whole
 from linop_hess.autograd.calling import NOT_GIVEN
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.errors import FactorizationError, NotFiniteError, SingularPivotError, UnsupportedModelError
@@ -253,7 +253,8 @@ class TrialOptimizer(CurvatureOptimizer):
         **how: Any,
     ) -> None:
         super().__init__(model, loss_fn, params, **how)
-        self.damping, self.max_trials, self.extrapolate = damping, whole(max_trials, "max_trials", least=1), extrapolate
+        self.damping, self.max_trials = damping, whole(max_trials, "max_trials", least=1)
+        self.extrapolate = true_or_false(extrapolate, "extrapolate")
 
     @abstractmethod
     def _local_model(self, objective: Objective, tally: Tally) -> LocalModel:
