@@ -156,6 +156,28 @@ def whole(value: Any, name: str, least: int | None = None) -> int:
     return number
 
 
+def true_or_false(value: Any, name: str) -> bool:
+    """Return a switch as a bool.
+
+    Parameters
+    ----------
+    value : bool
+        Python's or NumPy's; what is merely true, such as a number or a word, is none.
+    name : str
+        The argument, for the message.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"expected {name} to be True or False, got {value!r} of type {type(value).__name__}: pass one of the two"
+        )
+    return bool(value)
+
+
 def require_dtype(dtype: torch.dtype, what: str) -> None:
     """Raise unless a dtype is one that is computed in.
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 from torch import Tensor, nn
 
-from linop_hess._validate import Differentiation, Nonsmooth, Reduction, told_of_other_shapes
+from linop_hess._validate import Differentiation, Nonsmooth, Reduction, told_of_other_shapes, true_or_false
 from linop_hess.autograd.calling import (
     NOT_GIVEN,
     FunctionModule,
@@ -171,7 +171,7 @@ def linearize(
                 raise ValueError(
                     "expected reduction and weight_fn with several batches, got them with one, of which nothing is weighted: leave them out"
                 )
-            if verify and (several or group is not None):
+            if verify is not None and true_or_false(verify, "verify") and (several or group is not None):
                 raise ValueError(
                     "expected verify with one batch, got several or a group: there products are double backward's, and each dense "
                     "matrix is compared with one; leave it out"
@@ -194,6 +194,7 @@ def _of_one_batch(
     second: SecondDerivatives,
     known: Known | None = None,
 ) -> Linearization:
+    verify = None if verify is None else true_or_false(verify, "verify")
     parameter = model.get_parameter(names[0])
     device = parameter.device
     with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device), without_collector():

@@ -11,6 +11,22 @@ import torch
 from torch import Tensor, nn
 
 
+def torch_differentiates_twice(function: Callable[[torch.Tensor], torch.Tensor], *shape: int) -> bool:
+    """Whether this release of torch has first and second derivatives of an operation (2.3 has not those of all)."""
+    x = torch.linspace(-0.5, 0.5, torch.Size(shape).numel(), dtype=torch.float64).view(shape).requires_grad_()
+    try:
+        (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        torch.autograd.grad(gradient.sum(), x)
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        return False
+    return True
+
+
+HAS_AMINMAX = torch_differentiates_twice(lambda x: torch.aminmax(x, dim=1).max, 2, 2)
+
+
 def make_mlp(
     widths: Sequence[int],
     act: Callable[[], nn.Module] = nn.Tanh,

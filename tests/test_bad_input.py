@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import linop_hess as lh
 from linop_hess.errors import FactorizationError, UnsupportedModelError
+from linop_hess.tasks import Pendulum, neural_ode
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 
 
@@ -285,3 +286,37 @@ def test_batches_are_told_from_a_batch(setting):
     of_one = lh.linearize(model, f.cross_entropy, inputs, targets)
     assert of_one.loss == pytest.approx(float(f.cross_entropy(model(x[:2]), y[:2])), rel=1e-14)
     assert lh.linearize(model, lambda output, _: output.square().sum(), x, None).loss > 0
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, [], np.ones(2)])
+def test_switches_are_true_or_false(setting, value):
+    """What is merely true is refused: "no" would switch on."""
+    model, x, y = setting
+    record = lh.krylov.run("cg", np.eye(3), np.ones(3))
+    pendulum = Pendulum(3)
+    at = pendulum.rollout(np.zeros(3))
+    lin = lh.linearize(model, f.cross_entropy, x, y)
+    given = {
+        "extrapolate": [lh.optim.SaddleFree, lh.optim.GaussNewton],
+        "geodesic": [lh.optim.GaussNewton],
+    }
+    for name, kinds in given.items():
+        for kind in kinds:
+            with pytest.raises(TypeError, match=f"expected {name} to be True or False.*pass one of the two"):
+                kind(model, f.cross_entropy, **{name: value})
+    for name in ("check_deterministic", "check_symmetric", "retain_graph"):
+        for kind in (lh.Hessian, lh.GaussNewton):
+            with pytest.raises(TypeError, match=f"expected {name} to be True or False"):
+                kind(model, f.cross_entropy, (x, y), **{name: value})
+    for call, name in (
+        (lambda: lh.linearize(model, f.cross_entropy, x, y, verify=value), "verify"),
+        (lambda: lh.linearize(model, f.cross_entropy, [(x, y), (x, y)], reduction="mean", verify=value), "verify"),
+        (lambda: lin.again(verify=value), "verify"),
+        (lambda: record.as_dict(solution=value), "solution"),
+        (lambda: pendulum.expand(at, gauss_newton=value), "gauss_newton"),
+        (lambda: neural_ode(shared=value), "shared"),
+        (lambda: lh.lq.Solver(lin.analysis, 0.1, escalate=value), "escalate"),
+    ):
+        with pytest.raises(TypeError, match=f"expected {name} to be True or False"):
+            call()
+    assert lh.optim.SaddleFree(model, f.cross_entropy, extrapolate=np.False_).extrapolate is False

@@ -522,7 +522,8 @@ def test_laplace_jacobian_and_confidence():
     model, images = example.network(2, 3), torch.randn(4, 64, dtype=torch.float64)
     parameters = list(model.parameters())
     rows = [torch.autograd.grad(logit, parameters, retain_graph=True) for logit in model(images).flatten()]
-    assert np.allclose(example.jacobian(model, images), [parameters_to_vector(row) for row in rows], rtol=0, atol=1e-14)
+    J = torch.stack([parameters_to_vector(row) for row in rows])
+    assert np.allclose(example.jacobian(model, images), J, rtol=0, atol=1e-14)
     # Of two classes and one uncertain logit it is the mean of the sigmoid of a normal, to about a percent.
     logits, variances = np.array([[1.5, 0.0]]), np.array([[4.0, 0.0]])
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)

@@ -1,5 +1,8 @@
 """What rounding explains is no error, and what it does not explain is one: verify(), checks of symmetry and of gradients, inertia."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +46,24 @@ def test_maxima_are_still_entries_when_all_else_is_moved():
     with Rounded(0):
         (gradient,) = torch.autograd.grad(x.square().amax(), x)
     assert torch.isfinite(gradient).all() and int((gradient != 0).sum()) == 1
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_zeros_without_memory_are_not_written_to(batched):
+    # In a process of its own: writing there ends it.
+    code = f"""
+import torch
+from linop_hess.autograd.differentiate import differentiate
+from linop_hess.autograd.rounding import Rounded
+x = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64, requires_grad=True)
+seed = torch.eye(3, dtype=torch.float64) if {batched} else torch.ones(3, dtype=torch.float64)
+with Rounded(0):
+    (gradient,) = differentiate([(x * x).abs().sum()], [x], create_graph=True)
+    (product,) = differentiate([gradient], [x], [seed], batched={batched})
+assert torch.allclose(product, 2 * seed, rtol=1e-14)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_curvature_of_saturated_losses_is_symmetric_to_rounding():

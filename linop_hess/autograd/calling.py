@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
-from linop_hess.autograd.differentiate import graph_nodes
+from linop_hess.autograd.backward_graph import graph_nodes
 from linop_hess.errors import UnsupportedModelError
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -33,8 +32,6 @@ _NOT_TWICE = (
     "create_graph",
     "no autograd formula",
 )
-
-_ONCE_DIFFERENTIABLE = once_differentiable(lambda context: None).__code__
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -328,69 +325,3 @@ def symmetric(block: Tensor, what: str, scale: float = 0.0, eps: float = 0.0) ->
             "operation in it wrongly; rewrite it in primitive operations"
         )
     return (block + block.mT) / 2
-
-
-def graph_nodes(*outputs: Tensor) -> Iterator[Any]:
-    """Yield every node of the graph that autograd recorded on the way to some tensors, each once."""
-    pending: list[Any] = [output.grad_fn for output in outputs]
-    seen = {None}
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        pending.extend(following for following, _ in node.next_functions)
-
-
-def coarsest_eps(output: Tensor) -> float:
-    """Unit of rounding of the coarsest dtype that a graph goes through, as that of a loss which casts to float32."""
-    dtypes = {output.dtype}
-    for node in graph_nodes(output):
-        dtypes.update(metadata.dtype for metadata in getattr(node, "_input_metadata", ()))
-    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-
-
-def refuse_once_differentiable(output: Tensor) -> None:
-    """Raise if a custom operation marked `once_differentiable` leads to `output`.
-
-    Where unused inputs are allowed torch takes the derivative of its backward pass for zero.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Naming the operation.
-    """
-    for node in graph_nodes(output):
-        function = getattr(node, "_forward_cls", None)
-        if function is not None and getattr(function.backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
-            raise UnsupportedModelError(
-                f"expected operations with a second derivative, got {function.__name__}, whose backward is marked "
-                "once_differentiable: replace it by one built from differentiable operations, or pass "
-                'differentiation="finite" to lh.Hessian for products by differences of the gradient'
-            )
-
-
-def refuse_direct_parameters(loss: Tensor, known: Sequence[Tensor] = ()) -> None:
-    """Raise if a loss uses parameters other than through the model, as a penalty on the weights does.
-
-    Parameters
-    ----------
-    loss : Tensor
-    known : sequence of Tensor
-        The parameters of the model that the loss was computed with.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Giving the parameter's shape.
-    """
-    through_the_model = {id(parameter) for parameter in known}
-    for node in graph_nodes(loss):
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter) and id(leaf) not in through_the_model:
-            raise UnsupportedModelError(
-                "expected a loss of the model's output and the targets alone, got one that uses a parameter of shape "
-                f"{tuple(leaf.shape)} besides (a penalty on the weights?): take it out of loss_fn and add its Hessian, "
-                "c/2·‖θ‖² is .damped(c) or damping=c; if it is a constant, .detach() it"
-            )

@@ -11,18 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import Nonsmooth, Reduction, checked_loss, require_loss_fn
+from linop_hess._validate import Nonsmooth, Reduction, checked_loss, require_loss_fn, true_or_false
 from linop_hess.autograd.additivity import Additivity, Part
+from linop_hess.autograd.backward_graph import coarsest_eps, refuse_direct_parameters, refuse_once_differentiable
 from linop_hess.autograd.batches import Batches, Progress
 from linop_hess.autograd.calling import as_data, call_loss, call_model
-from linop_hess.autograd.differentiate import (
-    coarsest_eps,
-    differentiate,
-    joined,
-    refuse_direct_parameters,
-    refuse_once_differentiable,
-    twice_differentiable,
-)
+from linop_hess.autograd.differentiate import differentiate, joined, twice_differentiable
 from linop_hess.autograd.kinks.surrogates import checked_sharpness
 from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.recording import Product, Recordings
@@ -99,6 +93,9 @@ class RiskCurvature(NamedOperator, MovedByRounding):
         making = f"making {type(self).__name__}"
         with self.processes.together(making, lambda: options | self._in_common(), "give the same to all"):
             require_loss_fn(loss_fn)
+            true_or_false(check_deterministic, "check_deterministic")
+            true_or_false(check_symmetric, "check_symmetric")
+            keep = check_deterministic if retain_graph is None else true_or_false(retain_graph, "retain_graph")
             self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
             with exclusively(model, loss_fn):  # no other thread's tensors stand in for theirs
                 names = select_parameters(model, params)
@@ -111,7 +108,7 @@ class RiskCurvature(NamedOperator, MovedByRounding):
             self.parameter_table = ParameterTable.of_tensors(dict(zip(names, self.parameters, strict=True)))
             size = self.parameter_table.size
             super().__init__((size, size), self.parameters[0].dtype, self.parameters[0].device)
-            self._recordings = Recordings(self.device, check_deterministic if retain_graph is None else retain_graph)
+            self._recordings = Recordings(self.device, keep)
         self.batches.join()
         self.coarsest_eps = torch.finfo(self.torch_dtype).eps
         with plain_arithmetic(self.device):

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from linop_hess._memory import available_on
 from linop_hess._validate import NUMPY_DTYPES
-from linop_hess.autograd.differentiate import Gradients, graph_nodes
+from linop_hess.autograd.backward_graph import saved_bytes
+from linop_hess.autograd.differentiate import Gradients
 
 Product = Callable[[Tensor], Tensor]
 """Multiplies a block (n, k) by one batch's curvature matrix."""
@@ -147,23 +148,6 @@ class Recordings:
     def release(self) -> None:
         """Free the memory of all recordings."""
         self._kept.clear()
-
-
-def saved_bytes(graph: Sequence[Tensor]) -> int:
-    """Return the bytes of the tensors that a graph has saved for its backward passes, each memory counted once."""
-    names: dict[type, list[str]] = {}
-    storages: dict[int, int] = {}
-    for node in graph_nodes(*graph):
-        kind = type(node)
-        if kind not in names:
-            names[kind] = [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
-        for name in names[kind]:
-            value = getattr(node, name)
-            for tensor in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class Rounded(TorchDispatchMode):
             return out
         if name not in _SELECTIONS:
             for y in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(y, Tensor) and y.dtype in _ROUNDED:
+                # Zeros without memory, as torch has for the derivative of a sign, stay zero; writing to them ends the process.
+                if isinstance(y, Tensor) and y.dtype in _ROUNDED and not y._is_zerotensor():
                     y.mul_(1 + self._noise(y))
         return out
 
@@ -104,7 +105,7 @@ class MovedByRounding(Operator):
         """Return the size of the same where all that is computed changes by a few units in the last place, the largest of some tries."""
         moved = self.moved_by_rounding(X, products).abs()
         for seed in range(ROUNDINGS):
-            # Errors at the edge of where it is differentiable.
-            with suppress(ValueError, torch.linalg.LinAlgError), Rounded(seed):
+            # Errors at the edge of where it is defined or differentiable, such as torch's of a probability that became more than one.
+            with suppress(ValueError, RuntimeError), Rounded(seed):
                 moved = torch.maximum(moved, self.moved_by_rounding(X, products).abs())
         return moved

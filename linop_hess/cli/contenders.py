@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from linop_hess import tasks
 from linop_hess.cli.kfac import KFAC
 from linop_hess.cli.trace import Finished, Trace
-from linop_hess.optim import GaussNewton, HessianFree, PreconditionedSGD, SaddleFree, Searched, TrustRegion
+from linop_hess.optim import GaussNewton, HessianFree, PreconditionedSGD, SaddleFree, TrustRegion
 from linop_hess.tasks import ControlRecord, LearningTask, ShootingTask
 
 Task = LearningTask | ShootingTask

@@ -12,6 +12,7 @@ import numpy as np
 
 from linop_hess._display import Shown
 from linop_hess._memory import format_bytes
+from linop_hess._validate import true_or_false
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,7 +85,17 @@ class Record(Shown):
         ----------
         solution : bool
             Include `x`, N numbers. NaN and Inf become None throughout, since JSON has neither.
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        TypeError
+            If `solution` is no bool.
         """
+        solution = true_or_false(solution, "solution")
         out: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             if field.name == "x" and not solution:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from linop_hess._validate import Nonsmooth, finite_real
+from linop_hess._validate import Nonsmooth, finite_real, true_or_false
 from linop_hess.autograd.calling import takes_parameters
 from linop_hess.autograd.snapshot import buffers_of, changed_buffers, put_buffers_back
 from linop_hess.errors import UnsupportedModelError
@@ -107,13 +107,14 @@ class GaussNewton(TrialOptimizer):
         methods = ["auto", FUNCTION_SPACE, *METHODS]
         if method not in methods:
             raise ValueError(f"expected method to be one of {methods}, got {method!r}: choose one")
-        if geodesic and (form != _FORMS[0] or method not in methods[:2]):
+        self.geodesic = true_or_false(geodesic, "geodesic")
+        if self.geodesic and (form != _FORMS[0] or method not in methods[:2]):
             raise ValueError(
                 f'expected geodesic=True with form="{_FORMS[0]}" and method "auto" or "{FUNCTION_SPACE}", got form={form!r} and '
                 f"method={method!r}: leave it out"
             )
         self.form, self.method = form, method
-        self.tolerance, self.geodesic = finite_real(tolerance, "tolerance"), geodesic
+        self.tolerance = finite_real(tolerance, "tolerance")
         self._chosen: dict[tuple[Any, ...], str] = {}
         self._by_rows: dict[torch.Size | None, bool] = {}
         super().__init__(

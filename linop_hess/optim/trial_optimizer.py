@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import whole
+from linop_hess._validate import true_or_false, whole
 from linop_hess.autograd.calling import NOT_GIVEN
 from linop_hess.errors import NotFiniteError, UnsupportedModelError
 from linop_hess.lq.accuracy import LOSS_REPEATS
@@ -78,7 +78,8 @@ class TrialOptimizer(CurvatureOptimizer):
     ) -> None:
         super().__init__(model, loss_fn, params, **how)
         self._course = Course()
-        self.damping, self.max_trials, self.extrapolate = damping, whole(max_trials, "max_trials", least=1), extrapolate
+        self.damping, self.max_trials = damping, whole(max_trials, "max_trials", least=1)
+        self.extrapolate = true_or_false(extrapolate, "extrapolate")
 
     @abstractmethod
     def _local_model(self, objective: Objective, tally: Tally) -> LocalModel:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess._validate import true_or_false
 from linop_hess.lq import DenseStage, Problem
 
 
@@ -158,8 +159,17 @@ class ControlTask(ABC):
             Gains that close the loop; by default none.
         gauss_newton : bool
             Leave out the curvature of the dynamics, and of costs what is negative: iLQR's matrix.
+
+        Returns
+        -------
+        Expansion
+
+        Raises
+        ------
+        TypeError
+            If `gauss_newton` is no bool.
         """
-        n = len(self.start)
+        gauss_newton, n = true_or_false(gauss_newton, "gauss_newton"), len(self.start)
         first = self._first_order(at, K)
         with torch.enable_grad():
             value, adjoint = first.cost, torch.from_numpy(first.p)

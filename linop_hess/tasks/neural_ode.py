@@ -9,7 +9,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
-from linop_hess._validate import whole
+from linop_hess._validate import true_or_false, whole
 from linop_hess.tasks.learning import LearningTask
 
 _SPIRAL = np.array([[-0.1, 2.0], [-2.0, -0.1]])
@@ -72,13 +72,13 @@ def neural_ode(seed: int = 0, *, depth: int = 4, width: int = 8, batch: int = 40
     Raises
     ------
     ValueError, TypeError
-        If a size is no positive integer, or the seed a negative one or none.
+        If a size is no positive integer, the seed a negative one or none, or `shared` no bool.
     """
     seed = whole(seed, "seed", least=0)
     depth, width, batch = whole(depth, "depth", least=1), whole(width, "width", least=1), whole(batch, "batch", least=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Flow(depth, width, shared).double()
+        model = Flow(depth, width, true_or_false(shared, "shared")).double()
     rng = np.random.default_rng(seed)
     x, other = rng.uniform(-1.5, 1.5, (batch, 2)), rng.uniform(-1.5, 1.5, (500, 2))
     measures = {"error elsewhere": _error(torch.from_numpy(other), torch.from_numpy(spiral(other)))}

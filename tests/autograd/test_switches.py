@@ -45,12 +45,14 @@ class MultiHead(nn.Module):
 
 
 MASK = torch.tensor([[True, False, False], [True, True, False], [False, True, True]])
+# Before torch 2.5 a single head of keys is broadcast.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in (f.scaled_dot_product_attention.__doc__ or "") else {}
 ATTENTIONS = {
     "plain": lambda q, k, v: f.scaled_dot_product_attention(q, k, v),
     "causal": lambda q, k, v: f.scaled_dot_product_attention(q, k, v, is_causal=True),
     "mask of truths": lambda q, k, v: f.scaled_dot_product_attention(q, k, v, MASK),
     "mask of numbers": lambda q, k, v: f.scaled_dot_product_attention(q, k, v, attn_mask=MASK.to(q) - 1.0, scale=0.7),
-    "grouped": lambda q, k, v: f.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
+    "grouped": lambda q, k, v: f.scaled_dot_product_attention(q, k[:, :1], v[:, :1], **GROUPED),
     "of aten": lambda q, k, v: torch.ops.aten.scaled_dot_product_attention(q, k, v),
     "of aten, overload": lambda q, k, v: torch.ops.aten.scaled_dot_product_attention.default(q, k, v),
     "over an axis": lambda q, k, v: torch.vmap(f.scaled_dot_product_attention)(q, k, v),

@@ -306,9 +306,9 @@ class Check:
         """What the model as it is gives, with torch's own kernels."""
         model, inputs, targets = self.case.cast(self.case.dtype)
         named = {n: p for n, p in model.named_parameters() if n in self.case.names()}
-        with torch.no_grad():
-            output = torch.func.functional_call(model, {n: b.clone() for n, b in model.named_buffers()}, inputs)
-            return float(call(self.case.loss_fn, output, targets, named))
+        # With gradients: some models differentiate inside.
+        output = torch.func.functional_call(model, {n: b.clone() for n, b in model.named_buffers()}, inputs)
+        return float(call(self.case.loss_fn, output, targets, named).detach())
 
     def case_size(self) -> float:
         """Size of terms that may cancel in all derivatives."""

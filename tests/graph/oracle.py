@@ -50,7 +50,7 @@ def hessian(case: Case) -> tuple[float, np.ndarray, np.ndarray]:
     with primitive_operations(), formulas():
         leaves, loss, gradient = _gradient(case, _values(case), create_graph=True)
         H = double_backward(gradient, leaves)
-    return loss.item(), gradient.detach().numpy(), H.numpy()
+    return loss.item(), gradient.detach().numpy(), H.detach().numpy()
 
 
 def gauss_newton(case: Case) -> np.ndarray:
@@ -101,7 +101,7 @@ def differenced_product(case: Case, v: np.ndarray, step: float = 3e-4) -> np.nda
         up, down, far_up, far_down = (
             _gradient(case, _unflatten(case, theta + t * step * direction))[2] for t in (1, -1, 2, -2)
         )
-    return ((8 * (up - down) - (far_up - far_down)) / (12 * step)).numpy()
+    return ((8 * (up - down) - (far_up - far_down)) / (12 * step)).detach().numpy()
 
 
 def inertia(H: np.ndarray, damping: float) -> lh.Inertia:

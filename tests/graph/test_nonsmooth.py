@@ -15,6 +15,7 @@ from tests.graph.oracle import made
 from tests.graph.small_nets import CE, LINEAR, Net, dense, gap, prepared, residual
 from tests.graph.zoo import CASES
 from tests.graph.zoo_operations import OPERATIONS
+from tests.helpers import HAS_AMINMAX
 from tests.lq.problems import backward_error
 
 
@@ -25,7 +26,8 @@ def pooled(pool: Callable[[Tensor], Tensor], features: int) -> Net:
 def maxima(s: Net, x: Tensor) -> Tensor:
     u = s.a(x).view(len(x), 3, 2)
     ends = u.max(1).values + s.b(x).view(len(x), 3, 2).min(-2)[0]
-    return s.c(ends) + u.amin(2) + torch.linalg.vector_norm(u, 1, 2) + torch.aminmax(u, dim=1).max.sum(1, keepdim=True)
+    both = torch.aminmax(u, dim=1).max if HAS_AMINMAX else u.amax(1)
+    return s.c(ends) + u.amin(2) + torch.linalg.vector_norm(u, 1, 2) + both.sum(1, keepdim=True)
 
 
 class Attention(nn.Module):

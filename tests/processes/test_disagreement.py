@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed import device_mesh, fsdp
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import linop_hess as lh
 from linop_hess.autograd import GaussNewton, Hessian
@@ -211,11 +212,13 @@ def wrapped(rank, group):
     model, (x, y) = make_mlp([4, 5, 3]), make_batch(4, 3, 6)
     with pytest.raises(UnsupportedModelError, match=r"model\.module, the model inside, and group="):
         Hessian(nn.parallel.DistributedDataParallel(model, process_group=group), CE_MEAN, (x, y), group=group)
-    mesh = dist.init_device_mesh("cpu", (4,))
-    sharded = fully_shard(make_mlp([4, 5, 3]), mesh=mesh)
-    whole = nn.Sequential(make_mlp([4, 5, 3]))
-    fully_shard(whole[0][0], mesh=mesh)
-    for model in (sharded, whole, FullyShardedDataParallel(make_mlp([4, 5, 3]), device_id=torch.device("cpu"))):
+    mesh = device_mesh.init_device_mesh("cpu", (4,))
+    models = []
+    if hasattr(fsdp, "fully_shard"):  # torch 2.6
+        whole = nn.Sequential(make_mlp([4, 5, 3]))
+        fsdp.fully_shard(whole[0][0], mesh=mesh)
+        models = [fsdp.fully_shard(make_mlp([4, 5, 3]), mesh=mesh), whole]
+    for model in (*models, FullyShardedDataParallel(make_mlp([4, 5, 3]), device_id=torch.device("cpu"))):
         for make in (Hessian, GaussNewton):
             with pytest.raises(UnsupportedModelError, match="full_state_dict=True.*and group="):
                 make(model, CE_MEAN, (x, y), group=group)

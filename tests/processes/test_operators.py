@@ -6,6 +6,7 @@ import torch
 from scipy.sparse.linalg import minres
 from torch import distributed as dist
 from torch import nn
+from torch.distributed import device_mesh
 from torch.nn import functional
 
 from linop_hess.autograd import GaussNewton, Hessian
@@ -73,8 +74,8 @@ def test_single_precision_and_a_mesh(pool):
 
 
 def on_a_mesh(rank, group):
-    mesh = dist.init_device_mesh("cpu", (4,))
-    plane = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    mesh = device_mesh.init_device_mesh("cpu", (4,))
+    plane = device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     with pytest.raises(ValueError, match=r"one dimension.*got 2.*mesh\[name\]"):
         Hessian(*mlp_and_batch()[:1], CE_MEAN, [mlp_and_batch()[1]], group=plane)
     return products(rank, mesh, Hessian, CE_MEAN, torch.float32, 4, True)

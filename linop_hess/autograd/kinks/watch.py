@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules import module as hooks
-from torch.overrides import TorchFunctionMode, enable_reentrant_dispatch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from linop_hess.autograd.backward_graph import recorded_within_dispatch
 from linop_hess.autograd.differentiate import differentiate
 from linop_hess.autograd.kinks.surrogates import is_curved, is_kinked, jumps, operation_name, surrogate
 from linop_hess.errors import UnsupportedModelError
@@ -366,7 +367,7 @@ def _private(points: list[Tensor], value: Any) -> Any:
         return value
     if not value.requires_grad:
         return value.detach().clone()
-    with enable_reentrant_dispatch():
+    with recorded_within_dispatch():
         points.append(value.clone())
     return points[-1]
 

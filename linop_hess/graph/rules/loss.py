@@ -17,18 +17,16 @@ from torch.utils import _pytree as pytree
 
 from linop_hess import _memory
 from linop_hess._validate import checked_loss, require_dtype
+from linop_hess.autograd.backward_graph import coarsest_eps, refuse_direct_parameters, saved_bytes
 from linop_hess.autograd.calling import constant, in_double, of_the_output_alone, takes_parameters
 from linop_hess.autograd.differentiate import (
-    coarsest_eps,
     differentiate,
-    refuse_direct_parameters,
     symmetric,
     twice_differentiable,
     unit_cotangents,
     vjps,
 )
 from linop_hess.autograd.kinks.watch import KinkWatch
-from linop_hess.autograd.recording import saved_bytes
 from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.errors import NotFiniteError, UnsupportedModelError
 from linop_hess.lq.stages.objective import ObjectiveStage

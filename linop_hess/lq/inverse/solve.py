@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from linop_hess._memory import require
-from linop_hess._validate import finite_damping, whole
+from linop_hess._validate import finite_damping, true_or_false, whole
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq.accuracy import (
     DENSE_CONDITION,
@@ -83,7 +83,7 @@ class Solver:
     ValueError
         If the method or precision is unknown, or damping or tolerance is not a usable number.
     TypeError
-        If damping is no number.
+        If damping is no number, or `escalate` no bool.
     MemoryError
         If the method's estimate exceeds the memory available, before anything is allocated.
     FactorizationError
@@ -119,7 +119,7 @@ class Solver:
         self.tolerance = default_tolerance(self.problem.dtype) if tolerance is None else float(tolerance)
         if not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
-        self.max_refinements, self.escalate = max_refinements, escalate
+        self.max_refinements, self.escalate = max_refinements, true_or_false(escalate, "escalate")
         self.change = self.analysis.at(self.damping)
         self.sketch, self.right_hand_sides = sketch, whole(right_hand_sides, "right_hand_sides", least=1)
         if self._is_alone:
