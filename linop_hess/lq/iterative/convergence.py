@@ -93,7 +93,7 @@ def product_of(analysis: Analysis) -> Product:
     moving = float(layout.n_out[layout.first :].sum())
     width = max(1.0, moving / max(1, part.length))
     return Product(
-        times * product_flops(part),
+        times * product_flops(part, by_stages=not part.transition.is_banded),
         times * _MOVES * moving * part.dtype.itemsize,
         times * float(part.nbytes),
         times * product_calls(part),
