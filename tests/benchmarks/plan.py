@@ -98,23 +98,21 @@ def told(plan: lq.Plan) -> dict[str, tuple[Cost, Callable[..., object]]]:
     return found
 
 
-def prepared(problem: lq.Problem, method: str) -> lq.Analysis:
-    """A fresh analysis with what methods share."""
+def prepared(problem: lq.Problem) -> lq.Analysis:
+    """A fresh analysis with what methods share, the dense blocks of narrow segments too."""
     analysis = lq.Analysis(problem)
     lq.make_plan(analysis, DAMPING)
     assert analysis.probe and analysis.norm
-    if method == "banded":
-        assert analysis.condensed
     for g, group in enumerate(analysis.groups):
         assert not group.is_narrow or analysis.condensed_group(g)
     return analysis
 
 
-def seconds(problem: lq.Problem, method: str, factor: Callable[..., object], least: float = 0.3) -> float:
+def seconds(problem: lq.Problem, factor: Callable[..., object], least: float = 0.3) -> float:
     """Least time of runs that take `least` together, two at most where they are slow."""
     times: list[float] = []
     while sum(times) < least and len(times) < 30 or len(times) < 2 and sum(times) < 1.0:
-        analysis = prepared(problem, method)
+        analysis = prepared(problem)
         start = time.perf_counter()
         factor(analysis, DAMPING)
         times.append(time.perf_counter() - start)
@@ -153,7 +151,7 @@ def print_peak_growth(name: str, method: str) -> None:
     _, factor = told(matrix.plan(DAMPING))[method]
     problem = matrix.analysis.problem
     del matrix
-    analysis = prepared(problem, family)
+    analysis = prepared(problem)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free, given back: it would be taken again, and not be seen
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -197,7 +195,7 @@ def of_factorizations(names: list[str], with_memory: bool) -> None:
                 memory.setdefault(method, []).append(ratio)
                 cells[method] = f"{found / 2**20:.0f} MiB ({ratio:.2f})"
                 continue
-            times[method] = seconds(matrix.analysis.problem, method, factor)
+            times[method] = seconds(matrix.analysis.problem, factor)
             ratio = cost.seconds / times[method]
             ratios.setdefault(method, []).append(ratio)
             cells[method] = f"{times[method] * 1e3:.2f} ms ({ratio:.2f})"

@@ -34,6 +34,8 @@ _RADII = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
 # Times that each number of a state is moved in a product; calls of torch in one where M is substituted as a band, beside those of stacks.
 _MOVES = 8
 _CALLS_BANDED = 40
+# Matrices narrower than this are no slower a flop: what they take is their calls, which are counted.
+_SMALLEST = 16.0
 
 
 def spectrum_of(analysis: Analysis) -> Spectrum:
@@ -128,6 +130,6 @@ def product_seconds(analysis: Analysis, share: float = 1.0, columns: int = 1) ->
     """Modelled time of a product with H on a share of the samples."""
     one, tally = analysis.once(product_of), Tally(analysis.problem.dtype)
     tally.calls(one.calls)
-    tally.kernel("gemm", share * columns * one.flops, max(1.0, one.width * share * columns) ** 0.5)
+    tally.kernel("gemm", share * columns * one.flops, max(_SMALLEST, (one.width * share * columns) ** 0.5))
     tally.moved(share * (columns * one.moved + one.read))
     return float(analysis.problem.processes.from_first(tally.seconds))  # all must choose alike
