@@ -327,7 +327,7 @@ _CALLS_FREE = 12
 _COPIES_WIRED = 15
 _COPIES_BEYOND = 250
 _CACHE = 4 << 20
-_CALLS_WIRED = 30
+_CALLS_WIRED = 70
 
 
 def estimate(analysis: Analysis) -> Cost:
