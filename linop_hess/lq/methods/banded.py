@@ -209,6 +209,9 @@ _CALLS_PER_GROUP = 60
 # Calls of a stage of a segment that is condensed.
 _CALLS_PER_STAGE = 60
 
+# Times that the columns are moved there, and where entries pass by.
+_COPIES, _COPIES_WIRED = 24.0, 40.0
+
 
 def estimate(analysis: Analysis) -> Cost:
     """Flops, bytes and seconds of a factorization."""
@@ -235,7 +238,8 @@ def _count_condensing(tally: Tally, group: SegmentGroup, item: int) -> None:
     for stage in (group.control, *group.free):
         tally.calls(_CALLS_PER_STAGE)
         tally.kernel("gemm", K * 4 * (stage.entries("F") + stage.entries("C")) * columns, columns)
-        tally.moved(K * item * 24 * columns * max(stage.n_in, stage.n_out))
+        copies = _COPIES if stage.inputs == stage.n_in else _COPIES_WIRED
+        tally.moved(K * item * copies * columns * max(stage.n_in, stage.n_out))
 
 
 METHOD = Method("banded", factor, estimate, _ANSWERS, is_complex=True)
