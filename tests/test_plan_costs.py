@@ -7,6 +7,8 @@ from torch.nn import functional
 
 import linop_hess as lh
 from linop_hess._machine import Machine
+from linop_hess.lq.assembly import assemble
+from linop_hess.lq.assembly_plan import assembly_calls, plan_assembly
 from linop_hess.lq.iterative.convergence import product_calls, spectrum_of
 from linop_hess.lq.methods import base
 from linop_hess.lq.methods.plan import make_plan
@@ -39,7 +41,7 @@ MODELS = {
     "plain": (lambda: make_mlp([WIDTH] * 8), (WIDTH,)),
     "plain, wide": (lambda: make_mlp([WIDTH] + [200] * 3 + [WIDTH]), (WIDTH,)),
     "residual": (lambda: nn.Sequential(*(Block(False) for _ in range(3))), (WIDTH,)),
-    "residual, deep": (lambda: nn.Sequential(*(Block(False) for _ in range(60))), (WIDTH,)),
+    "residual, deep": (lambda: nn.Sequential(*(Block(False) for _ in range(30))), (WIDTH,)),
     "attention": (lambda: nn.Sequential(Block(True), nn.Flatten()), (5, WIDTH)),
     "GRU": (gru, (6, WIDTH)),
 }
@@ -76,3 +78,14 @@ def test_no_spectrum_is_looked_at_where_iterating_cannot_pay(one_machine: None) 
     analysis = linearized("GRU").H.analysis
     plan = make_plan(analysis, 1e-2)
     assert plan.costs["iterative"].at_least and not analysis.has(spectrum_of)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "wide" not in name])
+def test_calls_of_an_assembly(name: str) -> None:
+    problem = linearized(name).problem
+    assemble(problem)  # wirings are made once
+    with CountedCalls() as found:
+        assemble(problem)
+    plan = plan_assembly(problem)
+    told = assembly_calls(problem) * -(-plan.samples // plan.chunk)
+    assert found.count / 2.0 <= told <= 2.0 * found.count
