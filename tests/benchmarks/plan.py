@@ -2,8 +2,8 @@
 
 Run: python tests/benchmarks/plan.py [part of a name …] [--memory | --products]. Times are of one factorization from an analysis whose row
 spaces, segments and norm are there already, as every method shares them, but nothing of the method's own; least of a few runs. Memory
-(Linux alone) is what the process takes more at its peak, each factorization in a process of its own. Products are those with H and one
-vector. In all of them methods that "auto" would take in single precision are measured so, and in double too.
+(Linux alone) is what the process takes more at its peak, each factorization in a process of its own, holes in its heap left out.
+Products are those with H and one vector. Methods that "auto" would take in single precision are measured so, and in double too.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from linop_hess.tasks import neural_ode
 DAMPING = 1e-2
 SLOWEST = 4.0  # seconds estimated, beyond which a method is not run
 SMALLEST = 8 << 20  # bytes estimated, below which memory is not measured: what is loaded at a first call takes as much
+# Of glibc's mallopt: from how many bytes on memory is the system's, given back at once. By default it rises to 32 MiB as a process runs,
+# and what a heap has in holes is seen as taken.
+_MMAP_THRESHOLD = -3
 
 Make = Callable[[], lh.Linearization]
 
@@ -84,16 +87,16 @@ def matrix_of(name: str) -> lh.Curvature:
     return lin.gauss_newton() if name.endswith("GN") else lin.H
 
 
-def told(plan: lq.Plan) -> dict[str, tuple[Cost, Callable[..., object]]]:
+def told(plan: lq.Plan, slowest: float = SLOWEST) -> dict[str, tuple[Cost, Callable[..., object]]]:
     """What is to be measured: a method in the precision of the problem and, where "auto" may take it so, in single precision."""
     found: dict[str, tuple[Cost, Callable[..., object]]] = {}
     for name, method in lq.METHODS.items():
         if not method.exact:
             continue
         cost = plan.own_costs[name]
-        if not cost.why_not and cost.seconds <= SLOWEST and cost.nbytes <= plan.available:
+        if not cost.why_not and cost.seconds <= slowest and cost.nbytes <= plan.available:
             found[name] = cost, method.factor
-        if method.single is not None and plan.costs[name].precision and plan.costs[name].seconds <= SLOWEST:
+        if method.single is not None and plan.costs[name].precision and plan.costs[name].seconds <= slowest:
             found[f"{name}, single"] = plan.costs[name], method.single.factor
     return found
 
@@ -144,16 +147,17 @@ def resident(line: str) -> float:
 
 def print_peak_growth(name: str, method: str) -> None:
     """Print it, for `peak_growth`."""
-    small = plain(2, 3, 3)
-    family = method.split(",")[0]
-    (small.gauss_newton() if family == "woodbury" else small).inverse(DAMPING, family)  # loads what it needs
+    family, allocator = method.split(",")[0], ctypes.CDLL(None)
+    allocator.mallopt(_MMAP_THRESHOLD, 128 << 10)
+    for small in plain(2, 3, 3), plain(3, 40, 8):
+        (small.gauss_newton() if family == "woodbury" else small).inverse(DAMPING, family)  # loads what it needs
     matrix = matrix_of(name)
-    _, factor = told(matrix.plan(DAMPING))[method]
+    _, factor = told(matrix.plan(DAMPING), float("inf"))[method]
     problem = matrix.analysis.problem
     del matrix
     analysis = prepared(problem)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free, given back: it would be taken again, and not be seen
+    allocator.malloc_trim(0)  # what is free, given back: it would be taken again, and not be seen
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
     factors = factor(analysis, DAMPING)
