@@ -29,6 +29,7 @@ from linop_hess.lq.pivots.delayed import Elimination, PackedElimination, Whitene
 from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.pivots.rules import PivotRule, SmallPivots
 from linop_hess.lq.segments import SegmentGroup, put_controls, split_load, state_load
+from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.value.controls import Segment, segments_at
 from linop_hess.lq.value.dense import DenseValue
 
@@ -330,9 +331,8 @@ _CACHE = 4 << 20
 _CALLS_WIRED = 70
 
 
-# Numbers held for each entry of E, with what is hidden; and taken at a time: V of the widest
-# state before and after, with a product between them, and a pivot block with its coupling, whitened.
-_HELD_COUPLING, _VALUES, _PIVOTS = 1.4, 3.3, 4.0
+# Numbers held for each entry of E, with what is hidden; taken by a pivot block and its coupling, whitened; and by Fᵀ V, some of it twice.
+_HELD_COUPLING, _PIVOTS, _HALF = 1.4, 4.0, 1.3
 
 
 def estimate(analysis: Analysis) -> Cost:
@@ -348,9 +348,15 @@ def estimate(analysis: Analysis) -> Cost:
         held += K * (r**2 + _HELD_COUPLING * r * n)
         if group.is_narrow:
             held += K * (2 * (r + n) ** 2 + group.n_out * (r + n) + n**2 + r * n)
-        widest = max(n, *(float(stage.n_out) for stage in (group.control, *group.free)))
-        work = max(work, _VALUES * widest**2 + _PIVOTS * r * max(r, n))
+        work = max(work, _PIVOTS * r * max(r, n) + max(_values(stage) for stage in (group.control, *group.free)))
     return Cost(tally.flops, item * (held + work), tally.seconds)
+
+
+def _values(stage: Stage) -> float:
+    """Numbers of V after and before a stage, and of a product between; of none at pointwise functions, of two where entries pass by."""
+    before, after, halves = float(stage.n_in), float(stage.n_out), 1 + (stage.inputs != stage.n_in)
+    between = halves * _HALF * before * after if stage.entries("F") > before or halves > 1 else 0.0
+    return before**2 + after**2 + between
 
 
 def _condensed_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
