@@ -14,16 +14,20 @@ from linop_hess.lq.accuracy import ASSEMBLED
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.assembly import assemble
 from linop_hess.lq.assembly_plan import assembly_calls, plan_assembly
+from linop_hess.lq.iterative.convergence import product_seconds
 from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method, Tally
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import common_samples
 
+# Products that tell how far rounding moves H.
+_PRODUCTS = 2
+
 # Times that H is moved where it is brought into another order, its rows and its columns, a number at a time.
 _PERMUTED = 16.0
 
 # Times that the columns are moved at a stage that entries pass by, forth and back.
-_MOVED_WIRED = 16.0
+_MOVED_WIRED = 24.0
 
 # Assemblies of chains of up to so many stages are counted column by column.
 _COUNTED_UP_TO = 100
@@ -216,7 +220,8 @@ def estimate(analysis: Analysis) -> Cost:
     tally.kernel("ldl", N**3 / 3, N)
     tally.moved(item * 16 * N**2 + assembly.moved)
     factoring = factoring_copies(problem, problem.dtype) * N**2 * item
-    return Cost(tally.flops, max(assembly.nbytes, factoring), tally.seconds)
+    products = _PRODUCTS * product_seconds(analysis)
+    return Cost(tally.flops, max(assembly.nbytes, factoring), tally.seconds + products)
 
 
 METHOD = Method("dense", factor, estimate, EVERYTHING, is_complex=True, of_matrix=True)
