@@ -1,9 +1,10 @@
 """The plan against measurement: time and memory of every method over tables of shapes, and whether "auto" chooses well.
 
-Run: python tests/benchmarks/plan.py [part of a name …] [--memory | --products]. Times are of one factorization from an analysis whose row
-spaces, segments and norm are there already, as every method shares them, but nothing of the method's own; least of a few runs. Memory
-(Linux alone) is what the process takes more at its peak, each factorization in a process of its own, holes in its heap left out.
-Products are those with H and one vector. Methods that "auto" would take in single precision are measured so, and in double too.
+Run: OMP_NUM_THREADS=1 python tests/benchmarks/plan.py [part of a name …] [--memory | --products]. Times are processor time of one
+factorization from an analysis whose row spaces, segments and norm are there already, as every method shares them, but nothing of the
+method's own; least of a few runs. Memory (Linux alone) is what the process takes more at its peak, each factorization in a process of its
+own, holes in its heap left out. Products are those with H and one vector. Methods that "auto" would take in single precision are measured
+so, and in double too.
 """
 
 from __future__ import annotations
@@ -116,9 +117,9 @@ def seconds(problem: lq.Problem, factor: Callable[..., object], least: float = 0
     times: list[float] = []
     while sum(times) < least and len(times) < 30 or len(times) < 2 and sum(times) < 1.0:
         analysis = prepared(problem)
-        start = time.perf_counter()
+        start = time.process_time()
         factor(analysis, DAMPING)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
@@ -127,9 +128,9 @@ def product(problem: lq.Problem) -> float:
     v, times = torch.ones(problem.size, 1, dtype=problem.dtype), []
     problem.hessian_product(v)
     while len(times) < 15:
-        start = time.perf_counter()
+        start = time.process_time()
         problem.hessian_product(v)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
