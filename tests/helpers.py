@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def torch_differentiates_twice(function: Callable[[torch.Tensor], torch.Tensor], *shape: int) -> bool:
@@ -194,3 +195,15 @@ def _flat_loss(
 
 def _double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
+
+
+class CountedCalls(TorchDispatchMode):
+    """Counts the calls of torch within, those that give views too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))

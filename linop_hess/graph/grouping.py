@@ -326,27 +326,28 @@ def _signature(node: Node) -> Hashable:
             )
         else:
             parts.append(repr(a))
+    # Where in its storage an argument begins is no matter, so that the same slice of every step of a sequence is one pattern.
     outputs = tuple((j, o.start - node.outputs[0][1].start, o.shape, o.stride, o.offset) for j, o in node.outputs)
     return node.func, node.in_loss, tuple(parts), outputs
 
 
 def _pattern(ids: Ids) -> Hashable:
-    return (ids.stride, ids.offset) if isinstance(ids, Strided) else "each"
+    return ids.stride if isinstance(ids, Strided) else "each"
 
 
 def _stacked_ids(ids: Sequence[Ids]) -> np.ndarray:
     """Ids of one argument of K nodes, (K, entries)."""
     first = ids[0]
     if isinstance(first, Strided):
-        starts = np.array([one.start for one in ids if isinstance(one, Strided)])
-        return starts[:, None] + places(first.shape, first.stride, first.offset)
+        starts = np.array([one.start + one.offset for one in ids if isinstance(one, Strided)])
+        return starts[:, None] + places(first.shape, first.stride, 0)
     return np.stack([one for one in ids if isinstance(one, np.ndarray)])
 
 
 def _places_read(ids: Sequence[Ids]) -> np.ndarray:
     """What tells the ids of one argument of K nodes, of one pattern, apart from those of others."""
     if isinstance(ids[0], Strided):
-        return np.array([one.start for one in ids if isinstance(one, Strided)])
+        return np.array([one.start + one.offset for one in ids if isinstance(one, Strided)])
     return _stacked_ids(ids)
 
 

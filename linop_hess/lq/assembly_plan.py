@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
+import numpy as np
 import torch
 
 from linop_hess.lq.problem import Problem
@@ -136,6 +137,47 @@ def plan_assembly(problem: Problem, dtype: torch.dtype | None = None) -> Assembl
     at_once = max(count.product_numbers(block, chunk) for block in blocks)
     nbytes = float(item * (N**2 + chunk * numbers + min(work, at_once)))
     return AssemblyPlan(count.samples, chunk, by_value, blocks, work, flops, nbytes, count.has_B, count.has_C)
+
+
+# Calls of torch in an assembly: at all; beside those of a stage's own products as it is gone through; of rows of one stage with columns of
+# another, by products of both, and of rows with a run of columns in pairs.
+_CALLS, _CALLS_A_STAGE, _CALLS_APART, _CALLS_IN_PAIRS = 120.0, 12, 10, 30
+
+
+def assembly_calls(problem: Problem) -> float:
+    """About how many calls of torch one sweep of an assembly of a chain takes, its samples all at once."""
+    samples = common_samples(problem.blocks)
+    stacks = [block.at(0) for block in problem.blocks]
+    facts = [_Facts.of(stage, samples) for stage in stacks]
+    shapes = [
+        (fact.p, stage.n_out, fact.form) if fact.by_rows else None for fact, stage in zip(facts, stacks, strict=True)
+    ]
+    of_shape = {shape: k for k, shape in enumerate(dict.fromkeys(shapes))}
+    table = np.array(
+        [
+            (
+                fact.p > 0,
+                -1 if shape is None else of_shape[shape],
+                stage.calls("G"),
+                stage.calls("B") if fact.B else 0,
+                3 * stage.calls("F") + (stage.calls("C") if fact.C else 0) + _CALLS_A_STAGE,
+            )
+            for stage, fact, shape in zip(stacks, facts, shapes, strict=True)
+        ],
+        dtype=float,
+    )
+    has_controls, shape, of_G, of_B, own = table[problem.order[problem.layout.first :, 0]].T
+    at = np.flatnonzero(has_controls)
+    shape, of_G, of_B = shape[at], of_G[at], of_B[at]
+    in_pairs = shape >= 0
+    runs = np.cumsum(in_pairs & (shape != np.concatenate([[-1.0], shape[:-1]])))
+    alone, of_columns = np.cumsum(~in_pairs), np.cumsum(np.where(in_pairs, 0.0, of_G))
+    all_columns, count = np.cumsum(of_G), np.arange(1, at.size + 1)
+    columns, calls = np.where(in_pairs, alone, count), np.where(in_pairs, of_columns, all_columns)
+    total = 0.0
+    for of_rows, taken in ((of_G, 1.0), (of_B, of_B > 0)):
+        total += float((taken * (_CALLS_IN_PAIRS * runs * in_pairs + (_CALLS_APART + of_rows) * columns + calls)).sum())
+    return _CALLS + float(own.sum()) + total
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ class Transition:
             and self._entries <= _ENTRIES_PER_CALL * _CALLS_PER_STAGE * self._layout.length
         )
 
+    @property
+    def calls(self) -> float:
+        """About as many calls of torch as both substitutions by the band take the time of."""
+        return 2.0 * self._entries / _ENTRIES_PER_CALL
+
     @cached_property
     def _of_parts(self) -> Tensor:
         """Where the entries of the states before the last stage lie, part after part and in each stage after stage."""

@@ -55,6 +55,14 @@ class Selection:
             live = np.flatnonzero(index >= 0)
             self._index, self._at = (torch.from_numpy(a).to(device) for a in (index[live], live))
 
+    @cached_property
+    def calls(self) -> int:
+        """About how many calls of torch it takes to pick entries or to add to them."""
+        if self.is_whole or not self.count:
+            return 0
+        live = sum(source >= 0 for _, _, source in self._runs)
+        return 2 if self._is_one or self._by_index else 3 + 2 * live
+
     def pick(self, v: Tensor) -> Tensor:
         """Entries of v, (K, size, k), as (K, count, k); perhaps in its memory."""
         if self.is_whole:

@@ -11,6 +11,7 @@ import linop_hess as lh
 from tests.graph.oracle import distance_to_singular, inertia, made, truth
 from tests.graph.zoo import CASES
 from tests.graph.zoo_operations import OPERATIONS
+from tests.graph.zoo_structures import Recurrent
 from tests.lq.problems import backward_error
 
 DAMPINGS = (1e-1, 1e-3, 1e-6, -1e-2)
@@ -146,3 +147,14 @@ def _all_of(modules: list[nn.Module], params: object) -> dict[object, tuple[int,
         found[key] = (id(value), value._version, value.detach().clone())
         found[key, "grad"] = (0, 0, (value.requires_grad, value.grad is None))
     return found
+
+
+def test_steps_of_a_sequence_are_stages_of_one_stack():
+    """nn.GRU multiplies all inputs at once, and each step reads a slice that begins elsewhere: as few kinds however many steps."""
+    torch.manual_seed(0)
+    model = Recurrent(nn.GRU(2, 3, batch_first=True)).double()
+    y = torch.tensor([0, 2])
+    short, long = (
+        lh.linearize(model, nn.CrossEntropyLoss(), torch.randn(2, steps, 2).double(), y).problem for steps in (6, 9)
+    )
+    assert long.length > short.length + 20 and len(long.blocks) == len(short.blocks)

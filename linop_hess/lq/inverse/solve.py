@@ -231,9 +231,8 @@ class Solver:
         if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
             raise OverflowError(f"the solution exceeds the range of {x.dtype}: scale the right-hand side down")
         residual = float(times_power_of_two(found.residuals, exponents).max())
-        error, steps = found.backward_error, found.steps
-        x = x.reshape(operand.shape)
-        return Solution(x, error, residual, steps, found.method, found.structured_error, found.iterations)
+        how = found.steps, found.method, found.structured_error, found.iterations
+        return Solution(x.reshape(operand.shape), found.backward_error, residual, *how)
 
     def _solved(self, g: Tensor, tolerance: float) -> Found:
         """A solution of this backward error for columns of size one, by the first method that reaches it."""
@@ -302,15 +301,18 @@ class Solver:
     def _refined(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
         """x, its backward error, residual norms and refinement steps, for right-hand sides of size one."""
         x = self._by_factors(g)
-        error, residuals, r = self._backward_error(g, x, tolerance)
-        steps = 0
         few = g.shape[1] == 1 or g.shape[1] <= self._columns_refined
-        polish = few and error > 0.0 and tolerance <= default_tolerance(g.real.dtype)
+        polish = few and tolerance <= default_tolerance(g.real.dtype) and self.max_refinements > 0
+        # What is refined in any case need not be judged before: ‖H + εI‖, most of a solve, may not be needed then.
+        error, residuals, r = self._backward_error(g, x, math.inf if polish else tolerance)
+        steps, polish = 0, polish and error > 0.0
         while (polish or not error <= tolerance) and steps < self.max_refinements and math.isfinite(error):
             polish = False
-            candidate = x + self._by_factors(r).to(g.dtype)
+            candidate, by_norm = x + self._by_factors(r).to(g.dtype), self._norm_is_final
             new_error, new_residuals, new_r = self._backward_error(g, candidate, tolerance)
             steps += 1
+            if self._norm_is_final and not by_norm:
+                error = self._backward_error(g, x, tolerance)[0]  # by the same norm
             if not new_error < error:
                 break
             stalled = new_error > STALLED * error
@@ -325,11 +327,7 @@ class Solver:
         self._norm_is_final = True
         bound = self._norm_bound
         found = gmres(
-            self._product,
-            self._by_factors,
-            g,
-            lambda of_x, of_g: tolerance * (bound * of_x + of_g),
-            MOST_ITERATIONS,
+            self._product, self._by_factors, g, lambda of_x, of_g: tolerance * (bound * of_x + of_g), MOST_ITERATIONS
         )
         error, residuals, _ = self._backward_error(g, found.x, tolerance)
         return found.x, error, residuals, found.iterations

@@ -16,11 +16,14 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.lanczos import Spectrum, spectrum
 from linop_hess.lq.iterative.spans import product_flops
 from linop_hess.lq.methods.base import Tally
-from linop_hess.lq.stages.base import common_samples
+from linop_hess.lq.problem import Problem
+from linop_hess.lq.stages.base import Stage
 
 # Products of the Lanczos run.
 PROBES = 20
@@ -28,9 +31,11 @@ PROBES = 20
 LEAST = 3
 
 _RADII = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
-# Calls of torch in a product, a stage; times that each number of a state is moved.
-_CALLS = 14
+# Times that each number of a state is moved in a product; calls of torch in one where M is substituted as a band, beside those of stacks.
 _MOVES = 8
+_CALLS_BANDED = 40
+# Matrices narrower than this are no slower a flop: what they take is their calls, which are counted.
+_SMALLEST = 16.0
 
 
 def spectrum_of(analysis: Analysis) -> Spectrum:
@@ -74,10 +79,11 @@ def looks_definite(analysis: Analysis, damping: float) -> bool:
 
 
 class Product(NamedTuple):
-    """What one product with H costs: flops, numbers moved, calls, and the width of its matrix products."""
+    """What one product with H costs: flops, bytes of states moved and of stages read, calls, and how many numbers a state has."""
 
     flops: float
     moved: float
+    read: float
     calls: float
     width: float
 
@@ -87,15 +93,43 @@ def product_of(analysis: Analysis) -> Product:
     part, times = analysis.problem.typical_part()
     layout = part.layout
     moving = float(layout.n_out[layout.first :].sum())
-    width = max(1.0, moving / max(1, part.length) / common_samples(part.blocks))
-    calls = times * _CALLS * (part.length - layout.first)
-    return Product(times * product_flops(part), times * _MOVES * moving, calls, width)
+    width = max(1.0, moving / max(1, part.length))
+    return Product(
+        times * product_flops(part, by_stages=not part.transition.is_banded),
+        times * _MOVES * moving * part.dtype.itemsize,
+        times * float(part.nbytes),
+        times * product_calls(part),
+        width,
+    )
+
+
+def product_calls(problem: Problem) -> float:
+    """Count the calls of torch in a product with H of one chain.
+
+    They are those of every stage or, where M is substituted as a band, of every stack.
+    """
+    banded = problem.transition.is_banded
+    of_stacks = np.array([_calls(stack, banded) for stack in problem.blocks])
+    if banded:
+        return _CALLS_BANDED + float(of_stacks.sum()) + problem.transition.calls
+    return float(of_stacks[problem.order[problem.layout.first :, 0]].sum())
+
+
+def _calls(stage: Stage, banded: bool) -> float:
+    """Calls of a stage in a product: of its own products, and of what reads and writes vectors around them."""
+    counts = [] if banded else [(2 * stage.calls("F"), 4)]
+    if stage.p:
+        counts += [(2 * stage.calls("G"), 10)]
+        counts += [(2 * stage.calls("B"), 10)] if "B" in stage.nonzero else []
+        counts += [(stage.calls("A"), 6)] if "A" in stage.nonzero else []
+    counts += [(stage.calls("C"), 3)] if "C" in stage.nonzero else []
+    return float(sum(own + around for own, around in counts))
 
 
 def product_seconds(analysis: Analysis, share: float = 1.0, columns: int = 1) -> float:
     """Modelled time of a product with H on a share of the samples."""
     one, tally = analysis.once(product_of), Tally(analysis.problem.dtype)
     tally.calls(one.calls)
-    tally.kernel("gemm", share * columns * one.flops, one.width)
-    tally.moved(share * columns * one.moved * analysis.problem.dtype.itemsize)
+    tally.kernel("gemm", share * columns * one.flops, max(_SMALLEST, (one.width * share * columns) ** 0.5))
+    tally.moved(share * (columns * one.moved + one.read))
     return float(analysis.problem.processes.from_first(tally.seconds))  # all must choose alike

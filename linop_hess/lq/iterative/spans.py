@@ -35,13 +35,13 @@ class Cut:
     sweeps: float
 
 
-def product_flops(problem: Problem) -> float:
-    """Flops of one product with H."""
+def product_flops(problem: Problem, *, by_stages: bool = True) -> float:
+    """Flops of one product with H, stage by stage; else those beside the substitutions by a band."""
     of_stacks = []
     for stack in problem.blocks:
         at_rest = {name: stack.entries(name) if name in stack.nonzero else 0 for name in "BC"}
         G = stack.entries("G") if stack.p else 0
-        of_stacks.append(2.0 * (2 * stack.entries("F") + 2 * G + 2 * at_rest["B"] + at_rest["C"]))
+        of_stacks.append(2.0 * (2 * by_stages * stack.entries("F") + 2 * G + 2 * at_rest["B"] + at_rest["C"]))
     order = problem.order[problem.layout.first :, 0]
     return float(np.array(of_stacks)[order].sum())
 

@@ -209,6 +209,12 @@ _CALLS_PER_GROUP = 60
 # Calls of a stage of a segment that is condensed.
 _CALLS_PER_STAGE = 60
 
+# Copies of dense blocks at a time: at a damping, and weighed; of wide segments they are made too.
+_BLOCKS, _BLOCKS_WIDE = 2.5, 4.0
+
+# Times that the columns are moved there, and where entries pass by.
+_COPIES, _COPIES_WIRED = 24.0, 40.0
+
 
 def estimate(analysis: Analysis) -> Cost:
     """Flops, bytes and seconds of a factorization."""
@@ -217,16 +223,18 @@ def estimate(analysis: Analysis) -> Cost:
         return Cost.impossible("LAPACK band solves run on the CPU only")
     layout, tally, item = analysis.once(BandLayout), Tally(problem.dtype), problem.dtype.itemsize
     kl = layout.bandwidth
-    blocks = sum(
-        group.count * ((group.r + group.n_in) ** 2 + group.n_out * (group.r + group.n_in)) for group in analysis.groups
-    )
+    blocks = taken = 0.0
+    for group in analysis.groups:
+        size = float(group.count * ((group.r + group.n_in) ** 2 + group.n_out * (group.r + group.n_in)))
+        blocks += size
+        taken += size * (_BLOCKS if group.is_narrow else _BLOCKS_WIDE)
     tally.calls(_CALLS_PER_GROUP * len(analysis.groups))
     tally.moved(item * (3 * kl + 1) * layout.order + 6.0 * item * blocks)
     tally.kernel("band", 4.0 * layout.order * max(kl, 1) ** 2, kl)
     for group in analysis.groups:
         if not group.is_narrow:  # else its dense blocks are those of every method
             _count_condensing(tally, group, item)
-    return Cost(tally.flops, item * (layout.order * (3 * kl + 1) + 4.0 * blocks), tally.seconds)
+    return Cost(tally.flops, item * (layout.order * (3 * kl + 1) + taken), tally.seconds)
 
 
 def _count_condensing(tally: Tally, group: SegmentGroup, item: int) -> None:
@@ -235,7 +243,8 @@ def _count_condensing(tally: Tally, group: SegmentGroup, item: int) -> None:
     for stage in (group.control, *group.free):
         tally.calls(_CALLS_PER_STAGE)
         tally.kernel("gemm", K * 4 * (stage.entries("F") + stage.entries("C")) * columns, columns)
-        tally.moved(K * item * 24 * columns * max(stage.n_in, stage.n_out))
+        copies = _COPIES if stage.inputs == stage.n_in else _COPIES_WIRED
+        tally.moved(K * item * copies * columns * max(stage.n_in, stage.n_out))
 
 
 METHOD = Method("banded", factor, estimate, _ANSWERS, is_complex=True)

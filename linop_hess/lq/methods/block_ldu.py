@@ -162,6 +162,9 @@ def factor(analysis: Analysis, damping: complex) -> BlockLdu:
 # Calls of a layer: its dense blocks, and its elimination.
 _CALLS_PER_LAYER = 150
 
+# Times that columns, and a dense C, are moved at a stage.
+_COPIES = 6.0
+
 
 def estimate(analysis: Analysis) -> Cost:
     """LU of every diagonal block and its solves with the couplings."""
@@ -177,9 +180,24 @@ def estimate(analysis: Analysis) -> Cost:
         tally.kernel("lu", count * 2 / 3 * n**3, n)
         tally.kernel("substitution", count * 2 * n**2 * after, min(n, after))
         tally.moved(count * item * 6 * n**2)
+    for group in analysis.groups:
+        _count_blocks(tally, group, item)
     blocks = float((p * (p + n_in + n_out)).sum())
     nbytes = item * (float((size**2).sum()) + blocks + 4 * float(size.max(initial=0.0)) ** 2)
     return Cost(tally.flops, nbytes, tally.seconds)
+
+
+def _count_blocks(tally: Tally, group: SegmentGroup, item: int) -> None:
+    """The dense blocks of layers: products of the stages that follow their controls with all columns, which most layers have one of."""
+    K, columns = group.count, float(group.control.p + group.n_in)
+    for stage in group.free:
+        n = float(stage.n_in)
+        tally.calls(K * stage.calls("F"))
+        tally.kernel("gemm", K * 2 * columns * stage.entries("F"), columns)
+        tally.moved(K * item * _COPIES * columns * (n + stage.n_out))
+        if "C" in stage.nonzero:
+            tally.kernel("gemm", K * 2 * n * columns * (n + columns), n)
+            tally.moved(K * item * _COPIES * n**2)
 
 
 METHOD = Method("ldu", factor, estimate, BlockLdu.answers, is_automatic=False)

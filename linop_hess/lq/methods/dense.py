@@ -12,15 +12,22 @@ from torch import Tensor
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.accuracy import ASSEMBLED
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.assembly import assemble, assembly_cost
+from linop_hess.lq.assembly import assemble
+from linop_hess.lq.assembly_plan import assembly_calls, plan_assembly
+from linop_hess.lq.iterative.convergence import product_seconds
 from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method, Tally
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import common_samples
 
-# Calls of torch in an assembly: at all, and a stage.
-_CALLS = 120
-_CALLS_PER_STAGE = 60
+# Products that tell how far rounding moves H.
+_PRODUCTS = 2
+
+# Times that H is moved where it is brought into another order, its rows and its columns, a number at a time.
+_PERMUTED = 16.0
+
+# Times that the columns are moved at a stage that entries pass by, forth and back.
+_MOVED_WIRED = 24.0
 
 # Assemblies of chains of up to so many stages are counted column by column.
 _COUNTED_UP_TO = 100
@@ -84,17 +91,16 @@ def _assemble(analysis: Analysis, dtype: torch.dtype | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Counted:
-    """Flops of an assembly, its peak bytes, the bytes it moves beside its products, samples summed over in one, and calls of torch.
+    """Flops of an assembly, its peak bytes, the bytes it moves beside its products, and calls of torch.
 
-    `product_flops`: of one product of H with a vector.
+    `inner`: what its products sum over, samples or the state of one.
     """
 
     flops: float
     nbytes: float
     moved: float
-    samples: int
+    inner: float
     calls: float
-    product_flops: float
 
 
 def counted_single(analysis: Analysis) -> Counted:
@@ -106,28 +112,28 @@ def counted(analysis: Analysis, dtype: torch.dtype | None = None) -> Counted:
     """Count the assembly of a chain, or of a sum over parts as so many as its first one."""
     problem, times = analysis.problem.typical_part()
     apart = 0.0 if problem is analysis.problem else float(problem.nbytes)
-    samples, calls = common_samples(problem.blocks), float(_CALLS + times * _CALLS_PER_STAGE * problem.length)
-    sizes = np.array(
-        [
-            sum(s.entries(name) * (1 + (name in "FGB")) for name in {"F", "G"} | (s.nonzero & {"B", "C"}))
-            for s in problem.blocks
-        ]
-    )
-    product = 2.0 * float(sizes[problem.order[:, 0]].sum())
-    if problem.length <= _COUNTED_UP_TO:
-        flops, nbytes = assembly_cost(problem, dtype)
-        return Counted(times * flops, nbytes + apart, 0.0, samples, calls, times * product)
-    # Counting all columns of a long chain takes longer than inverting it: every pair of controls once a sample, H and work space beside it.
-    # Where states are wide, as with parameters that live in them, each stage multiplies and copies the columns of all controls before it.
     layout, item, N2 = problem.layout, (dtype or problem.dtype).itemsize, float(problem.size) ** 2
+    samples, calls, is_long = common_samples(problem.blocks), assembly_calls(problem), problem.length > _COUNTED_UP_TO
+    inner = max(float(samples), float(layout.n_out[layout.first :].mean()) / samples)
     of_stacks = [
-        (s.entries("F") + (s.entries("C") if "C" in s.nonzero else 0), min(s.p, s.outputs)) for s in problem.blocks
+        (
+            s.entries("F") + (s.entries("C") if "C" in s.nonzero else 0),
+            min(s.p, s.outputs // samples),
+            s.n_out * (_MOVED_WIRED if s.inputs != s.n_in else 2.0 * is_long),
+        )
+        for s in problem.blocks
     ]
-    entries, added = np.array(of_stacks, dtype=float)[layout.order[:, 0]].T
+    entries, added, copied = np.array(of_stacks, dtype=float)[layout.order[:, 0]].T
     columns = np.cumsum(added)
+    moved = item * (float(columns @ copied) + (0.0 if problem.places is None else _PERMUTED * N2))
+    if not is_long:
+        plan = plan_assembly(problem, dtype)
+        calls *= math.ceil(plan.samples / plan.chunk)
+        return Counted(times * plan.flops, plan.nbytes + apart, times * moved, inner, times * calls)
+    # Counting all columns of a long chain takes longer than inverting it: every pair of controls once a sample, H and work space beside it.
+    # Where states are wide, as with parameters that live in them, each stage multiplies the columns of all controls before it.
     flops = max(2.0 * samples * N2, 4.0 * float(columns @ entries))
-    moved = times * 2.0 * item * float(columns @ layout.n_out)
-    return Counted(times * flops, 1.7 * N2 * item + apart, moved, samples, calls, times * product)
+    return Counted(times * flops, 1.7 * N2 * item + apart, times * moved, inner, times * calls)
 
 
 class DenseFactorization(Congruence):
@@ -210,12 +216,12 @@ def estimate(analysis: Analysis) -> Cost:
     N, item = float(problem.size), problem.dtype.itemsize
     assembly = analysis.once(counted)
     tally.calls(assembly.calls)
-    # Samples are what the products of an assembly sum over.
-    tally.kernel("gemm", assembly.flops, (assembly.samples * max(N, 1.0)) ** 0.5)
+    tally.kernel("gemm", assembly.flops, (assembly.inner * max(N, 1.0)) ** 0.5)
     tally.kernel("ldl", N**3 / 3, N)
     tally.moved(item * 16 * N**2 + assembly.moved)
     factoring = factoring_copies(problem, problem.dtype) * N**2 * item
-    return Cost(tally.flops, max(assembly.nbytes, factoring), tally.seconds)
+    products = _PRODUCTS * product_seconds(analysis)
+    return Cost(tally.flops, max(assembly.nbytes, factoring), tally.seconds + products)
 
 
 METHOD = Method("dense", factor, estimate, EVERYTHING, is_complex=True, of_matrix=True)

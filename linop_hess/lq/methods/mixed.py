@@ -20,6 +20,7 @@ from torch import Tensor
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.accuracy import REFINED_BY
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.iterative.convergence import product_of, product_seconds
 from linop_hess.lq.iterative.gmres import cycle
 from linop_hess.lq.methods.base import Cost, Factor, Method, Tally
 from linop_hess.lq.methods.dense import counted_single, factoring_copies, fresh
@@ -31,8 +32,6 @@ _STEPS = 20
 _VECTORS_BYTES = 1 << 27
 # Products that a solve takes beside those of one in double precision, and applications of the factors.
 _EXTRA_PRODUCTS, _SOLVES = 4, 6
-# Calls of torch in a product, as a part of those in an assembly, and about how wide its matrices are.
-_CALLS_SHARE, _WIDTH = 0.2, 32.0
 
 
 @dataclass(frozen=True)
@@ -131,15 +130,13 @@ def estimate(analysis: Analysis) -> Cost:
     problem = analysis.problem
     N, tally, counted = float(problem.size), Tally(torch.float32), analysis.once(counted_single)
     tally.calls(counted.calls)
-    tally.kernel("gemm", counted.flops, (counted.samples * max(N, 1.0)) ** 0.5)
+    tally.kernel("gemm", counted.flops, (counted.inner * max(N, 1.0)) ** 0.5)
     tally.kernel("ldl", N**3 / 3, N)
     tally.moved(4 * 18 * N**2 + counted.moved + _SOLVES * 8 * N**2)
-    products = Tally(torch.float64)
-    products.calls(_EXTRA_PRODUCTS * _CALLS_SHARE * counted.calls)
-    products.kernel("gemm", _EXTRA_PRODUCTS * counted.product_flops, _WIDTH)
     vectors = 16.0 * (_STEPS + 1) * N
     nbytes = max(counted.nbytes, factoring_copies(problem, torch.float32) * 4 * N**2) + vectors
-    return Cost(tally.flops + products.flops, nbytes, tally.seconds + products.seconds, precision="single")
+    flops = tally.flops + _EXTRA_PRODUCTS * analysis.once(product_of).flops
+    return Cost(flops, nbytes, tally.seconds + _EXTRA_PRODUCTS * product_seconds(analysis), precision="single")
 
 
 def definite(analysis: Analysis, cost: Cost) -> Cost:

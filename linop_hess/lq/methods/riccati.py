@@ -29,6 +29,7 @@ from linop_hess.lq.pivots.delayed import Elimination, PackedElimination, Whitene
 from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.pivots.rules import PivotRule, SmallPivots
 from linop_hess.lq.segments import SegmentGroup, put_controls, split_load, state_load
+from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.value.controls import Segment, segments_at
 from linop_hess.lq.value.dense import DenseValue
 
@@ -324,15 +325,19 @@ _CALLS_WIDE = 130
 _CALLS_FREE = 12
 
 # Copies of V for a stage that entries pass by, in cache and beyond it (where new memory is most of what they take), and its calls.
-_COPIES_WIRED = 15
-_COPIES_BEYOND = 250
+_COPIES_WIRED = 20
+_COPIES_BEYOND = 180
 _CACHE = 4 << 20
-_CALLS_WIRED = 30
+_CALLS_WIRED = 70
+
+
+# Numbers held for each entry of E, with what is hidden; taken by a pivot block and its coupling, whitened; and by Fᵀ V, some of it twice.
+_HELD_COUPLING, _PIVOTS, _HALF = 1.4, 4.0, 1.3
 
 
 def estimate(analysis: Analysis) -> Cost:
     """Flops, bytes and seconds, segment by segment (4⅔ n³ flops when all blocks of a wide one are n wide)."""
-    problem, tally, numbers, widest = analysis.problem, Tally(analysis.problem.dtype), 0.0, 0.0
+    problem, tally, held, work = analysis.problem, Tally(analysis.problem.dtype), 0.0, 0.0
     item = problem.dtype.itemsize
     for group in analysis.groups:
         K, r, n = group.count, float(group.r), float(group.n_in)
@@ -340,11 +345,18 @@ def estimate(analysis: Analysis) -> Cost:
         one = _condensed_segment if group.is_narrow else _wide_segment
         one(tally, group, K)
         tally.kernel("ldl", K * r**3 / 3, r)
-        numbers += K * (r**2 + 2 * r * n)
+        held += K * (r**2 + _HELD_COUPLING * r * n)
         if group.is_narrow:
-            numbers += K * (2 * (r + n) ** 2 + group.n_out * (r + n) + n**2 + r * n)
-        widest = max(widest, r, n, *(float(stage.n_out) for stage in (group.control, *group.free)))
-    return Cost(tally.flops, item * (numbers + 6 * widest**2), tally.seconds)
+            held += K * (2 * (r + n) ** 2 + group.n_out * (r + n) + n**2 + r * n)
+        work = max(work, _PIVOTS * r * max(r, n) + max(_values(stage) for stage in (group.control, *group.free)))
+    return Cost(tally.flops, item * (held + work), tally.seconds)
+
+
+def _values(stage: Stage) -> float:
+    """Numbers of V after and before a stage, and of a product between; of none at pointwise functions, of two where entries pass by."""
+    before, after, halves = float(stage.n_in), float(stage.n_out), 1 + (stage.inputs != stage.n_in)
+    between = halves * _HALF * before * after if stage.entries("F") > before or halves > 1 else 0.0
+    return before**2 + after**2 + between
 
 
 def _condensed_segment(tally: Tally, group: SegmentGroup, K: int) -> None:

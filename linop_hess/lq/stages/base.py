@@ -25,6 +25,8 @@ from linop_hess.lq.stages.stacked import Stacked
 
 # Arrays of the size of G and B that a row space from arrays takes at once: these, and a singular value decomposition.
 _COPIES = 4
+# Calls of a product of most kinds: some reshapes on both sides of a matrix product, which is five calls by itself.
+_CALLS = 10
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,10 @@ class Stage(Stacked, ABC):
         """By how many numbers a product with "F", "G", "B" or "C" of one stage multiplies, where that is not zero."""
         rows = {"F": self.n_out, "G": self.n_out, "B": self.p, "C": self.n_in}[block]
         return rows * (self.p if block == "G" else self.n_in)
+
+    def calls(self, block: str) -> int:
+        """About how many calls of torch a product with "F", "G", "A", "B" or "C" of one stage or its transpose takes, views counted."""
+        return _CALLS
 
     def pull_back(self, V: Tensor) -> Tensor:
         """FᵀVF + C for symmetric V of one stage, (n_out, n_out) to (n_in, n_in), in memory of its own."""

@@ -104,6 +104,9 @@ class ConvolutionStage(AffineStage):
             basis, rho, self.beta, o, i, self.weight, self.bias, self.arrangement, curved_by=curved_by
         )
 
+    def calls(self, block: str) -> int:
+        return super().calls(block) + {"F": 12, "A": 0}.get(block, 6)
+
     def dense_F(self) -> Tensor:
         return Stage.dense_F(self)
 

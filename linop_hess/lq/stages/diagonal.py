@@ -88,6 +88,9 @@ class DiagonalStage(Stage):
     def entries(self, block: str) -> int:
         return self.f.shape[1] if block in "FC" else 0
 
+    def calls(self, block: str) -> int:
+        return 2
+
     def pull_back(self, V: Tensor) -> Tensor:
         out = (V * self.f[0, :, None]).mul_(self.f[0])
         if self.c is not None:

@@ -106,6 +106,9 @@ class EmbeddingStage(Stage):
     def entries(self, block: str) -> int:
         return self.n_out if block == "G" else 0
 
+    def calls(self, block: str) -> int:
+        return super().calls(block) if block == "G" and self.p else 1
+
     def row_space(self) -> RowSpace:
         if not self.p:
             return IdentityRowSpace(self)

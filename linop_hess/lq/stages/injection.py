@@ -56,6 +56,9 @@ class _Parametric(Stage):
     def gauss_newton(self) -> Self:
         return self
 
+    def calls(self, block: str) -> int:
+        return 2
+
 
 @dataclass(frozen=True)
 class InjectionStage(_Parametric):
@@ -213,6 +216,9 @@ class InitialStage(Stage):
 
     def entries(self, block: str) -> int:
         return self.inner.entries(block) if block == "G" else 0
+
+    def calls(self, block: str) -> int:
+        return 1 if block == "F" else self.inner.calls(block)
 
     def in_units(self, t: Tensor) -> Stage:
         return replace(self, inner=scaled(self.inner, t))

@@ -111,6 +111,9 @@ class _Around(Stage):
     def entries(self, block: str) -> int:
         return self.inner.entries(block)
 
+    def calls(self, block: str) -> int:
+        return self.inner.calls(block)
+
     def pull_back(self, V: Tensor) -> Tensor:
         return self.inner.pull_back(V)
 
@@ -312,8 +315,7 @@ class EntrywiseRowSpace(RowSpace):
         return self._to_controls(self.basis @ self._each(s))
 
     def Qt(self, x: Tensor) -> Tensor:
-        K, o, i = self.t.shape
-        k = x.shape[-1]
+        (K, o, i), k = self.t.shape, x.shape[-1]
         W, w0 = x[:, : o * i].reshape(K, o, i, k), x[:, o * i :].reshape(K, o, self.basis.shape[2] - i, k)
         return (self.basis.mT @ torch.cat([W, w0], 2)).reshape(K, self.r, k)
 
@@ -366,13 +368,11 @@ class EntrywiseRowSpace(RowSpace):
 
     def _gap(self) -> Tensor:
         """(I − Q_oQ_oᵀ)_{:, W} t_o, (K, o, c, i)."""
-        c, i = self.basis.shape[2], self.t.shape[2]
-        eye = torch.eye(c, i, dtype=self.basis.dtype, device=self.basis.device)
-        return (eye - self.basis @ self.basis[:, :, :i].mT) * self.t[:, :, None]
+        eye = torch.eye(self.basis.shape[2], self.t.shape[2], dtype=self.basis.dtype, device=self.basis.device)
+        return (eye - self.basis @ self.basis[:, :, : self.t.shape[2]].mT) * self.t[:, :, None]
 
     def hidden_directions(self, W: Tensor) -> Tensor:
-        K, o, i = self.t.shape
-        k = W.shape[-1]
+        (K, o, i), k = self.t.shape, W.shape[-1]
         X = W.new_zeros(K, o, self.basis.shape[2], k)
         if self.beta is not None:
             acts = self.beta.mT @ W.reshape(K, -1, i * k)

@@ -153,6 +153,9 @@ class ScaleShiftStage(Stage):
     def entries(self, block: str) -> int:
         return self.n_in * {"F": 1, "G": self.weight + self.bias, "B": self.weight, "C": 0}[block]
 
+    def calls(self, block: str) -> int:
+        return {"F": 3, "G": 6 * self.weight + 4 * self.bias}.get(block, 8)
+
     def pull_back(self, V: Tensor) -> Tensor:
         slope = (self.scale * self.slope)[0]
         return (V * slope[:, None]).mul_(slope)

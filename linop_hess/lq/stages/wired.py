@@ -190,6 +190,14 @@ class WiredStage(Stage):
     def entries(self, block: str) -> int:
         return self.inner.entries(block) + (self.wiring.keep_to.numel() if block == "F" else 0)
 
+    def calls(self, block: str) -> int:
+        wiring = self.wiring
+        if block == "F":
+            inner = self.inner.calls("F") if wiring.reads.count else 0
+            return inner + 1 + wiring.reads.calls + wiring.kept.calls + wiring.seen.calls // 2
+        around = {"G": wiring.seen.calls, "B": wiring.reads.calls, "C": 2 * wiring.reads.calls}
+        return self.inner.calls(block) + around.get(block, 0)
+
     def pull_back(self, V: Tensor) -> Tensor:
         # V_kk of what is kept is copied, once; V_yy is pulled back by the inner stage, and V_yk is multiplied by F_iᵀ only.
         wiring = self.wiring

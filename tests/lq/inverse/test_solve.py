@@ -297,3 +297,16 @@ def test_damping_that_works():
             return torch.zeros_like(g)
 
     assert damping_that_works(analysis, 0.0, Useless, 1e-14) is None
+
+
+def test_no_product_for_the_norm_where_a_refinement_reaches_the_tolerance():
+    """A solve takes a product for its first residual and one after it is refined; without a refinement the norm is needed."""
+    analysis = setting("wildly varying").new_analysis()
+    g = torch.ones(analysis.problem.size, dtype=torch.float64)
+    solvers = [Solver(analysis, 1e-2, "riccati", max_refinements=steps) for steps in (6, 0)]
+    made, product = [], analysis.problem.hessian_product
+    analysis.problem.hessian_product = lambda *args: made.append(1) or product(*args)
+    found = solvers[0].solve(g)
+    assert len(made) == 2 and found.refinement_steps == 1 and found.backward_error <= 1e-14
+    solvers[1].solve(g)
+    assert len(made) > 4  # the bound that is known for nothing would not do

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 
 from linop_hess.lq.stages import Joint, RowSpace, Stage
+from tests.helpers import CountedCalls
 
 DTYPES = (torch.float32, torch.float64)
 DAMPINGS = (0.3, -2.0)
@@ -113,6 +114,22 @@ class StageConformance:
             (stage.C, blocks.C, d),
         ):
             close(product(v.to(dtype)), matrix @ v, dtype, _size(matrix) * _size(v))
+
+    def test_calls_are_about_as_many_as_are_told(self, case: Case):
+        stage, like = case.stage.at(0), torch.zeros(1, dtype=torch.float64)
+        d, y, x = (like.new_ones(1, n, 1) for n in (stage.n_in, stage.n_out, stage.p))
+        products = {"F": [(stage.F, d), (stage.Ft, y)]}
+        products |= {"G": [(stage.G, x), (stage.Gt, y)]} if stage.p else {}
+        products |= {"B": [(stage.B, d), (stage.Bt, x)]} if "B" in stage.nonzero else {}
+        products |= {name: [(getattr(stage, name), v)] for name, v in (("A", x), ("C", d)) if name in stage.nonzero}
+        for name, both in products.items():
+            for product, v in both:
+                product(v)  # wirings are looked at once
+            with CountedCalls() as found:
+                for product, v in both:
+                    product(v)
+            assert found.count <= 2 * stage.calls(name) * len(both) + 4, (name, found.count, stage.calls(name))
+            assert stage.calls(name) * len(both) <= 2 * found.count + 4, (name, found.count, stage.calls(name))
 
     def test_dense_blocks(self, case: Case, dtype: torch.dtype):
         stage = case.stage.to(dtype)
