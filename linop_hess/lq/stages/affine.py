@@ -236,13 +236,18 @@ class AffineStage(Stage):
         return self.rows * {"F": o * i, "G": self.p, "B": o * i * self.weight, "C": 0}[block]
 
     def pull_back(self, V: Tensor) -> Tensor:
-        Wt = self.W[0].mT
-        if self.rows == 1:  # two plain products need no transposed copy between them
-            return Wt @ (V @ self.W[0])
-        # Of several rows too: a product of the rows of V, and one that reads its columns where they are.
-        b, (i, o) = self.rows, Wt.shape
-        below = torch.bmm(Wt.expand(b, i, o), V.reshape(b, o, b * o))
-        return torch.bmm(Wt.expand(b, i, o), below.view(b * i, b, o).permute(1, 2, 0)).view(b * i, b * i)
+        return self._pulled_back(V, V.new_empty(self.n_in, self.n_in))
+
+    def pull_back_over(self, V: Tensor) -> Tensor:
+        return self._pulled_back(V, V) if self.n_in == self.n_out and V.is_contiguous() else self.pull_back(V)
+
+    def _pulled_back(self, V: Tensor, out: Tensor) -> Tensor:
+        """FᵀVF in `out`, which may be V: a product of the rows of V, and one that reads the columns of that where they are."""
+        b, (i, o), Wt = self.rows, self.W.shape[:0:-1], self.W[0].mT
+        if b == 1:
+            return torch.mm(Wt, V @ self.W[0], out=out)
+        below = torch.bmm(Wt.expand(b, i, o), V.reshape(b, o, b * o)).view(b * i, b, o)
+        return torch.bmm(Wt.expand(b, i, o), below.permute(1, 2, 0), out=out.view(b, i, b * i)).view(b * i, b * i)
 
 
 def _map_rows(W: Tensor, d: Tensor, rows: int) -> Tensor:
