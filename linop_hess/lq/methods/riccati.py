@@ -12,7 +12,7 @@ pivots of all segments have the inertia of H + εI.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -168,7 +168,7 @@ class RiccatiFactorization(Congruence):
         elif self._in_runs:
             self.factors = recursion_in_runs(segments, _end(analysis), rule)
         else:
-            self.factors = recursion(segments, _end(analysis), divided(rule, careful))
+            self.factors = recursion(segments, replace(_end(analysis), is_own=True), divided(rule, careful))
 
     def obeys(self, rule: PivotRule) -> bool:
         """Whether by `rule` nothing need be delayed, or nothing more than is."""

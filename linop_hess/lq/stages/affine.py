@@ -26,8 +26,8 @@ from linop_hess.lq.stages.row_space import (
     rows_split,
 )
 
-# States of so many numbers are transposed for one large product in place of one a row: beyond, that leaves the cache.
-_TRANSPOSED_UP_TO = 1 << 18
+# From so many right-hand sides on a product a row takes less than one large product and the two transposed copies around it.
+_BY_ROWS_FROM = 64
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,18 @@ class AffineStage(Stage):
         return self.rows * {"F": o * i, "G": self.p, "B": o * i * self.weight, "C": 0}[block]
 
     def pull_back(self, V: Tensor) -> Tensor:
-        # Of one row two plain products need no transposed copy between them.
-        return self.W[0].mT @ (V @ self.W[0]) if self.rows == 1 else super().pull_back(V)
+        return self._pulled_back(V, V.new_empty(self.n_in, self.n_in))
+
+    def pull_back_over(self, V: Tensor) -> Tensor:
+        return self._pulled_back(V, V) if self.n_in == self.n_out and V.is_contiguous() else self.pull_back(V)
+
+    def _pulled_back(self, V: Tensor, out: Tensor) -> Tensor:
+        """FᵀVF in `out`, which may be V: a product of the rows of V, and one that reads the columns of that where they are."""
+        b, (i, o), Wt = self.rows, self.W.shape[:0:-1], self.W[0].mT
+        if b == 1:
+            return torch.mm(Wt, V @ self.W[0], out=out)
+        below = torch.bmm(Wt.expand(b, i, o), V.reshape(b, o, b * o)).view(b * i, b, o)
+        return torch.bmm(Wt.expand(b, i, o), below.permute(1, 2, 0), out=out.view(b, i, b * i)).view(b * i, b * i)
 
 
 def _map_rows(W: Tensor, d: Tensor, rows: int) -> Tensor:
@@ -246,7 +256,7 @@ def _map_rows(W: Tensor, d: Tensor, rows: int) -> Tensor:
     D = d.reshape(K, rows, i, k)
     if k == 1:
         y = D[..., 0] @ W.mT
-    elif rows == 1 or (K == 1 and D.numel() > _TRANSPOSED_UP_TO):
+    elif rows == 1 or (K == 1 and k >= _BY_ROWS_FROM):
         y = W[:, None] @ D
     else:
         y = (W @ D.transpose(1, 2).reshape(K, i, rows * k)).view(K, o, rows, k).transpose(1, 2)
@@ -322,8 +332,9 @@ class AffineRowSpace(RowSpace):
         K, b, rank = self.rho.shape
         if self.beta is None or not self.weight:
             return self.rho.new_zeros(K, self.r, b * self.i)
-        blocks = self.basis[:, : self.i].mT[:, :, None, None, :] * self.beta.mT[:, None, :, :, None]
-        return blocks.reshape(K, self.r, b * self.i)
+        # Made as its transpose, which is what a recursion adds to (K, b·i, r) numbers that lie so.
+        blocks = self.beta[:, :, None, None, :] * self.basis[:, None, : self.i, :, None]
+        return blocks.reshape(K, b * self.i, self.r).mT
 
     def hidden_coupling(self) -> Tensor:
         K, b, _ = self.rho.shape

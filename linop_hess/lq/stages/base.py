@@ -245,6 +245,10 @@ class Stage(Stacked, ABC):
         out = self.Ft(self.Ft(V[None]).mT)[0]
         return out.add_(self.dense_C()[0]) if "C" in self.nonzero else out
 
+    def pull_back_over(self, V: Tensor) -> Tensor:
+        """The same where V may be overwritten: in its memory, where a kind knows how. New memory of that size is slow to come by."""
+        return self.pull_back(V)
+
 
 def entries_of(which: Tensor, weights: Tensor, each: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Positions of the entries of some parts of a vector, each `each` long, and the weight of each entry in the dtype of `like`."""

@@ -92,7 +92,14 @@ class DiagonalStage(Stage):
         return 2
 
     def pull_back(self, V: Tensor) -> Tensor:
-        out = (V * self.f[0, :, None]).mul_(self.f[0])
+        return self._pulled_back(V * self.f[0, :, None])
+
+    def pull_back_over(self, V: Tensor) -> Tensor:
+        return self._pulled_back(V.mul_(self.f[0, :, None]))
+
+    def _pulled_back(self, rows: Tensor) -> Tensor:
+        """FᵀVF + C from FᵀV, in its memory."""
+        out = rows.mul_(self.f[0])
         if self.c is not None:
             out.diagonal().add_(self.c[0])
         return out

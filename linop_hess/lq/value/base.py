@@ -30,8 +30,11 @@ class Control(Protocol):
     def n_out(self) -> int:
         """Size of the state right after."""
 
-    def congruence(self, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """S = QᵀAQ + εI + RᵀVR, E = QᵀB + RᵀVF and FᵀVF + C less the hidden controls, the last in memory of its own."""
+    def congruence(self, V: Tensor, over: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """S = QᵀAQ + εI + RᵀVR, E = QᵀB + RᵀVF and FᵀVF + C less the hidden controls, the last in memory that nothing else holds.
+
+        That may be the memory of V where V may be written `over`.
+        """
 
     def pull_back(self, V: Tensor) -> Tensor:
         """The last of these alone."""

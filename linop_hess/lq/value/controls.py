@@ -32,7 +32,7 @@ class CondensedControl:
         """Size of the state after."""
         return self._W.shape[-2]
 
-    def congruence(self, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def congruence(self, V: Tensor, over: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """T + Wᵀ V W, block by block."""
         r = self.r
         T = add_product(self._T, self._Wt @ V, self._W)
@@ -74,8 +74,8 @@ class StageControl:
         """Size of the state right after."""
         return self._stage.n_out
 
-    def congruence(self, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """S, E and the value at s = 0, from products of the stage."""
+    def congruence(self, V: Tensor, over: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """S, E and the value at s = 0, from products of the stage; the last in the memory of V where it may be overwritten."""
         stage, space = self._stage, self._space
         VR = space.Rt(V[None]).mT.contiguous()
         S = space.Rt(VR)[0]
@@ -85,11 +85,13 @@ class StageControl:
         Et = stage.Ft(VR)[0]
         if "B" in stage.nonzero:
             Et = Et + space.QtB()[0].mT
-        return S, Et.mT, self.pull_back(V)
+        return S, Et.mT, self._less_hidden(self._stage.pull_back_over(V) if over else self._stage.pull_back(V))
 
     def pull_back(self, V: Tensor) -> Tensor:
         """FᵀVF + C less the hidden controls."""
-        V = self._stage.pull_back(V)
+        return self._less_hidden(self._stage.pull_back(V))
+
+    def _less_hidden(self, V: Tensor) -> Tensor:
         if self._hidden.gram is not None:
             V.sub_(self._hidden.gram, alpha=1.0 / self._damping)
         return V
@@ -143,11 +145,11 @@ class Segment:
         """Size of the state after."""
         return self.free[-1].n_out if self.free else self.control.n_out
 
-    def congruence(self, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def congruence(self, V: Tensor, over: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """S, E and the value at s = 0 before the whole segment, of a value V after it."""
         for stage in reversed(self.free):
-            V = stage.pull_back(V)
-        return self.control.congruence(V)
+            V, over = stage.pull_back_over(V) if over else stage.pull_back(V), True
+        return self.control.congruence(V, over)
 
     def adjoint(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """(Rᵀ v, Fᵀ v) of the whole segment for v of shape (n_out, k)."""

@@ -26,15 +26,19 @@ class DenseValue:
     V : Tensor, shape (..., n, n)
     Y : Tensor or None, shape (..., n, m)
     Lambda : Tensor or None, shape (..., m, m)
+    is_own : bool
+        Whether nothing else holds V, so that what this value is taken back to may be written over it.
     """
 
     V: Tensor
     Y: Tensor | None = None
     Lambda: Tensor | None = None
+    is_own: bool = False
 
     def pull_back(self, stage: Stage) -> Self:
         Y = None if self.Y is None else stage.Ft(self.Y[None])[0]
-        return type(self)(stage.pull_back(self.V), Y, self.Lambda)
+        V = stage.pull_back_over(self.V) if self.is_own else stage.pull_back(self.V)
+        return type(self)(V, Y, self.Lambda, self.is_own)
 
     def pull_back_state(self, control: Control) -> Self:
         """Take V alone back through a stage with controls, s = 0; delayed directions end here."""
@@ -44,13 +48,13 @@ class DenseValue:
         n = control.n_out
         if self.V.shape[-1] > n:
             return self._pivot_passing(control, n)
-        S, E, V = control.congruence(self.V)
+        S, E, V = control.congruence(self.V, self.is_own)
         if self.Y is not None and self.Lambda is not None:
             # Delayed directions are unknowns like the controls: the state that they are coupled to gives way to (s, δ).
             seen, through = control.adjoint(self.Y)
             S = torch.cat([torch.cat([S, seen], 1), torch.cat([seen.mT, self.Lambda], 1)])
             E = torch.cat([E, through.mT])
-        return S, E, type(self)(V)
+        return S, E, type(self)(V, is_own=self.is_own)
 
     def _pivot_passing(self, control: Control, n: int) -> tuple[Tensor, Tensor, Self]:
         """The same where the entries of δ beyond the first n pass the stage by."""
@@ -68,7 +72,7 @@ class DenseValue:
         if hidden.coupling is not None:
             Y = torch.cat([Y, hidden.coupling], 1)
             mu = torch.cat([mu, mu.new_full((hidden.delayed,), hidden.damping)])
-        return type(self)(self.V, Y, torch.diag(mu))
+        return type(self)(self.V, Y, torch.diag(mu), self.is_own)
 
     def compress(self) -> Self:
         return self

@@ -213,6 +213,14 @@ class StageConformance:
         assert torch.equal(given, V.to(dtype))
         assert stage.first_not_finite() is None
 
+    def test_pull_back_over_is_the_same(self, case: Case, dtype: torch.dtype):
+        stage = case.stage.to(dtype).at(0)
+        V = symmetric(torch.Generator().manual_seed(3), stage.n_out, stage.n_out).to(dtype)
+        for given in (V, V.clone().mT):  # by rows, and by columns
+            expected = stage.pull_back(given)
+            assert torch.equal(stage.pull_back_over(given), expected)
+        assert stage.first_not_finite() is None
+
     def test_stack_is_sliced_and_cast(self, case: Case, dtype: torch.dtype):
         stage, space = case.stage.to(dtype), case.stage.to(dtype).row_space()
         assert stage.dtype == dtype and space.dtype == dtype and stage.nbytes > 0 and stage.device.type == "cpu"

@@ -7,6 +7,7 @@ from linop_hess.lq.pivots.delayed import PackedElimination, eliminate
 from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.pivots.rules import BoundedGrowth
 from linop_hess.lq.stages.dense import DenseStage
+from linop_hess.lq.stages.diagonal import DiagonalStage
 from linop_hess.lq.value.controls import CondensedControl
 from linop_hess.lq.value.dense import DenseValue
 
@@ -104,3 +105,13 @@ def test_products_and_sizes():
     units = torch.tensor([[1.0], [10.0], [100.0]]).double()
     assert value.largest(units) == pytest.approx(float((value.V * units * units.mT).abs().max()))
     assert DenseValue(torch.zeros(0, 0)).largest(torch.ones(0, 1)) == 0.0
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_what_is_its_own_is_written_over_and_nothing_else(is_own):
+    stage = DiagonalStage(draw(0, 1, 4), draw(1, 1, 4))
+    V = symmetric(2, 4)
+    before, expected = V.clone(), stage.pull_back(V)
+    found = DenseValue(V, is_own=is_own).pull_back(stage)
+    assert torch.equal(found.V, expected) and found.is_own == is_own
+    assert torch.equal(V, expected if is_own else before)
