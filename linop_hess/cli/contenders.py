@@ -141,10 +141,6 @@ def _geodesic(model: nn.Module, loss_fn: Any, **how: Any) -> GaussNewton:
     return GaussNewton(model, loss_fn, geodesic=True, **how)
 
 
-# Of the first trial point of least squares, whose Jacobian has entries of order one.
-_FIRST_DAMPING = 1e-2
-
-
 def _control(method: Callable[..., Any], **how: Any) -> Callable[[ShootingTask, Trace, float | None], None]:
     def steps(task: ShootingTask, trace: Trace, rate: float | None) -> None:
         def watch(record: ControlRecord) -> None:

@@ -80,12 +80,12 @@ class Course:
 
     def __init__(self) -> None:
         self.least, self.kept = math.inf, list[Tensor]()
-        self._loss, self._step = math.nan, torch.zeros(0, device="cpu")
+        self._loss, self._step = math.nan, torch.zeros(0, dtype=torch.float64, device="cpu")
 
     def begin(self, loss: float, parameters: list[nn.Parameter]) -> None:
         """Begin a step at a loss; where the last one did not end at it the objective is another, and all is forgotten."""
         if not abs(loss - self._loss) <= LOSS_REPEATS * abs(loss) or self._size(parameters) != self._step.numel():
-            self.least, self._step = math.inf, torch.zeros(0, device="cpu")
+            self.least, self._step = math.inf, torch.zeros(0, dtype=torch.float64, device="cpu")
             self.went(self._step, loss, parameters)
 
     def leads(self, step: Tensor, loss: float, bold: float) -> bool:
@@ -105,7 +105,7 @@ class Course:
         """Put parameters back to where the loss was least."""
         for p, kept in zip(parameters, self.kept, strict=True):
             p.copy_(kept)
-        self._step, self._loss = torch.zeros(0, device="cpu"), self.least
+        self._step, self._loss = torch.zeros(0, dtype=torch.float64, device="cpu"), self.least
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""
