@@ -196,8 +196,8 @@ class GaussNewton(TrialOptimizer):
 
 # Flops of the product of a Jacobian with itself, and of a factorization, up to which rows are taken: a chain of layers, of which nothing is
 # recorded, takes less time from about 1e9 on (320 rows × 1,900 and 640 × 6,000 on either side); of a run that is recorded the stages of
-# 1,000 points take seconds (a step with 8,192 points of Burgers' equation, 3e10 flops, 1.3 s by rows and 26 to 39 s through a chain). Each parameter and each output of a sample takes about 0.6 ms by rows; in a
-# chain of layers outputs take none and layers half of that (20 layers of 2 outputs: 28 ms and 35; 40 layers: 51 and 35; 3 layers of 64: 43
-# and 22).
+# 1,000 points take seconds (8,192 points of Burgers' equation, 3e10 flops: a step of 1.3 s by rows, of 26 to 39 s through a chain). Each
+# parameter and each output of a sample takes about 0.6 ms by rows; in a chain of layers outputs take none and layers half of that (20
+# layers of 2 outputs: 28 ms and 35; 40 layers: 51 and 35; 3 layers of 64: 43 and 22).
 _CHEAP_OF_LAYERS, _CHEAP = 1e9, 2e11
 _CALLS_OF_LAYERS = 42
