@@ -17,6 +17,7 @@ from linop_hess import tasks
 from linop_hess.cli.kfac import KFAC
 from linop_hess.cli.trace import Finished, Trace
 from linop_hess.optim import GaussNewton, HessianFree, PreconditionedSGD, SaddleFree, TrustRegion
+from linop_hess.optim.trial_optimizer import TrialOptimizer
 from linop_hess.tasks import ControlRecord, LearningTask, ShootingTask
 
 Task = LearningTask | ShootingTask
@@ -110,16 +111,20 @@ def _lbfgs(task: LearningTask, trace: Trace, rate: float | None) -> None:
 def _curved(
     make: Callable[..., Any], after: Callable[[Any], None] = lambda _: None
 ) -> Callable[[LearningTask, Trace, float | None], None]:
-    """Of optimizers that know the model."""
+    """Of optimizers that know the model; where steps may go uphill, it ends where the loss was least."""
 
     def steps(task: LearningTask, trace: Trace, rate: float | None) -> None:
         opt = make(task.model, task.loss_fn, **({} if rate is None else {"lr": rate}))
         trace.add(float(task.loss().detach()))
-        while True:
-            opt.step(task.inputs, task.targets)
-            loss = opt.last.new_loss
-            trace.add(loss if math.isfinite(loss) else float(task.loss().detach()), str(opt.last))
-            after(opt)
+        try:
+            while True:
+                opt.step(task.inputs, task.targets)
+                loss = opt.last.new_loss
+                trace.add(loss if math.isfinite(loss) else float(task.loss().detach()), str(opt.last))
+                after(opt)
+        finally:
+            if isinstance(opt, TrialOptimizer) and opt.records:
+                opt.return_to_least()
 
     return steps
 

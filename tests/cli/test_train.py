@@ -10,6 +10,7 @@ from linop_hess import tasks
 from linop_hess.cli import bench_train, contenders, train
 from linop_hess.cli import main as cli
 from linop_hess.cli.contenders import CONTROL, LEARNING, Contender
+from linop_hess.cli.trace import Finished
 from linop_hess.tasks import TASKS, make_task, task_options
 
 TINY = ["--depth", "3", "--width", "4", "--batch", "5", "--no-progress"]
@@ -93,6 +94,16 @@ def test_every_optimizer_lowers_the_loss(optimizer):
     contenders.run(LEARNING[optimizer], task, last, LEARNING[optimizer].rate)
     assert last.losses[0] == pytest.approx(first, rel=1e-14) and last.best < first and last.ended == "steps"
     assert last.facts == task.measured()
+
+
+def test_steps_uphill_end_where_the_loss_was_least():
+    def until_uphill(trace, note):
+        if trace.losses[-1] > 1.5 * trace.best:
+            raise Finished
+
+    task, trace = make_task("poisson", 0, width=6), contenders.Trace(most=60, watch=until_uphill)
+    contenders.run(LEARNING["gauss-newton-geodesic"], task, trace)
+    assert trace.losses[-1] > trace.best == task.loss().item() and trace.facts == task.measured()
 
 
 @pytest.mark.parametrize("optimizer", list(CONTROL))
