@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from linop_hess import tasks
 from linop_hess.cli.kfac import KFAC
 from linop_hess.cli.trace import Finished, Trace
-from linop_hess.optim import GaussNewton, HessianFree, PreconditionedSGD, SaddleFree, TrustRegion
+from linop_hess.optim import DelayedGratification, GaussNewton, HessianFree, PreconditionedSGD, SaddleFree, TrustRegion
 from linop_hess.optim.trial_optimizer import TrialOptimizer
 from linop_hess.tasks import ControlRecord, LearningTask, ShootingTask
 
@@ -146,6 +147,10 @@ def _geodesic(model: nn.Module, loss_fn: Any, **how: Any) -> GaussNewton:
     return GaussNewton(model, loss_fn, geodesic=True, **how)
 
 
+def _uphill(kind: Callable[..., Any], model: nn.Module, loss_fn: Any, **how: Any) -> Any:
+    return kind(model, loss_fn, damping=DelayedGratification(1.0), **how)
+
+
 def _control(method: Callable[..., Any], **how: Any) -> Callable[[ShootingTask, Trace, float | None], None]:
     def steps(task: ShootingTask, trace: Trace, rate: float | None) -> None:
         def watch(record: ControlRecord) -> None:
@@ -184,6 +189,8 @@ LEARNING: dict[str, Contender] = {
     "saddle-free": Contender("SaddleFree", _curved(SaddleFree)),
     "gauss-newton": Contender("GaussNewton", _curved(GaussNewton)),
     "gauss-newton-geodesic": Contender("GaussNewton, geodesic", _curved(_geodesic)),
+    "saddle-free-uphill": Contender("SaddleFree, uphill", _curved(partial(_uphill, SaddleFree))),
+    "gauss-newton-uphill": Contender("GaussNewton, uphill", _curved(partial(_uphill, GaussNewton))),
     "saddle-free-smooth": Contender("SaddleFree, smooth", _curved(_smooth, _sharper)),
     "trust-region": Contender("TrustRegion", _curved(TrustRegion)),
     "preconditioned-sgd": Contender("PreconditionedSGD", _curved(PreconditionedSGD), (3e-2, 1e-1, 3e-1)),

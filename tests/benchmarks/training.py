@@ -21,7 +21,7 @@ CASES = {
     "8x24": "--depth 8 --width 24 --batch 64 --seconds 5",
     "default": "--depth 16 --width 8 --batch 32 --init default --seconds 6",
     "relu": "--depth 16 --width 8 --batch 32 --activation relu --seconds 6 --optimizers "
-    "sgd,adam,lbfgs,hessian-free,kfac,saddle-free,saddle-free-smooth,gauss-newton",
+    "sgd,adam,lbfgs,hessian-free,kfac,saddle-free,saddle-free-smooth,gauss-newton,saddle-free-uphill,gauss-newton-uphill",
 }
 
 
