@@ -123,9 +123,10 @@ def _curved(
                 loss = opt.last.new_loss
                 trace.add(loss if math.isfinite(loss) else float(task.loss().detach()), str(opt.last))
                 after(opt)
-        finally:
-            if isinstance(opt, TrialOptimizer) and opt.records:
+        except Finished:
+            if isinstance(opt, TrialOptimizer) and any(record.accepted for record in opt.records):
                 opt.return_to_least()
+            raise
 
     return steps
 

@@ -127,14 +127,14 @@ class TrialOptimizer(CurvatureOptimizer):
         Raises
         ------
         IndexError
-            Before the first step.
+            Before the first step whose loss and derivatives were finite.
         ValueError
             If the model has other parameters than in the last step.
         """
         if not self._course.kept:
-            raise IndexError("expected a step before parameters are put back, got none: call step() first")
+            raise IndexError("expected a step whose loss and derivatives were finite, got none: call step() first")
         parameters = list(self.named_parameters().values())
-        if len(parameters) != len(self._course.kept):
+        if [p.shape for p in parameters] != [kept.shape for kept in self._course.kept]:
             raise ValueError("expected the parameters of the last step, got others since: call step() first")
         self._course.back(parameters)
         return self._course.least

@@ -92,8 +92,11 @@ class Course:
         """Whether (1 − cos β)ᵇ times the loss is at most the least so far, β the angle to the last step, and no loss is below zero."""
         if not bold or self._step.shape != step.shape or not 0.0 <= loss <= _HIGHEST * self.least:
             return False
-        cosine = float(self._step @ step) / float(self._step.norm() * step.norm())
-        return (1.0 - cosine) ** bold * loss <= self.least
+        cosine = float(self._step.to(step.device) @ step) / float(self._step.norm() * step.norm())
+        if not math.isfinite(cosine):
+            return False
+        turned = min(max(1.0 - cosine, 0.0), 2.0)  # rounding leads beyond where steps are parallel
+        return turned == 0.0 or bold * math.log(turned) + math.log(loss or 5e-324) <= math.log(self.least or 5e-324)
 
     def went(self, step: Tensor, loss: float, parameters: list[nn.Parameter]) -> None:
         """Remember a step that was taken, and where it ended."""

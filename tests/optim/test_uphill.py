@@ -68,6 +68,20 @@ def test_the_rule_of_transtrum_and_sethna(angle, bold):
         assert course.leads(step, loss, bold) == (bold > 0.0 and loss <= most)
 
 
+@pytest.mark.parametrize("bold", [0.5, 1.5, 2000.0])
+def test_parallel_steps_whose_cosine_rounding_takes_beyond_one(bold):
+    generator, beyond = torch.Generator().manual_seed(0), 0
+    for _ in range(200):
+        step = torch.randn(3, generator=generator, dtype=torch.float64)
+        longer = 0.1 * step
+        beyond += float(step @ longer) / float(step.norm() * longer.norm()) > 1.0
+        course = Course()
+        course.begin(4.0, parameters(1.0))
+        course.went(step, 2.0, parameters(1.0))
+        assert course.leads(longer, 150.0, bold) and course.leads(-longer, 2.0, bold) is False
+    assert beyond > 0
+
+
 def test_nothing_leads_from_nowhere_nor_below_zero_nor_in_another_objective():
     step = torch.ones(2, dtype=torch.float64)
     course, p = Course(), parameters(1.0)

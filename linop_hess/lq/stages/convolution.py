@@ -132,6 +132,9 @@ class ConvolutionStage(AffineStage):
     def pull_back(self, V: Tensor) -> Tensor:
         return Stage.pull_back(self, V)
 
+    def pull_back_over(self, V: Tensor) -> Tensor:
+        return self.pull_back(V)
+
 
 @dataclass(frozen=True)
 class ConvolutionRowSpace(AffineRowSpace):

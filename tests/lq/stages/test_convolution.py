@@ -49,6 +49,8 @@ class TestConvolution(StageConformance):
             "fewer rows, more channels": {"samples": 1, "size": (2, 3), "channels": 3, "out": 4, "bias": False},
             "one position": {"samples": 3, "size": (2, 2)},
             "one dimension": {"size": (1, 6), "kernel": (1, 3), "padding": (0, 1)},
+            "as large after as before": {"channels": 2, "out": 2, "kernel": (3, 3), "padding": 1},
+            "a pixel each": {"channels": 3, "out": 3, "kernel": (1, 1)},
             "stack": {"K": 2, "samples": 1, "size": (2, 3), "channels": 3},
         }.items()
     }
