@@ -137,10 +137,11 @@ def test_newton_swings_a_cart_pole_up():
     assert all(record.backward_error <= 1e-12 for record in found.records[:-1])
     H = task.expand(found.trajectory).problem.hessian_product(torch.eye(50, dtype=torch.float64))
     assert torch.linalg.eigvalsh(H)[0] > 0
-    last = [record.gradient_norm for record in found.records[-3:]]
-    # Where the path turns to the minimum depends on rounding, and so where the rate sets in.
-    assert last[2] <= 1e-4 * last[0] and last[2] <= 1e-2 * last[1] and last[2] / last[1] < last[1] / last[0]
     assert all(record.damping == 0.0 for record in found.records[-4:])
+    # From near by, since where the path from afar turns to the minimum depends on rounding.
+    near = newton(task, found.trajectory.u + 1e-3 * np.cos(np.arange(50)))
+    last = [record.gradient_norm for record in near.records[-3:]]
+    assert last[1] <= 1e-2 * last[0] and last[2] <= 1e-2 * last[1]
     lin = lh.linearize(*as_network(task, found.trajectory.u))  # each stage a module of its own
     signs = lin.inertia(0.0)
     assert (signs.negative, signs.zero) == (0, 0) and np.linalg.norm(lin.gradient) <= 1e-10
