@@ -3,7 +3,7 @@
 The model returns the residuals of the equation at points inside, and of the boundary condition at points on the boundary; the loss is their
 sum of squares. It differentiates by its inputs by `torch.autograd.grad`, as such models do. Each point's residual is a function of that
 point alone, so `GaussNewton` has the rows of the Jacobian from one backward pass, and solves least squares with them: at 129 parameters
-and 1,020 points a step takes some hundredths of a second, and after ten seconds the error is two digits below that of L-BFGS.
+and 1,020 points a step takes some hundredths of a second, and after ten seconds the error is near 1e-9, and that of L-BFGS 2e-4.
 
 Run it with ``python examples/physics_informed.py --figure physics_informed.png``.
 """
@@ -59,16 +59,20 @@ def points(side: int) -> tuple[Tensor, Tensor]:
     return torch.cat([torch.cartesian_prod(along, along), *edges]), weights.double()
 
 
-def with_adam(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Callable[[], object]:
+Training = tuple[Callable[[], object], Callable[[], object]]
+"""What makes a step, and what ends the run."""
+
+
+def with_adam(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Training:
     opt = torch.optim.Adam(model.parameters(), lr=1e-2)
-    return lambda: first_order(opt, model, inputs)
+    return lambda: first_order(opt, model, inputs), lambda: None
 
 
-def with_lbfgs(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Callable[[], object]:
+def with_lbfgs(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Training:
     opt = torch.optim.LBFGS(
         model.parameters(), history_size=100, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
     )
-    return lambda: first_order(opt, model, inputs)
+    return lambda: first_order(opt, model, inputs), lambda: None
 
 
 def first_order(opt: torch.optim.Optimizer, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> object:
@@ -81,9 +85,9 @@ def first_order(opt: torch.optim.Optimizer, model: nn.Module, inputs: tuple[Tens
     return opt.step(closure)
 
 
-def with_gauss_newton(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Callable[[], object]:
+def with_gauss_newton(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Training:
     opt = lh.optim.GaussNewton(model, squares, geodesic=True)
-    return lambda: opt.step(inputs, None)
+    return lambda: opt.step(inputs, None), opt.return_to_least  # as its steps may go uphill
 
 
 def error(model: nn.Module, side: int = 100) -> tuple[float, np.ndarray]:
@@ -110,13 +114,15 @@ def main(
         torch.manual_seed(seed)
         for p in model.parameters():
             nn.init.normal_(p, std=0.1)
-        step, spent, at, count = make(model, inputs), 0.0, [(0.0, error(model)[0])], 0
+        step, end = make(model, inputs)
+        spent, at, count = 0.0, [(0.0, error(model)[0])], 0
         while spent < seconds and count < steps:
             start = time.perf_counter()
             step()
             spent, count = spent + time.perf_counter() - start, count + 1
             if spent > 1.02 * at[-1][0] or count == steps:
                 at.append((spent, error(model)[0]))
+        end()
         curves[name], found[name] = np.array(at), error(model)[0]
         print(f"{name:<12} relative L2 error {found[name]:.1e} after {count} steps, {spent:.1f} s")
     if figure is not None:

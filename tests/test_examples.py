@@ -57,9 +57,8 @@ def test_every_example_is_tested():
 
 def test_physics_informed(tmp_path):
     picture = tmp_path / "physics_informed.png"
-    found = load("physics_informed").main(width=10, side=8, seconds=60.0, steps=25, figure=str(picture))
-    assert found["GaussNewton"] <= 1e-2 and found["GaussNewton"] <= 0.1 * found["Adam"]
-    assert found["L-BFGS"] <= 0.1  # a step of which is twenty iterations
+    found = load("physics_informed").main(width=10, side=6, seconds=60.0, steps=50, figure=str(picture))
+    assert found["GaussNewton"] <= 1e-2 and found["GaussNewton"] <= 0.1 * min(found["Adam"], found["L-BFGS"])
     assert picture.stat().st_size > 10_000
 
 
