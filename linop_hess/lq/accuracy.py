@@ -79,6 +79,9 @@ ROWS_ADD_UP = {torch.float64: 1e-12, torch.float32: 1e-5}
 # order that is not told, in float32 too.
 LOSS_REPEATS = 1e-5
 
+# Residuals of eigenpairs that a Lanczos run contributes; what is beyond is left to the next run.
+LANCZOS_SHARP = 1e-9
+
 # A loss is taken as convex in the outputs where its negative curvatures are at most so much of the largest: those of cross entropy cancel
 # to p − p², and are rounding in these terms where all probabilities are near 0 and 1.
 CONCAVE = 1e-3

@@ -84,7 +84,11 @@ class Course:
 
     def begin(self, loss: float, parameters: list[nn.Parameter]) -> None:
         """Begin a step at a loss; where the last one did not end at it the objective is another, and all is forgotten."""
-        if not abs(loss - self._loss) <= LOSS_REPEATS * abs(loss) or self._size(parameters) != self._step.numel():
+        if (
+            not 0.0 < abs(loss)
+            or not abs(loss - self._loss) <= LOSS_REPEATS * abs(loss)
+            or self._size(parameters) != self._step.numel()
+        ):
             self.least, self._step = math.inf, torch.zeros(0, dtype=torch.float64, device="cpu")
             self.went(self._step, loss, parameters)
 

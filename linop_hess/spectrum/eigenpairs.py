@@ -12,7 +12,7 @@ from scipy.sparse.linalg import eigsh as arpack
 
 from linop_hess._validate import finite_real
 from linop_hess.errors import FactorizationError
-from linop_hess.lq.accuracy import NUDGE
+from linop_hess.lq.accuracy import LANCZOS_SHARP, NUDGE
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.counting import count_up_to
 from linop_hess.operators.inverse import HessianInverse
@@ -23,8 +23,6 @@ from linop_hess.spectrum.pairs import Eigenpairs
 
 # Up to this order LAPACK's dense solver is as fast, and finds all.
 _SMALL = 300
-
-_SHARP = 1e-9  # residuals, in terms of ‖H‖, of what a Lanczos run contributes
 
 # Lanczos runs, and ARPACK's restarts in each, before what was found is all that is returned.
 _ROUNDS = 12
@@ -270,7 +268,7 @@ class _Finder:
                 self.inverse = HessianInverse(self.analysis, -self.sigma)
         # Beside an eigenvalue next to the shift ARPACK may leave others at 1e-6 (SciPy 1.12): the next round finds them without that one.
         values = np.einsum("ij,ij->j", new, self.H @ new)
-        sharp = self._residuals(values, new) <= _SHARP * self.norm
+        sharp = self._residuals(values, new) <= LANCZOS_SHARP * self.norm
         self._add(new[:, sharp] if sharp.any() else new)
 
     def _add_null_vectors(self, k: int, zeros: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from linop_hess._validate import Nonsmooth
@@ -14,6 +13,7 @@ from linop_hess.lq.inverse.counting import smallest_convex_damping
 from linop_hess.lq.inverse.inertia import inertia
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.optim.objective import Objective
+from linop_hess.optim.quadratic.products import ProductModel
 from linop_hess.optim.record import Tally
 
 
@@ -43,7 +43,7 @@ class Linearizer:
         return lin
 
 
-class ChainModel:
+class ChainModel(ProductModel):
     """loss + gᵀs + ½ sᵀHs of a chain, in float64.
 
     Parameters
@@ -57,23 +57,8 @@ class ChainModel:
     """
 
     def __init__(self, analysis: Analysis, loss: float, gradient: Tensor, tally: Tally) -> None:
-        self.analysis, self.loss, self.tally = analysis, loss, tally
-        self.gradient = gradient.to(torch.float64)
-        self._problem = analysis.in_float64.problem
-
-    def product(self, V: Tensor) -> Tensor:
-        """H times the columns of (N, k)."""
-        self.tally.products += V.shape[1]
-        return self._problem.hessian_product(V)
-
-    def change(self, step: Tensor) -> float:
-        """Return gᵀs + ½ sᵀHs."""
-        return float(self.gradient @ step + 0.5 * step @ self.product(step[:, None])[:, 0])
-
-    @property
-    def curvature(self) -> ChainModel:
-        """Itself, for damping strategies."""
-        return self
+        super().__init__(loss, gradient, analysis.in_float64.problem.hessian_product, tally)
+        self.analysis = analysis
 
     def norm(self) -> float:
         """‖H‖."""
