@@ -64,7 +64,7 @@ def output_jacobian(
         if output.dtype not in ROWS_ADD_UP or any(p.dtype != output.dtype for p in parameters):
             return None
         if again is not None and watch.uses and not watch.is_strange:
-            require(2 * output.numel() * size * output.element_size(), "the Jacobian of the model's output")
+            require(output.numel() * size * output.element_size(), "the Jacobian of the model's output")
             jacobian = _checked_rows(output, again, watch.uses, parameters)
             if jacobian is not None:
                 return output.detach(), jacobian
@@ -100,7 +100,9 @@ def _as_run(run: Callable[[], Any], parameters: Sequence[Tensor], samples: int) 
 def _rows(output: Tensor, uses: Sequence[_Use], parameters: Sequence[Tensor]) -> Tensor | None:
     """The rows, (samples, outputs, N), from what samples add in each use."""
     flat = output.flatten(1) if output.ndim > 1 else output[:, None]
-    columns = {id(p): torch.zeros(*flat.shape, *p.shape, dtype=p.dtype, device=p.device) for p in parameters}
+    jacobian = output.new_zeros(*flat.shape, sum(p.numel() for p in parameters))
+    parts = jacobian.split([p.numel() for p in parameters], 2)
+    columns = {id(p): part for p, part in zip(parameters, parts, strict=True)}
     edges = [use.edge for use in uses]
     units = torch.eye(flat.shape[1], dtype=output.dtype, device=output.device)
     passes = [
@@ -116,8 +118,8 @@ def _rows(output: Tensor, uses: Sequence[_Use], parameters: Sequence[Tensor]) ->
         if rows is None:
             return None
         for p, part in rows:
-            columns[id(p)] += part
-    return torch.cat([columns[id(p)].reshape(*flat.shape, -1) for p in parameters], 2)
+            columns[id(p)] += part.reshape(*flat.shape, -1)
+    return jacobian
 
 
 def _add_up(output: Tensor, jacobian: Tensor, parameters: Sequence[Tensor]) -> bool:
@@ -136,7 +138,9 @@ def _add_up(output: Tensor, jacobian: Tensor, parameters: Sequence[Tensor]) -> b
         output, parameters, weights, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     error = torch.cat([part.reshape(-1) for part in parts]) - weights.flatten() @ rows
-    terms = weights.flatten().abs() @ rows.abs()
+    few = max(1, _IN_CACHE // rows.shape[1])
+    pairs = zip(weights.flatten().split(few), rows.split(few), strict=True)
+    terms = torch.stack([w.abs() @ r.abs() for w, r in pairs]).sum(0)
     counts = [p.numel() for p in parameters]
     errors, bounds = (torch.stack([part.norm() for part in x.split(counts)]) for x in (error, terms))
     # Derivatives that cancel are rounding of the others.
@@ -325,3 +329,7 @@ class _Tape(TorchDispatchMode):
 def _place(x: Tensor) -> tuple[Any, ...]:
     """Where in memory the entries of a tensor lie."""
     return x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype
+
+
+# How many numbers of rows their sizes are taken of at once: of all of them that takes as long as making them.
+_IN_CACHE = 1 << 16

@@ -61,7 +61,7 @@ class FunctionSpace:
         self._root = values.clamp_min(0.0).sqrt()
         self._K = self._weighted(jacobian).flatten(0, 1)
         self._is_wide = self._K.shape[0] < self._K.shape[1]
-        self._gram = self._K @ self._K.T if self._is_wide else self._K.T @ self._K
+        self._gram = _gram(self._K.T if self._is_wide else self._K)
         self.gradient = jacobian.flatten(0, 1).T @ slope.flatten()
         # The gradient as Kᵀy + ρ: where ρ is zero, as for least squares, a step in function space divides nothing by the damping.
         turned = (self._vectors.mT @ slope[:, :, None])[:, :, 0]
@@ -73,7 +73,9 @@ class FunctionSpace:
 
     def _weighted(self, outputs: Tensor) -> Tensor:
         """Cᵀ times (samples, outputs, …), CCᵀ the curvature of the loss."""
-        return self._root[:, :, None] * (self._vectors.mT @ outputs)
+        if self._root.shape[1] == 1:  # no directions to turn to, and rows may be most of the memory there is
+            return self._root[:, :, None] * outputs
+        return (self._vectors.mT @ outputs).mul_(self._root[:, :, None])
 
     def product(self, V: Tensor) -> Tensor:
         """G times the columns of (N, k)."""
@@ -205,7 +207,7 @@ def function_space(objective: Objective, tally: Tally, samples: int | None = Non
         ("the loss's second derivatives", curvature),
         ("the loss's gradient", slope),
     ):
-        if not bool(torch.isfinite(x).all()):
+        if x.numel() and not all(bool(torch.isfinite(end)) for end in x.aminmax()):
             raise NotFiniteError(
                 f"expected finite derivatives, got NaN or Inf in {what}: scale the problem, or check the data"
             )
@@ -254,6 +256,14 @@ def _loss_by_samples(
             if bool(product(v * half[:, None])[~half].any()):
                 return None
     return float(loss.detach()), slope.detach().reshape(len(output), outputs), curvature.detach()
+
+
+def _gram(K: Tensor) -> Tensor:
+    """KᵀK. NumPy sees that it is symmetric and makes half of it; torch does not."""
+    if K.device.type != "cpu":
+        return K.T @ K
+    rows = K.numpy()
+    return torch.from_numpy(rows.T @ rows)
 
 
 def _eigh(blocks: Tensor) -> tuple[Tensor, Tensor]:
