@@ -167,8 +167,8 @@ def poisson(seed: int = 0, *, width: int = 32, points: int = 30) -> LearningTask
     return LearningTask("poisson", model, squares, x, None, {"relative L2 error": _error(everywhere, truth)})
 
 
-def burgers(seed: int = 0, *, depth: int = 4, width: int = 20, points: int = 64) -> LearningTask:
-    """Make the Burgers problem: ν = 0.01/π, 1,341 parameters, points denser about the layer at x = 0.
+def burgers(seed: int = 0, *, depth: int = 4, width: int = 20, points: int = 96) -> LearningTask:
+    """Make the Burgers problem: ν = 0.01/π, 1,341 parameters, points denser about the layer at x = 0 and about both ends in time.
 
     Parameters
     ----------
@@ -200,7 +200,9 @@ def burgers(seed: int = 0, *, depth: int = 4, width: int = 20, points: int = 64)
                 nn.init.zeros_(p)
     even = (torch.arange(points, dtype=torch.float64, device="cpu") + 0.5) / points * 2.0 - 1.0
     across = 0.1 * even + 0.9 * even**3  # a third of them within 0.06 of the layer
-    along = (torch.arange(points // 2, dtype=torch.float64, device="cpu") + 0.5) / (points // 2)
+    even = (torch.arange(points // 2, dtype=torch.float64, device="cpu") + 0.5) / (points // 2)
+    # Of even ones the residual is greatest just after the start, where they hold it on one side only, and what is wrong there stays.
+    along = 0.5 * even + 0.25 * (1.0 - torch.cos(math.pi * even))
     x = torch.cartesian_prod(across, along)
     fine = torch.cartesian_prod(
         torch.from_numpy(np.linspace(-1.0, 1.0, 257)[1:-1]), torch.from_numpy(np.linspace(0.0, 1.0, 11)[1:])
