@@ -159,8 +159,8 @@ class Inverse:
             try:
                 return self._asked(inertia_of_factors)
             except FactorizationError:
-                pass  # other factors may tell
-        return inertia(self.analysis, self.damping.real)
+                return inertia(self.analysis, self.damping.real)  # other factors may tell
+        return inertia(self.analysis, self.damping.real, factors=self.factors)
 
     @cached_property
     def _determined(self) -> RiccatiFactorization | None:
