@@ -157,7 +157,9 @@ def cycle(
             return space.combined(least.solution(), r.dtype), max(j, 1)
         z = precondition(v).to(r.dtype)
         w = product(z) if bool(torch.isfinite(z).all()) else z
-        if not bool(torch.isfinite(w).all()):  # M is so far off, as of a sketch of too low a rank, that its products leave the range
+        if not bool(
+            torch.isfinite(w).all()
+        ):  # M is so far off, as of too small a sketch, that products leave the range
             return space.combined(least.solution(), r.dtype), j
         residuals = least.add(*space.add(z, w))
         ended = bool((residuals <= enough).all())
