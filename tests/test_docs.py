@@ -21,6 +21,7 @@ COMMANDS = (
     "python -m pip install -c constraints.txt -e '.[test]' && python -m pytest -n 2 --dist loadfile",
 )
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"\b(?:tests|linop_hess|examples|docs)/[\w/.]*\.(?:py|md|png)\b")
 _LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
@@ -73,6 +74,13 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{page_name(page)} links to {path}, which is not there"
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{page_name(page)} links to #{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_files_that_are_named_are_there(page):
+    named = set(_FILE.findall(page.read_text(encoding="utf-8")))
+    gone = [path for path in sorted(named) if not (ROOT / path).exists() and not re.search(r"X|NAME|FILE", path)]
+    assert not gone, f"{page_name(page)} names {gone}"
 
 
 def test_links_of_readme_are_absolute_once_there_is_an_address():

@@ -187,6 +187,41 @@ def test_batches_that_change_are_refused(data):
         lin.H @ lin.gradient
 
 
+class Scaled(nn.Module):
+    """Takes an array and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model_of("layers")
+
+    def forward(self, batch):
+        return batch["scale"] * self.inner(torch.as_tensor(batch["x"]))
+
+
+@pytest.mark.parametrize("what", ["x", "scale"])
+def test_arrays_and_numbers_that_change_are_refused(data, what):
+    x, y = data
+    batches = [
+        ({"x": x[:20].numpy().copy(), "scale": 1.0}, y[:20]),
+        ({"x": x[20:].numpy().copy(), "scale": 1.0}, y[20:]),
+    ]
+    lin = lh.linearize(Scaled(), CE, batches)
+    assert lin.inverse(0.1).solve(lin.gradient).backward_error <= 1e-14
+    batches[1][0][what] = batches[1][0][what] + 1e-9  # less than what two passes may differ by in rounding
+    with pytest.raises(ValueError, match="got another batch 2 than in the first"):
+        lin.H @ lin.gradient
+
+
+def test_data_that_are_indexed_are_gone_through(data):
+    model, (x, y) = model_of("layers"), data
+
+    class Indexed:
+        def __getitem__(self, k):
+            return unequal(x, y)[k]
+
+    assert lh.linearize(model, CE, Indexed()).loss == lh.linearize(model, CE, unequal(x, y)).loss
+
+
 def test_what_cannot_be_streamed_is_refused(data):
     model, (x, y) = model_of("layers"), data
     batches = unequal(x, y)

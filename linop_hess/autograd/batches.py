@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 from linop_hess._validate import Reduction
-from linop_hess.autograd.calling import refuse_empty, takes_parameters
+from linop_hess.autograd.calling import checksum, refuse_empty, takes_parameters
 from linop_hess.processes import ALONE, Processes
 from linop_hess.processes.fingerprint import fingerprint
 
@@ -236,8 +235,8 @@ class Batches:
 class SameBatches:
     """Batches that must be the same, in the same order, on every pass, and have samples.
 
-    Each is told by a checksum of its tensors. Sums over batches that are computed at different times, as a matrix and its products,
-    belong together only then.
+    Each is told by a checksum of its tensors, arrays, numbers and texts. Sums over batches that are computed at different times, as a
+    matrix and its products, belong together only then.
 
     Parameters
     ----------
@@ -264,7 +263,7 @@ class SameBatches:
         """
         marks: list[int] = []
         for batch in self._data:
-            marks.append(_checksum(batch))
+            marks.append(checksum(batch))
             if self._marks is None:
                 for what, value in zip(("inputs", "targets"), _as_pair(batch), strict=True):
                     refuse_empty(value, f"{what} of batch {len(marks)}")
@@ -280,16 +279,6 @@ class SameBatches:
             raise ValueError(
                 f"expected the same {len(self._marks)} batches on every pass, got {len(marks)}: pass data that do not change"
             )
-
-
-def _checksum(batch: Any) -> int:
-    """Of the bytes and shapes of all tensors of a nest."""
-    found = 1
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-            flat = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found = zlib.adler32(cast(Any, flat.numpy()), zlib.adler32(str(tuple(leaf.shape)).encode(), found))
-    return found
 
 
 def _as_iterable(data: Any) -> Iterable[Any]:

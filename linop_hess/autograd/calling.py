@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -231,7 +232,7 @@ def are_batches(inputs: Any, targets: Any) -> bool:
             )
         return False
     of_pairs = isinstance(inputs, tuple | list) and all(_is_pair(one) for one in inputs)
-    is_other = hasattr(inputs, "__iter__") and not isinstance(
+    is_other = any(hasattr(inputs, name) for name in ("__iter__", "__getitem__")) and not isinstance(
         inputs, Tensor | np.ndarray | Mapping | str | tuple | list
     )
     if many or of_pairs or is_other:
@@ -247,6 +248,20 @@ def are_batches(inputs: Any, targets: Any) -> bool:
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2
+
+
+def checksum(batch: Any) -> int:
+    """Of all leaves of a nest: shapes and bytes of tensors and arrays, and numbers and texts."""
+    found = 1
+    for leaf in pytree.tree_leaves(batch):
+        data: Any = repr(leaf).encode() if isinstance(leaf, bool | int | float | complex | str) else b""
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            flat = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+            data = flat.view(torch.uint8).numpy()
+        elif isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.hasobject:
+            data = leaf.tobytes()
+        found = zlib.adler32(data, zlib.adler32(str(tuple(getattr(leaf, "shape", ()))).encode(), found))
+    return found
 
 
 def as_data(value: Any, device: torch.device | None = None, copy: bool = False) -> Any:

@@ -69,6 +69,22 @@ def test_single_precision(pool):
     assert np.linalg.norm(residual) <= 1e-5 * (np.linalg.norm(truth, 2) * np.linalg.norm(x) + np.linalg.norm(gradient))
 
 
+def drawn(rank, group):
+    torch.manual_seed(rank)  # as it is where nobody seeds: each process has random numbers of its own
+    model, batch = mlp_and_batch(samples=13)
+    posterior = lh.linearize(model, nn.CrossEntropyLoss(), *shard(rank, 2, *batch), group=group).inverse(10.0)
+    return posterior.sample(2), posterior.sample(2, torch.Generator().manual_seed(rank)), posterior.sample(1)
+
+
+def test_samples_are_the_same_in_all(pool):
+    mine, seeded, next_one = same(pool.results(drawn, size=2))
+    assert not np.array_equal(mine[:, :1], next_one)  # the stream of random numbers goes on
+    model, batch = mlp_and_batch(samples=13)
+    alone = lh.linearize(model, nn.CrossEntropyLoss(), *batch).inverse(10.0, "dense")
+    theirs = alone.sample(2, torch.Generator().manual_seed(0))
+    assert np.abs(seeded - theirs).max() <= 1e-12 * np.abs(theirs).max()
+
+
 def of_some_samples(rank, group, samples):
     """Messages of a linearization, of its factors with the first solve, and of another solve; and numbers in all."""
     lin = lh.linearize(make_mlp([4, 3, 2]), nn.CrossEntropyLoss(), *make_batch(4, 2, samples, seed=rank), group=group)

@@ -59,8 +59,12 @@ def _riccati_inertia(factors: Factors, zero_below: float) -> Inertia:
     return factors.made("riccati").inertia(zero_below * factors.scale)  # type: ignore[attr-defined]
 
 
-def inertia_at(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVOT) -> Inertia:
-    """Inertia of H + εI without an inverse: side by side where the chain is long and that is certain, else from the cheapest factors.
+def inertia_at(
+    analysis: Analysis, damping: float, zero_below: float = ZERO_PIVOT, factors: Factors | None = None
+) -> Inertia:
+    """Inertia of H + εI: side by side where the chain is long and that is certain, else from the cheapest factors.
+
+    `factors` are those of an inverse at this damping, which keeps what is made of them here for what it is asked next.
 
     Raises
     ------
@@ -76,7 +80,7 @@ def inertia_at(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVO
     if found is not None and not found.zero:
         return found
     analysis = analysis.in_float64
-    factors = Factors(analysis, damping, make_plan(analysis, damping))
+    factors = factors or Factors(analysis, damping, make_plan(analysis, damping))
     try:
         return inertia_of_factors(factors, zero_below)
     except (SingularPivotError, FactorizationError):
@@ -98,7 +102,9 @@ def dense_spectrum(analysis: Analysis, damping: float) -> Tensor | None:
     return values if sizes.numel() and float(sizes.min()) > UNSURE_PIVOT * float(sizes.max()) else None
 
 
-def inertia(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVOT) -> Inertia:
+def inertia(
+    analysis: Analysis, damping: float, zero_below: float = ZERO_PIVOT, factors: Factors | None = None
+) -> Inertia:
     """Inertia of H + εI, as `inertia_at`, with errors that users see.
 
     Raises
@@ -107,7 +113,7 @@ def inertia(analysis: Analysis, damping: float, zero_below: float = ZERO_PIVOT) 
         If H + εI is singular to working precision, or rounding leaves its inertia open.
     """
     try:
-        return inertia_at(analysis, damping, zero_below)
+        return inertia_at(analysis, damping, zero_below, factors)
     except SingularPivotError as error:
         move = NUDGE * analysis.norm
         raise FactorizationError(

@@ -97,10 +97,23 @@ class Inverse:
         return self.solver.is_exact
 
     def product(self, g: Tensor) -> Tensor:
-        """(H + εI)⁻¹ g for g of shape (N, k), certified; by "sketched", asked for by name, M⁻¹ g."""
-        if self.solver.requested == "sketched":
-            return self.solver.approximate(g)
-        return self.solve(g).x
+        """(H + εI)⁻¹ g for g of shape (N, k), certified; by "sketched", asked for by name, M⁻¹ g.
+
+        Raises
+        ------
+        FactorizationError
+            As of `solve`; or if M is so far off that M⁻¹ g leaves the range of its numbers.
+        """
+        if self.solver.requested != "sketched":
+            return self.solve(g).x
+        product = self.solver.approximate(g)
+        if not bool(torch.isfinite(product).all()):
+            raise FactorizationError(
+                f"expected a sketch of H + damping·I with damping={self.damping:g} whose products are finite, got one that is so far off "
+                'that they are not: try a larger rank, a larger core, a larger damping, or method "dense"',
+                damping=self.damping,
+            )
+        return product
 
     @cached_property
     def factors(self) -> Factors:
@@ -146,8 +159,8 @@ class Inverse:
             try:
                 return self._asked(inertia_of_factors)
             except FactorizationError:
-                pass  # other factors may tell
-        return inertia(self.analysis, self.damping.real)
+                return inertia(self.analysis, self.damping.real)  # other factors may tell
+        return inertia(self.analysis, self.damping.real, factors=self.factors)
 
     @cached_property
     def _determined(self) -> RiccatiFactorization | None:

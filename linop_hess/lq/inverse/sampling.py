@@ -70,17 +70,20 @@ def require_definite(found: Inertia, analysis: Analysis, damping: float) -> None
 def sample(factors: Answering, k: int, generator: torch.Generator | None, asked: float | None = None) -> Tensor:
     """K samples of N(0, (H + εI)⁻¹), shape (N, k), in float64; H + εI must be positive definite.
 
-    `asked` is the damping that messages tell, by default that of the factors.
+    `asked` is the damping that messages tell, by default that of the factors. Where there are several processes, all have those of the
+    first, wherever their random numbers stand.
 
     Raises
     ------
     FactorizationError
         If a pivot is not positive, even if only by rounding.
     """
-    device = factors.analysis.problem.device
-    noise_on = device if generator is None else generator.device
-    xi = torch.randn(factors.noise, k, generator=generator, dtype=torch.float64, device=noise_on).to(device)
-    out = factors.color(xi)
+    problem = factors.analysis.problem
+    noise_on = problem.device if generator is None else generator.device
+    xi = torch.randn(factors.noise, k, generator=generator, dtype=torch.float64, device=noise_on)
+    if problem.processes.are_several:
+        xi = problem.processes.from_first(xi.cpu())
+    out = factors.color(xi.to(problem.device))
     if not bool(torch.isfinite(out).all()):
         told = factors.damping if asked is None else asked
         raise FactorizationError(

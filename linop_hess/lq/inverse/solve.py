@@ -245,7 +245,7 @@ class Solver:
                 steps = 0
             if error <= tolerance:
                 return Found(x, error, residuals, steps, self.method, iterations=iterations)
-            if not self._ladder and iterations:
+            if not self._ladder and not self.is_exact:
                 raise not_converged(self.method, self.damping, tolerance, error, residuals / norms(g), iterations)
             if not self._ladder:
                 self._fail(

@@ -156,7 +156,12 @@ def cycle(
         if not v.shape[1]:  # the space holds the solution
             return space.combined(least.solution(), r.dtype), max(j, 1)
         z = precondition(v).to(r.dtype)
-        residuals = least.add(*space.add(z, product(z)))
+        w = product(z) if bool(torch.isfinite(z).all()) else z
+        if not bool(
+            torch.isfinite(w).all()
+        ):  # M is so far off, as of too small a sketch, that products leave the range
+            return space.combined(least.solution(), r.dtype), j
+        residuals = least.add(*space.add(z, w))
         ended = bool((residuals <= enough).all())
         if ended or j == length - 1 or j % _LOOK == _LOOK - 1:
             moved = space.combined(least.solution(), r.dtype)

@@ -166,6 +166,20 @@ def test_riccati_is_factored_three_times_at_most(shape, damping, made):
     assert made == before, "asked twice"
 
 
+@pytest.mark.parametrize("damping", [1e-2, 40.0])
+@pytest.mark.parametrize("method", ["banded", "ldu", "iterative"])
+@pytest.mark.parametrize("shape", ["equal", "more controls than outputs", "narrow, wide, narrow"])
+def test_factors_made_for_one_question_answer_the_next(shape, method, damping, made):
+    """Of methods whose own factors have no signs."""
+    inverse = Inverse(setting(shape).problem, damping, method)
+    solves = Counter(made)
+    assert inverse.inertia.zero == 0
+    for_signs = Counter(made) - solves
+    assert sum(for_signs.values()) == 1
+    inverse.factors.answering("inertia")
+    assert Counter(made) - solves == for_signs, "factored twice"
+
+
 def test_entries_from_both_ends_use_the_same_factors(made, monkeypatch):
     monkeypatch.setattr(entries, "SOLVED_UP_TO", 0)
     inverse = Inverse(setting("equal").problem, 0.5, "riccati")

@@ -40,6 +40,19 @@ def test_it_gives_up():
     assert not solve(lambda X: X, 1e-14, most=5).reached
 
 
+@pytest.mark.parametrize("good", [0, 1, 7])
+def test_a_preconditioner_that_leaves_the_range_of_its_numbers_ends_it(good):
+    calls = []
+
+    def M(X):
+        calls.append(X.shape)
+        return X if len(calls) <= good else X * float("inf")
+
+    found, alone = solve(M, 1e-14), solve(lambda X: X, 1e-14, most=max(good, 1))
+    assert not found.reached and found.iterations == good
+    assert torch.equal(found.x, alone.x) if good else not found.x.any()  # what was found before is kept
+
+
 def test_zero():
     found = solve(lambda X: X, 1e-14, g=torch.cat([G[:, :1], torch.zeros(N, 1).double()], 1))
     assert found.reached and not found.x[:, 1].any()

@@ -74,6 +74,17 @@ def test_too_few_directions_are_an_error_that_tells_the_residual(monkeypatch):
         inverse.solve(torch.ones(analysis.problem.size, dtype=F64))
 
 
+def test_products_that_leave_the_range_are_an_error_that_tells_the_residual(monkeypatch):
+    analysis = analyses()[0]
+    inverse = lq.Inverse(analysis, 1e-4, "sketched", sketch=SketchOptions(rank=1))
+    monkeypatch.setattr(SketchedFactorization, "solve", lambda self, g: g * float("nan"))
+    g = torch.ones(analysis.problem.size, 1, dtype=F64)
+    with pytest.raises(FactorizationError, match=r"after 0 iterations .*relative residual is 1.0e\+00.*a larger rank"):
+        inverse.solve(g)
+    with pytest.raises(FactorizationError, match="a larger rank"):
+        inverse.product(g)
+
+
 def test_in_single_precision():
     problem = analyses()[0].problem.to(torch.float32)
     inverse = lq.Inverse(problem, DAMPING, "sketched", sketch=SketchOptions(rank=40))
