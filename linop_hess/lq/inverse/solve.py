@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +23,13 @@ from linop_hess.lq.accuracy import (
     DENSE_CONDITION,
     DETERMINED,
     NEARLY_SINGULAR,
-    NORM_SETTLED,
     SINGULAR_CONDITION,
     STALLED,
     UNDETERMINED,
     default_tolerance,
 )
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.inverse.certificate import Certificate
 from linop_hess.lq.inverse.counting import damping_that_works
 from linop_hess.lq.inverse.right_hand_side import checked, norms, times_power_of_two, to_size_one
 from linop_hess.lq.inverse.solution import Found, Solution, not_converged
@@ -38,6 +37,7 @@ from linop_hess.lq.inverse.structured import StructuredSolver
 from linop_hess.lq.iterative.gmres import MOST_ITERATIONS, gmres
 from linop_hess.lq.iterative.options import SketchOptions
 from linop_hess.lq.methods.base import Factor, Factorization
+from linop_hess.lq.methods.mixed import further_columns
 from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan, plan_for
 from linop_hess.lq.problem import Problem
 
@@ -127,11 +127,10 @@ class Solver:
         else:
             how = self.right_hand_sides, self.tolerance, sketch, precision, method
             self.plan = make_plan(self.analysis, self.damping, *how)
-        v, product = self.analysis.probe
-        self._norm_bound = float(norms(product + self.damping * v).max())
-        self._norm_is_final = False
+        self._certificate = Certificate(self.analysis, self.damping)
         self._factorization: Factorization | None = None
         self._judge: StructuredSolver | None = None
+        self._columns = 0
         chosen = self.plan.choice if method == "auto" else method
         rungs = ladder(self.plan, chosen, self.problem.dtype, precision, sketch)
         if not escalate or (method != "auto" and not METHODS[method].exact):
@@ -225,6 +224,7 @@ class Solver:
         if not operand.numel():
             return Solution(torch.zeros_like(operand), 0.0, 0.0, 0, self.method)
         columns, exponents = to_size_one(operand[:, None] if operand.ndim == 1 else operand)
+        self._columns_come(columns.shape[1])
         tolerance = self.tolerance if tolerance is None else tolerance
         found = self._determined(columns, self._solved(columns, tolerance), tolerance)
         x = times_power_of_two(found.x, exponents)
@@ -233,6 +233,17 @@ class Solver:
         residual = float(times_power_of_two(found.residuals, exponents).max())
         how = found.steps, found.method, found.structured_error, found.iterations
         return Solution(x.reshape(operand.shape), found.backward_error, residual, *how)
+
+    def _columns_come(self, columns: int) -> None:
+        """Factor in double precision once what solves in single take longer has come to as much as that, for another such time."""
+        self._columns += columns
+        if self.problem.dtype != torch.float64 or METHODS[self.method].single is None or self.precision == "double":
+            return
+        if not self._ladder:  # single precision is all that was asked for
+            return
+        plan, name = self.plan.in_own_precision, self.method
+        if plan.fits(name) and further_columns(self.analysis, self._columns) > plan.costs[name].seconds:
+            self._climb()
 
     def _solved(self, g: Tensor, tolerance: float) -> Found:
         """A solution of this backward error for columns of size one, by the first method that reaches it."""
@@ -262,7 +273,7 @@ class Solver:
         solution, but nothing here rounds it. Factors of the KKT system tell whether rounding in what is there moves x.
         """
         # A zero column has x = 0. What rounding does is to be measured by ‖H‖, which may exceed ‖H + εI‖, but by no more than |ε|.
-        condition = max(self._norm_bound, abs(self.damping)) * float(
+        condition = max(self._certificate.norm, abs(self.damping)) * float(
             (norms(found.x) / norms(g).clamp_min(torch.finfo(g.dtype).tiny)).max()
         )
         formed = found.method in ("dense", "woodbury")
@@ -273,7 +284,7 @@ class Solver:
         if structured is not None:
             x, errors = structured.solve(self.change.vectors(g.double()))
             error, x = float(errors.max()), self.change.vectors(x).to(g.dtype)
-            backward_error, residuals, _ = self._backward_error(g, x, tolerance)
+            backward_error, residuals, _ = self._measured(g, x, tolerance)
             if error <= DETERMINED and backward_error <= tolerance:
                 gap = float((norms(x - found.x) / norms(x).clamp_min(torch.finfo(g.dtype).tiny)).max())
                 if gap <= max(error, tolerance):
@@ -304,15 +315,15 @@ class Solver:
         few = g.shape[1] == 1 or g.shape[1] <= self._columns_refined
         polish = few and tolerance <= default_tolerance(g.real.dtype) and self.max_refinements > 0
         # What is refined in any case need not be judged before: ‖H + εI‖, most of a solve, may not be needed then.
-        error, residuals, r = self._backward_error(g, x, math.inf if polish else tolerance)
+        error, residuals, r = self._measured(g, x, math.inf if polish else tolerance)
         steps, polish = 0, polish and error > 0.0
         while (polish or not error <= tolerance) and steps < self.max_refinements and math.isfinite(error):
             polish = False
-            candidate, by_norm = x + self._by_factors(r).to(g.dtype), self._norm_is_final
-            new_error, new_residuals, new_r = self._backward_error(g, candidate, tolerance)
+            candidate, by_norm = x + self._by_factors(r).to(g.dtype), self._certificate.is_settled
+            new_error, new_residuals, new_r = self._measured(g, candidate, tolerance)
             steps += 1
-            if self._norm_is_final and not by_norm:
-                error = self._backward_error(g, x, tolerance)[0]  # by the same norm
+            if self._certificate.is_settled and not by_norm:
+                error = self._measured(g, x, tolerance)[0]  # by the same norm
             if not new_error < error:
                 break
             stalled = new_error > STALLED * error
@@ -323,13 +334,12 @@ class Solver:
 
     def _iterated(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
         """x, its backward error, residual norms and iterations, by GMRES with the factors as preconditioner."""
-        self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping, settled=NORM_SETTLED))
-        self._norm_is_final = True
-        bound = self._norm_bound
+        self._certificate.settle()
+        bound, product = self._certificate.norm, partial(self._certificate.product, factors=self.factorization)
         found = gmres(
-            self._product, self._by_factors, g, lambda of_x, of_g: tolerance * (bound * of_x + of_g), MOST_ITERATIONS
+            product, self._by_factors, g, lambda of_x, of_g: tolerance * (bound * of_x + of_g), MOST_ITERATIONS
         )
-        error, residuals, _ = self._backward_error(g, found.x, tolerance)
+        error, residuals, _ = self._measured(g, found.x, tolerance)
         return found.x, error, residuals, found.iterations
 
     def approximate(self, g: Tensor) -> Tensor:
@@ -340,6 +350,9 @@ class Solver:
     def _by_factors(self, g: Tensor) -> Tensor:
         return self.change.solve(self.factorization, g).to(g.dtype)
 
+    def _measured(self, g: Tensor, x: Tensor, tolerance: float) -> tuple[float, Tensor, Tensor]:
+        return self._certificate.measured(g, x, self.factorization, tolerance)
+
     @property
     def _columns_refined(self) -> float:
         """Up to so many columns are refined once whatever their error, which costs a fourth of the factorization's flops; one always is.
@@ -348,35 +361,6 @@ class Solver:
         """
         entries = self.nbytes / self.problem.dtype.itemsize
         return self.plan.costs[self.method].flops / (_REFINEMENT_FLOPS * max(entries, 1.0))
-
-    def _product(self, x: Tensor) -> Tensor:
-        """(H + εI) x without the factors, in the precision of the factors."""
-        if self.is_complex:
-            return self.problem.hessian_product(x, self.damping)
-        is_own = self.factorization.analysis.problem.dtype == self.problem.dtype
-        problem = self.problem if is_own else self.analysis.in_float64.problem
-        return problem.hessian_product(x.to(problem.dtype), self.damping)
-
-    def _backward_error(self, g: Tensor, x: Tensor, tolerance: float) -> tuple[float, Tensor, Tensor]:
-        product = self._product(x)
-        r = g - product
-        residuals = norms(r)
-        sizes = torch.stack([residuals, norms(product), norms(x), norms(g)]).cpu().numpy()
-        size_r, size_product, size_x, size_g = sizes
-        growth = size_product[size_x > 0] / size_x[size_x > 0]
-        if growth.size and math.isfinite(bound := float(growth.max())):
-            self._norm_bound = max(self._norm_bound, bound)
-        error = self._ratio(size_r, size_x, size_g)
-        if not error <= tolerance and not self._norm_is_final:
-            self._norm_bound = max(self._norm_bound, self.analysis.damped_norm(self.damping, settled=NORM_SETTLED))
-            self._norm_is_final = True
-            error = self._ratio(size_r, size_x, size_g)
-        return error, residuals, r
-
-    def _ratio(self, size_r: np.ndarray, size_x: np.ndarray, size_g: np.ndarray) -> float:
-        scale = self._norm_bound * size_x + size_g
-        error = float(np.divide(size_r, scale, out=size_r.copy(), where=scale > 0).max(initial=0.0))
-        return error if math.isfinite(error) else math.inf
 
     def _fail(self, what: str, stage: int | None) -> None:
         where = None if stage is None else self.problem.name(stage)

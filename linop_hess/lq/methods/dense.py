@@ -40,15 +40,21 @@ _KEPT_UP_TO = 64 << 20
 
 def assembled(analysis: Analysis) -> Tensor:
     """H as a dense matrix, shape (N, N), read only: kept for all dampings where it is small."""
-    return analysis.once(_assemble) if _is_kept(analysis.problem, analysis.problem.dtype) else _assemble(analysis)
+    return analysis.once(kept) if _is_kept(analysis.problem, analysis.problem.dtype) else _assemble(analysis)
+
+
+def kept(analysis: Analysis) -> Tensor:
+    """H as a dense matrix, shape (N, N), read only, for all who ask `Analysis.once`."""
+    return _assemble(analysis)
 
 
 def fresh(analysis: Analysis, dtype: torch.dtype) -> Tensor:
     """H in memory that may be overwritten, in float32 or in the dtype of the problem."""
     own = dtype == analysis.problem.dtype
-    if not own and analysis.has(_assemble):
-        return analysis.once(_assemble).to(dtype)
-    make = _assemble if own else _assemble_single
+    if analysis.has(kept):
+        H = analysis.once(kept)
+        return H.clone() if own else H.to(dtype)
+    make = kept if own else _assemble_single
     return analysis.once(make).clone() if _is_kept(analysis.problem, dtype) else make(analysis)
 
 

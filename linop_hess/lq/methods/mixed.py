@@ -24,14 +24,15 @@ from linop_hess.lq.iterative.convergence import product_of, product_seconds
 from linop_hess.lq.iterative.gmres import cycle
 from linop_hess.lq.methods.base import Cost, Factor, Method, Tally
 from linop_hess.lq.methods.dense import counted_single, factoring_copies, fresh
+from linop_hess.lq.methods.many_columns import ManyColumns
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 
 # Steps of one GMRES, which keeps two vectors a step.
 _STEPS = 20
 # Columns are solved for at once as long as their vectors take so much.
 _VECTORS_BYTES = 1 << 27
-# Products that a solve takes beside those of one in double precision, and applications of the factors.
-_EXTRA_PRODUCTS, _SOLVES = 4, 6
+# Products that a solve takes beside those of one in double precision, and applications of the factors in single and in double precision.
+_EXTRA_PRODUCTS, _SOLVES, _SOLVES_IN_DOUBLE = 4, 6, 2
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class MixedFactorization:
         return cycle(self._product, self._approximate, g, torch.zeros_like(g), lambda sizes: enough, _STEPS)[0]
 
     def _product(self, x: Tensor) -> Tensor:
-        return self.analysis.problem.hessian_product(x, self.damping)
+        return self.analysis.once(ManyColumns).product(x, self.damping)
 
     def _approximate(self, x: Tensor) -> Tensor:
         return self._factor.solve(x.to(torch.float32)).to(torch.float64)
@@ -145,6 +146,15 @@ def definite(analysis: Analysis, cost: Cost) -> Cost:
     tried.kernel("cholesky", N**3 / 3, N)
     saved.kernel("ldl", N**3 / 3, N)
     return replace(cost, seconds=cost.seconds + min(0.0, tried.seconds - saved.seconds))
+
+
+def further_columns(analysis: Analysis, columns: int) -> float:
+    """Modelled seconds that solves of so many columns after the first one take more than with factors in double precision."""
+    N, tally, single = float(analysis.problem.size), Tally(torch.float64), Tally(torch.float32)
+    further = max(0, columns - 1)
+    tally.kernel("gemm", _EXTRA_PRODUCTS * 2.0 * N**2 * further, N)
+    single.kernel("gemm", (_SOLVES - _SOLVES_IN_DOUBLE) * 2.0 * N**2 * further, N)
+    return float(analysis.problem.processes.from_first(tally.seconds + single.seconds))
 
 
 def factor(analysis: Analysis, damping: float) -> MixedFactorization:

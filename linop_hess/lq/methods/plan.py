@@ -17,7 +17,7 @@ from linop_hess.lq.iterative.convergence import looks_definite
 from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.methods import banded, block_ldu, dense, mixed, riccati, sketched, woodbury
 from linop_hess.lq.methods.base import Cost, Factor, Method
-from linop_hess.lq.methods.mixed import promoted
+from linop_hess.lq.methods.mixed import further_columns, promoted
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -145,7 +145,7 @@ def plan_for(analysis: Analysis, damping: float, method: str) -> Plan:
 
 
 def _in_single(
-    analysis: Analysis, damping: complex, costs: dict[str, Cost], precision: str, method: str
+    analysis: Analysis, damping: complex, costs: dict[str, Cost], precision: str, method: str, right_hand_sides: int
 ) -> dict[str, Cost]:
     """The costs of methods that are to factor in float32, where `method`, or "auto" or "" for all of them, may be one."""
     if analysis.problem.dtype != torch.float64 or isinstance(damping, complex) or precision == "double":
@@ -154,6 +154,8 @@ def _in_single(
         return {}
     found = {name: cost for name, cost in analysis.once(single_estimates).items() if not costs[name].why_not}
     if precision == "auto":
+        more = further_columns(analysis, right_hand_sides)
+        found = {name: cost for name, cost in found.items() if cost.seconds + more < costs[name].seconds}
         least = min((costs[m].seconds for m in costs if METHODS[m].is_automatic and not costs[m].why_not), default=0.0)
         if method == "auto" and all(cost.seconds >= least for cost in found.values()):
             return {}  # none would be chosen, whatever the norm is
@@ -202,7 +204,7 @@ def make_plan(
     available = int(-processes.largest(-float(available_bytes())))  # the least of all processes
     change = analysis.at(damping)
     own = change.analysis.once(estimates)
-    costs = own | _in_single(change.analysis, change.damping, own, precision, method)
+    costs = own | _in_single(change.analysis, change.damping, own, precision, method, right_hand_sides)
     if isinstance(change.damping, complex):
         real = Cost.impossible("it takes real dampings alone")
         costs = {name: costs[name].in_complex if method.is_complex else real for name, method in METHODS.items()}

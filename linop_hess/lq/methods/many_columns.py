@@ -1,0 +1,69 @@
+"""Products of H and many columns: by its stages or, once these have taken as long as forming it, by the dense matrix.
+
+A product by stages costs the same for each column, in proportion to the samples; one by the matrix 2N² flops a column. Who solves for many
+right-hand sides by method "dense" has memory for N² numbers, but no such matrix: factors in single precision were made of another one, and
+those in double precision have overwritten it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from linop_hess._memory import available_on
+from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.iterative.convergence import product_seconds
+from linop_hess.lq.methods.base import Tally
+from linop_hess.lq.methods.dense import counted, kept
+
+# Fewer columns are multiplied by stages: for these the matrix is memory to be read, and nothing more.
+_FEW = 4
+# The matrix is kept where it takes no more of the memory that there is.
+_SHARE = 0.25
+
+
+class ManyColumns:
+    """Products with H of a real problem in float64, by whichever way is faster for what has been asked so far.
+
+    Parameters
+    ----------
+    analysis : Analysis
+
+    Attributes
+    ----------
+    is_trusted : bool
+        Whether the matrix is: all is multiplied by stages where it has been found to be another one than theirs.
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        self._analysis, self._spent, self.is_trusted = analysis, 0.0, True
+        problem = analysis.problem
+        # All processes must choose alike: by the memory of the one that has least, and the time of the first.
+        available = -problem.processes.largest(-float(available_on(problem.device)))
+        fits = problem.dtype == torch.float64 and 8.0 * problem.size**2 <= _SHARE * available
+        self._price = problem.processes.from_first(_forming_seconds(analysis)) if fits else math.inf
+
+    def takes_matrix(self, columns: int) -> bool:
+        """Whether so many columns are multiplied by the matrix."""
+        if columns < _FEW or not self.is_trusted or not math.isfinite(self._price):
+            return False
+        return self._analysis.has(kept) or self._spent > self._price
+
+    def product(self, x: Tensor, damping: float) -> Tensor:
+        """(H + εI) x for x of shape (N, k)."""
+        if self.takes_matrix(x.shape[1]):
+            return (self._analysis.once(kept) @ x).add_(x, alpha=damping)
+        if x.shape[1] >= _FEW:
+            self._spent += product_seconds(self._analysis, columns=x.shape[1])
+        return self._analysis.problem.hessian_product(x, damping)
+
+
+def _forming_seconds(analysis: Analysis) -> float:
+    """Modelled time of an assembly of H."""
+    tally, assembly = Tally(analysis.problem.dtype), analysis.once(counted)
+    tally.calls(assembly.calls)
+    tally.kernel("gemm", assembly.flops, (assembly.inner * max(analysis.problem.size, 1)) ** 0.5)
+    tally.moved(assembly.moved)
+    return tally.seconds
