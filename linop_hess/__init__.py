@@ -3,8 +3,8 @@
 from linop_hess import errors, krylov, lq, optim, plot, spectrum, trust_region
 from linop_hess.autograd import GaussNewton, Hessian
 from linop_hess.linearization import Linearization, linearize
-from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.pivots.inertia import Inertia
+from linop_hess.lq.solve.solution import Solution
 from linop_hess.minimum import MinimumReport, certify_minimum
 from linop_hess.operators import to_dense
 from linop_hess.operators.inverse import HessianInverse

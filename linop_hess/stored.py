@@ -23,8 +23,8 @@ from linop_hess.graph.build import Chain
 from linop_hess.graph.liveness import LiveCuts
 from linop_hess.lq import stages
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.stacked import compact
 from linop_hess.lq.stages.base import Stage
-from linop_hess.lq.stages.stacked import compact
 from linop_hess.tables import Cuts, StageLabel
 
 FORMAT = 1

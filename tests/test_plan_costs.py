@@ -7,9 +7,9 @@ from torch.nn import functional
 
 import linop_hess as lh
 from linop_hess._machine import Machine
-from linop_hess.lq.assembly import assemble
-from linop_hess.lq.assembly_plan import assembly_calls, plan_assembly
 from linop_hess.lq.iterative.convergence import product_calls, spectrum_of
+from linop_hess.lq.matrix.assembly import assemble
+from linop_hess.lq.matrix.assembly_plan import assembly_calls, plan_assembly
 from linop_hess.lq.methods import base
 from linop_hess.lq.methods.plan import make_plan
 from tests.graph.zoo_structures import Recurrent

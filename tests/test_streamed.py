@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import linop_hess as lh
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.lq.assembly import assemble
+from linop_hess.lq.matrix.assembly import assemble
 from linop_hess.lq.problem import Problem
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 

@@ -15,11 +15,11 @@ from linop_hess._validate import real_damping
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.factors import SegmentReport
 from linop_hess.lq.inverse.inverse import Inverse
-from linop_hess.lq.inverse.solution import Solution
 from linop_hess.lq.iterative.options import sketch_options
 from linop_hess.lq.methods.sketched import SketchReport
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.solve.solution import Solution
 from linop_hess.operators.block import NamedOperator, PositiveOperator
 from linop_hess.operators.convert import Arrays, as_tensor, handed, require_arrays, to_numpy
 from linop_hess.operators.parameters import ParameterTable

@@ -17,7 +17,7 @@ from torch import Tensor
 from linop_hess._validate import finite_real, whole
 from linop_hess.curvature import ChainCurvature
 from linop_hess.linearization import Linearization
-from linop_hess.lq.inverse.solve import Solver
+from linop_hess.lq.inverse.solver import Solver
 
 Product = Callable[[Tensor], Tensor]
 """H times the columns of (N, k)."""

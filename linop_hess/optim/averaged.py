@@ -8,7 +8,7 @@ from torch import Tensor
 from linop_hess._memory import available_on, require
 from linop_hess.errors import FactorizationError
 from linop_hess.linearization import Linearization
-from linop_hess.lq.methods.dense import fresh
+from linop_hess.lq.matrix.hessian import fresh
 
 DENSE_UP_TO = 4096
 """Parameters up to which a dense mean is kept by default: 128 MiB in float64, and a factorization in about a second."""

@@ -14,7 +14,7 @@ from linop_hess._validate import Nonsmooth, finite_real, whole
 from linop_hess.autograd.calling import NOT_GIVEN
 from linop_hess.errors import NotFiniteError
 from linop_hess.lq.inverse.inverse import Inverse
-from linop_hess.lq.inverse.solve import Solver
+from linop_hess.lq.inverse.solver import Solver
 from linop_hess.optim.absolute import AbsoluteInverse
 from linop_hess.optim.averaged import DENSE_UP_TO, AveragedCurvature
 from linop_hess.optim.base import FAILURES, CurvatureOptimizer, first_line

@@ -15,7 +15,7 @@ from common import machine, print_table, seconds
 from torch import Tensor, nn
 
 import linop_hess as lh
-from linop_hess.lq.assembly import assemble, assembly_cost
+from linop_hess.lq.matrix.assembly import assemble, assembly_cost
 
 LOSS = nn.CrossEntropyLoss()
 

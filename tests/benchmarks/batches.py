@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import linop_hess as lh
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
-from linop_hess.lq.assembly import assemble
+from linop_hess.lq.matrix.assembly import assemble
 
 LOSS = nn.CrossEntropyLoss()
 

@@ -23,7 +23,7 @@ import linop_hess as lh
 from linop_hess.lq.iterative.core import weighted_core
 from linop_hess.lq.iterative.lanczos import krylov_basis
 from linop_hess.lq.iterative.options import SketchOptions
-from linop_hess.lq.methods.dense import assembled
+from linop_hess.lq.matrix.hessian import assembled
 from linop_hess.lq.methods.mixed import MixedFactorization
 from linop_hess.lq.methods.sketched import SketchedFactorization
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import linop_hess as lh
 from linop_hess import lq
-from linop_hess.lq.assembly import assemble
 from linop_hess.lq.iterative.gmres import gmres
+from linop_hess.lq.matrix.assembly import assemble
 from linop_hess.lq.methods.base import Factorization
 
 DAMPING = 1e-2

@@ -19,7 +19,7 @@ from torch import multiprocessing
 
 import linop_hess as lh
 from linop_hess.cli.networks import digits_problem
-from linop_hess.lq.assembly import assemble
+from linop_hess.lq.matrix.assembly import assemble
 
 CASES = {"6x10": (6, 10), "10x16": (10, 16), "20x16": (20, 16), "20x64": (20, 64)}  # layers x width
 LARGEST_DENSE = 8_000

@@ -7,7 +7,7 @@ import torch
 
 import linop_hess as lh
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.methods.dense import assembled
+from linop_hess.lq.matrix.hessian import assembled
 
 DAMPING = 3e-2
 

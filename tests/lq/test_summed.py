@@ -8,7 +8,7 @@ import torch
 
 from linop_hess import lq
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.lq.assembly import assemble
+from linop_hess.lq.matrix.assembly import assemble
 from linop_hess.lq.summed import SummedProblem
 from linop_hess.processes import Processes
 from tests.lq.problems import Blocks, random_blocks

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from linop_hess.lq import transition
-from linop_hess.lq.methods.dense import assembled
+from linop_hess.lq.matrix.hessian import assembled
 from linop_hess.lq.transition import Sweep, SweptProduct, pulled_back, times_blocks
 from tests.lq.sketches import analyses
 

@@ -9,8 +9,8 @@ import torch
 from linop_hess.lq.accuracy import CERTAIN, GROWTH_DETERMINANT, GROWTH_LITTLE, SPREAD_DETERMINANT
 from linop_hess.lq.inverse.factors import Factors
 from linop_hess.lq.inverse.inertia import DENSE_UP_TO
+from linop_hess.lq.matrix.hessian import assembled
 from linop_hess.lq.methods.banded import BandedFactorization
-from linop_hess.lq.methods.dense import assembled
 from linop_hess.lq.methods.plan import Plan
 
 # A band LU is worth this many times the block LDLᵀ: its pivots are worth a digit more.

@@ -14,7 +14,7 @@ from torch import Tensor
 from linop_hess.lq.accuracy import ENTRIES_ROUNDING, ENTRIES_SOLVED, ENTRIES_TOLD, ENTRIES_WRONG
 from linop_hess.lq.inverse import selected
 from linop_hess.lq.inverse.factors import Factors
-from linop_hess.lq.inverse.solve import Solver
+from linop_hess.lq.inverse.solver import Solver
 from linop_hess.lq.layout import Layout
 from linop_hess.lq.methods.plan import METHODS
 from linop_hess.lq.methods.riccati import RiccatiFactorization

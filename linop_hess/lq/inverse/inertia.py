@@ -8,9 +8,9 @@ from torch import Tensor
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq.accuracy import CERTAIN, NUDGE, ROUNDED_EIGENVALUE, UNSURE_PIVOT, ZERO_PIVOT
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.elimination.parallel import legs_of
 from linop_hess.lq.inverse.factors import Answering, Factors
-from linop_hess.lq.methods.dense import assembled
-from linop_hess.lq.methods.parallel import legs_of
+from linop_hess.lq.matrix.hessian import assembled
 from linop_hess.lq.methods.plan import make_plan
 from linop_hess.lq.pivots.inertia import Inertia, inertia_of
 

@@ -18,13 +18,13 @@ from linop_hess.lq.inverse.determined import determined, looks_singular
 from linop_hess.lq.inverse.entries import DiagonalEntries
 from linop_hess.lq.inverse.factors import Factors, SegmentReport
 from linop_hess.lq.inverse.inertia import between, dense_spectrum, inertia, inertia_of_factors
-from linop_hess.lq.inverse.solution import Solution
-from linop_hess.lq.inverse.solve import Solver
+from linop_hess.lq.inverse.solver import Solver
 from linop_hess.lq.iterative.options import SketchOptions
 from linop_hess.lq.methods.riccati import RiccatiFactorization
 from linop_hess.lq.methods.sketched import SketchReport, sketch_report
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.solve.solution import Solution
 
 _Answer = TypeVar("_Answer")
 

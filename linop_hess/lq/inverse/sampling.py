@@ -8,8 +8,8 @@ from torch import Tensor
 from linop_hess.errors import FactorizationError, NotPositiveDefiniteError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.factors import Answering
-from linop_hess.lq.inverse.right_hand_side import times_power_of_two, to_size_one
 from linop_hess.lq.pivots.inertia import Inertia
+from linop_hess.lq.solve.right_hand_side import times_power_of_two, to_size_one
 
 _ABOVE_NORM = 1.5
 

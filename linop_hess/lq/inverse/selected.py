@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from linop_hess.lq.elimination.stage_factor import StageFactor
 from linop_hess.lq.methods.riccati import RiccatiFactorization
-from linop_hess.lq.methods.stage_factor import StageFactor
 from linop_hess.lq.segments import SegmentGroup
 from linop_hess.lq.stages.row_space import Joint
 from linop_hess.lq.value.cost_to_come import CostToCome

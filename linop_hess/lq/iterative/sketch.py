@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.assembly import assemble
 from linop_hess.lq.iterative.core import weighted_core
 from linop_hess.lq.iterative.lanczos import Basis, krylov_basis
 from linop_hess.lq.iterative.options import SketchOptions
 from linop_hess.lq.iterative.spans import Cut, cut
+from linop_hess.lq.matrix.assembly import assemble
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.objective import ObjectiveStage

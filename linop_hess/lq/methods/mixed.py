@@ -22,9 +22,9 @@ from linop_hess.lq.accuracy import REFINED_BY
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.convergence import product_of, product_seconds
 from linop_hess.lq.iterative.gmres import cycle
+from linop_hess.lq.matrix.hessian import counted_single, factoring_copies, fresh
+from linop_hess.lq.matrix.many_columns import ManyColumns
 from linop_hess.lq.methods.base import Cost, Factor, Method, Tally
-from linop_hess.lq.methods.dense import counted_single, factoring_copies, fresh
-from linop_hess.lq.methods.many_columns import ManyColumns
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 
 # Steps of one GMRES, which keeps two vectors a step.

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.elimination.closed_loop import ClosedLoop
+from linop_hess.lq.elimination.stage_factor import SegmentLoad, StageFactor, unwhiten, whiten
 from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method, Tally
-from linop_hess.lq.methods.closed_loop import ClosedLoop
-from linop_hess.lq.methods.stage_factor import SegmentLoad, StageFactor, unwhiten, whiten
 from linop_hess.lq.pivots.delayed import Elimination, PackedElimination, WhitenedElimination, eliminate, obey, pivots_of
 from linop_hess.lq.pivots.hidden import Hidden
 from linop_hess.lq.pivots.rules import PivotRule, SmallPivots

@@ -19,6 +19,7 @@ from linop_hess._display import Shown
 from linop_hess._memory import format_bytes
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.elimination.stage_factor import SegmentLoad, StageFactor, unwhiten, whiten
 from linop_hess.lq.iterative.convergence import LEAST, PROBES, expected_iterations, product_seconds
 from linop_hess.lq.iterative.gmres import vectors_nbytes
 from linop_hess.lq.iterative.options import Asked, SketchOptions
@@ -26,7 +27,6 @@ from linop_hess.lq.iterative.sketch import Sketch, Sketches, why_no_sketch
 from linop_hess.lq.iterative.spans import SWEEPS_A_DIRECTION, Cut, cut, product_flops
 from linop_hess.lq.methods.base import Congruence, Cost, Factorization, Method, Tally
 from linop_hess.lq.methods.riccati import recursion
-from linop_hess.lq.methods.stage_factor import SegmentLoad, StageFactor, unwhiten, whiten
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.value.sample_low_rank import Coupling, MappedElimination, SampleLowRankValue, Span, White
 

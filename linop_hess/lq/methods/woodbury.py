@@ -1,4 +1,4 @@
-"""Method "woodbury": Gauss-Newton matrices in function space, from the Gram matrix of batch × outputs; see `lq.methods.function_space`.
+"""Method "woodbury": Gauss-Newton matrices in function space, from the Gram matrix of batch × outputs; see `lq.elimination.function_space`.
 
 The cost does not grow with the cube of the width: for wide networks, and batches of many samples with few outputs.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 from linop_hess._validate import require_real_damping
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.elimination.function_space import FunctionSpace, curved_stage, samples_apart
 from linop_hess.lq.methods.base import EVERYTHING, Cost, Method, Tally
-from linop_hess.lq.methods.function_space import FunctionSpace, curved_stage, samples_apart
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.pivots.inertia import Inertia, inertia_of
 from linop_hess.lq.stages.row_space import spread

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from linop_hess._memory import require
+from linop_hess.lq.stacked import Stacked
 from linop_hess.lq.stages.row_space import RowSpace, generic_row_space, showing_row_space
-from linop_hess.lq.stages.stacked import Stacked
 
 # Arrays of the size of G and B that a row space from arrays takes at once: these, and a singular value decomposition.
 _COPIES = 4

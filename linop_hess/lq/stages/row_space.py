@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.accuracy import RANK
-from linop_hess.lq.stages.stacked import Stacked
+from linop_hess.lq.stacked import Stacked
 
 
 class Controlled(Protocol):

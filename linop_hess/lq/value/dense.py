@@ -19,7 +19,7 @@ class DenseValue:
     """½ δᵀVδ + δᵀYc + ½ cᵀΛc of a state δ, c being directions that are delayed: not eliminated yet.
 
     δ may be longer than the state that the next stage acts on: what follows passes through unchanged, as the nodes of
-    `lq.methods.parallel` do. All arrays may have leading axes, for values that are worked on side by side.
+    `lq.elimination.parallel` do. All arrays may have leading axes, for values that are worked on side by side.
 
     Parameters
     ----------

@@ -210,7 +210,7 @@ class White:
 
 @dataclass(frozen=True)
 class MappedElimination:
-    """S = T θ Tᵀ, all of it eliminated, with T⁻¹E as a product: what `lq.methods.stage_factor` needs of it."""
+    """S = T θ Tᵀ, all of it eliminated, with T⁻¹E as a product: what `lq.elimination.stage_factor` needs of it."""
 
     pivots: Pivots
     white: White

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from linop_hess.lq.inverse.solve import Solver
+from linop_hess.lq.inverse.solver import Solver
 from linop_hess.optim.damping import iterations
 from linop_hess.optim.objective import Objective
 from linop_hess.optim.quadratic.chain import ChainModel

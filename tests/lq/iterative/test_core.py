@@ -5,7 +5,7 @@ import torch
 
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.core import contributions, draw, weighted_core
-from linop_hess.lq.methods.dense import assembled
+from linop_hess.lq.matrix.hessian import assembled
 from tests.lq.sketches import analyses
 
 

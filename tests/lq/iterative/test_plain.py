@@ -6,7 +6,7 @@ import torch
 
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
-from linop_hess.lq.inverse import solve
+from linop_hess.lq.inverse import solver as solve
 from linop_hess.lq.iterative.options import Asked
 from linop_hess.lq.iterative.plain import METHOD, NoFactors, forecast
 from linop_hess.lq.methods.plan import make_plan

@@ -5,7 +5,7 @@ import torch
 
 from linop_hess.lq.iterative.options import SketchOptions
 from linop_hess.lq.iterative.sketch import Sketch, Sketches, why_no_sketch
-from linop_hess.lq.methods.dense import assembled
+from linop_hess.lq.matrix.hessian import assembled
 from tests.lq.methods.conformance import setting
 from tests.lq.sketches import analyses
 

@@ -13,7 +13,6 @@ import torch
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods import dense
-from linop_hess.lq.methods.dense import DenseFactorization, assembled
 from tests.lq.methods.conformance import CongruenceConformance, setting
 from tests.lq.problems import backward_error, random_blocks
 
@@ -38,20 +37,6 @@ def test_solves(blocks) -> None:
     for damping in (0.0, 0.3, -1.0):
         x = dense.factor(analysis, damping).solve(torch.tensor(g))
         assert backward_error(H, damping, x.numpy(), g) <= 1e-14
-
-
-def test_a_small_matrix_is_formed_once_and_stays_as_it_is(blocks) -> None:
-    analysis = Analysis(blocks.problem())
-    H = assembled(analysis)
-    before = H.clone()
-    DenseFactorization(analysis, 0.5)
-    assert assembled(analysis) is H and torch.equal(H, before)
-
-
-def test_a_large_matrix_is_not_kept(blocks, monkeypatch) -> None:
-    monkeypatch.setattr(dense, "_KEPT_UP_TO", 0)
-    analysis = Analysis(blocks.problem())
-    assert assembled(analysis) is not assembled(analysis)
 
 
 def test_a_singular_matrix_is_an_error(blocks) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 import linop_hess as lh
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
+from linop_hess.lq.matrix import hessian
 from linop_hess.lq.methods import dense, mixed, plan
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 from tests.lq.methods.conformance import setting
@@ -30,7 +31,7 @@ def network():
 def counted(monkeypatch):
     """How often H was assembled and factored, by precision."""
     made: list[str] = []
-    of, assemble, cholesky = dense.SymmetricFactor.of.__func__, dense.assemble, mixed.CholeskyFactor.of.__func__
+    of, assemble, cholesky = dense.SymmetricFactor.of.__func__, hessian.assemble, mixed.CholeskyFactor.of.__func__
 
     def factored(cls, S):
         made.append(f"factored {str(S.dtype)[-7:]}")
@@ -47,7 +48,7 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(dense.SymmetricFactor, "of", classmethod(factored))
     monkeypatch.setattr(mixed.CholeskyFactor, "of", classmethod(tried))
-    monkeypatch.setattr(dense, "assemble", assembled)
+    monkeypatch.setattr(hessian, "assemble", assembled)
     return made
 
 

@@ -6,7 +6,7 @@ import torch
 
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
-from linop_hess.lq.inverse import solve
+from linop_hess.lq.inverse import solver as solve
 from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.methods.sketched import METHOD, SketchedFactorization, forecast, sketch_report
 from tests.lq.methods.conformance import setting

@@ -12,10 +12,10 @@ from torch.nn import functional as f
 import linop_hess as lh
 from linop_hess.errors import FactorizationError
 from linop_hess.lq import Analysis, Inverse
+from linop_hess.lq.elimination.function_space import FunctionSpace
 from linop_hess.lq.inverse import entries
 from linop_hess.lq.methods import woodbury
 from linop_hess.lq.methods.base import EVERYTHING
-from linop_hess.lq.methods.function_space import FunctionSpace
 from linop_hess.lq.pivots.inertia import Inertia
 from tests.helpers import make_batch, make_mlp, oracle_jacobian
 from tests.lq.graphs import SAMPLES, Chain, residual_of_samples, shared

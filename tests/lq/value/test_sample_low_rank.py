@@ -5,7 +5,7 @@ import torch
 
 from linop_hess.lq.iterative.options import SketchOptions
 from linop_hess.lq.iterative.sketch import Sketch
-from linop_hess.lq.methods.dense import assembled
+from linop_hess.lq.matrix.hessian import assembled
 from linop_hess.lq.methods.sketched import SketchedFactorization
 from linop_hess.lq.value.sample_low_rank import SampleLowRankValue
 from tests.lq.sketches import DAMPING, analyses

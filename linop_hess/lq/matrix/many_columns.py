@@ -15,8 +15,8 @@ from torch import Tensor
 from linop_hess._memory import available_on
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.convergence import product_seconds
+from linop_hess.lq.matrix.hessian import counted, kept
 from linop_hess.lq.methods.base import Tally
-from linop_hess.lq.methods.dense import counted, kept
 
 # Fewer columns are multiplied by stages: for these the matrix is memory to be read, and nothing more.
 _FEW = 4

@@ -3,7 +3,7 @@
 With the gain K = S⁻¹E of each segment, s = k − K δ and δ⁺ = F̄ δ + R k, F̄ = F − R K. So the backward sweep of a solve is
 v ← F̄ᵀv + Kᵀ load, the forward one δ ← F̄ δ + R k, and all else, S⁻¹(load − Rᵀv) included, is computed for all segments of a group at
 once. Narrow blocks cost calls rather than flops, and this makes the fewest. The few segments that directions were delayed at, or arrived
-at, take the steps of the halves (`lq.methods.stage_factor`) in between.
+at, take the steps of the halves (`lq.elimination.stage_factor`) in between.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.methods.stage_factor import SegmentLoad, StageFactor, unwhiten_one, whiten_one
+from linop_hess.lq.elimination.stage_factor import SegmentLoad, StageFactor, unwhiten_one, whiten_one
 from linop_hess.lq.pivots.delayed import packed_among
 from linop_hess.lq.segments import loads, put_controls
 

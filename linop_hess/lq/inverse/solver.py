@@ -29,17 +29,17 @@ from linop_hess.lq.accuracy import (
     default_tolerance,
 )
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.inverse.certificate import Certificate
 from linop_hess.lq.inverse.counting import damping_that_works
-from linop_hess.lq.inverse.right_hand_side import checked, norms, times_power_of_two, to_size_one
-from linop_hess.lq.inverse.solution import Found, Solution, not_converged
-from linop_hess.lq.inverse.structured import StructuredSolver
 from linop_hess.lq.iterative.gmres import MOST_ITERATIONS, gmres
 from linop_hess.lq.iterative.options import SketchOptions
 from linop_hess.lq.methods.base import Factor, Factorization
 from linop_hess.lq.methods.mixed import further_columns
 from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan, plan_for
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.solve.certificate import Certificate
+from linop_hess.lq.solve.right_hand_side import checked, norms, times_power_of_two, to_size_one
+from linop_hess.lq.solve.solution import Found, Solution, not_converged
+from linop_hess.lq.solve.structured import StructuredSolver
 
 PRECISIONS = ("auto", "single", "double")
 

@@ -10,7 +10,7 @@ import torch
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.accuracy import DETERMINED
-from linop_hess.lq.inverse.structured import StructuredSolver
+from linop_hess.lq.solve.structured import StructuredSolver
 from tests.lq.methods.conformance import SHAPES, right_hand_side, setting
 from tests.lq.problems import of_blocks, pendulum, random_blocks
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from linop_hess import lq
 from linop_hess.errors import FactorizationError
-from linop_hess.lq.inverse import solve as solve_module
+from linop_hess.lq.inverse import solver as solve_module
 from linop_hess.lq.inverse.counting import damping_that_works
-from linop_hess.lq.inverse.solve import Solver
+from linop_hess.lq.inverse.solver import Solver
 from linop_hess.lq.methods import plan as plan_module
 from linop_hess.lq.methods import riccati
 from tests.lq.methods.conformance import MIXED, SHAPES, right_hand_side, setting

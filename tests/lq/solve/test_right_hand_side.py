@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from linop_hess import lq
-from linop_hess.lq.inverse.right_hand_side import checked, times_power_of_two, to_size_one
+from linop_hess.lq.solve.right_hand_side import checked, times_power_of_two, to_size_one
 from tests.lq.problems import random_blocks
 
 PROBLEM = random_blocks([2, 3, 2], [3, 4], seed=61, with_A="all").problem()

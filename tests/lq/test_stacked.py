@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.stacked import Stacked
+from linop_hess.lq.stacked import Stacked
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How `lq.assembly` goes about a problem: into which columns and chunks of samples it is cut, and what that costs."""
+"""How `lq.matrix.assembly` goes about a problem: into which columns and chunks of samples it is cut, and what that costs."""
 
 from __future__ import annotations
 

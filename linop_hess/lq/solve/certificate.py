@@ -10,9 +10,9 @@ from torch import Tensor
 
 from linop_hess.lq.accuracy import NORM_SETTLED
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.inverse.right_hand_side import norms
+from linop_hess.lq.matrix.many_columns import ManyColumns
 from linop_hess.lq.methods.base import Factorization
-from linop_hess.lq.methods.many_columns import ManyColumns
+from linop_hess.lq.solve.right_hand_side import norms
 
 # Columns that one product tells of, which is their rounding in all taken for that of each.
 _TOGETHER = 32
@@ -70,7 +70,7 @@ class Certificate:
         if not error <= tolerance and not self.is_settled:
             self.settle()
             error = self._ratio(size_r, size_x, size_g)
-        if by_matrix is not None:
+        if by_matrix is not None and math.isfinite(error):
             off = self._off(x, product, self.norm * size_x + size_g, factors)
             if not off <= tolerance:
                 by_matrix.is_trusted = False

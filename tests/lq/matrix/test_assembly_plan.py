@@ -10,9 +10,9 @@ from torch import nn
 
 import linop_hess as lh
 from linop_hess import lq
-from linop_hess.lq import assembly_plan
-from linop_hess.lq.assembly import assembly_cost
-from linop_hess.lq.assembly_plan import Columns, plan_assembly
+from linop_hess.lq.matrix import assembly_plan
+from linop_hess.lq.matrix.assembly import assembly_cost
+from linop_hess.lq.matrix.assembly_plan import Columns, plan_assembly
 from tests.helpers import make_batch, make_mlp
 from tests.lq.problems import random_blocks
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from linop_hess.lq.elimination.stage_factor import SegmentLoad, unwhiten, whiten
 from linop_hess.lq.methods.riccati import RiccatiFactorization
-from linop_hess.lq.methods.stage_factor import SegmentLoad, unwhiten, whiten
 from linop_hess.lq.pivots.rules import BoundedGrowth
 from tests.lq.methods.conformance import setting
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import linop_hess as lh
-from linop_hess.lq import assembly_plan
-from linop_hess.lq.assembly import assemble
-from linop_hess.lq.assembly_plan import plan_assembly
+from linop_hess.lq.matrix import assembly_plan
+from linop_hess.lq.matrix.assembly import assemble
+from linop_hess.lq.matrix.assembly_plan import plan_assembly
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 from tests.lq.graphs import SAMPLES, residual_of_samples
 from tests.lq.methods.conformance import WIRED, setting
@@ -264,7 +264,7 @@ def test_no_controls() -> None:
 MEASURE = """
 import ctypes, sys, torch, linop_hess as lh
 from torch import nn
-from linop_hess.lq.assembly import assemble, assembly_cost
+from linop_hess.lq.matrix.assembly import assemble, assembly_cost
 from tests.helpers import make_batch, make_mlp
 def problem(widths, samples):
     return lh.linearize(make_mlp(widths), nn.CrossEntropyLoss(), *make_batch(widths[0], widths[-1], samples)).problem

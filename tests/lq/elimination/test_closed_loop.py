@@ -6,8 +6,8 @@ import torch
 
 from linop_hess.lq.accuracy import GROWTH
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.elimination.closed_loop import ClosedLoop
 from linop_hess.lq.methods import riccati
-from linop_hess.lq.methods.closed_loop import ClosedLoop
 from linop_hess.lq.pivots.delayed import PackedElimination
 from linop_hess.lq.pivots.rules import BoundedGrowth
 from tests.lq.methods.conformance import DTYPES, SHAPES, eye, right_hand_side, setting

@@ -6,7 +6,7 @@ import torch
 
 import linop_hess as lh
 from linop_hess import lq
-from linop_hess.lq.methods.function_space import FunctionSpace, curved_stage, samples_apart
+from linop_hess.lq.elimination.function_space import FunctionSpace, curved_stage, samples_apart
 from tests.helpers import make_batch, make_mlp, oracle_jacobian
 from tests.lq.methods.test_woodbury import (
     GAUSS_NEWTON,

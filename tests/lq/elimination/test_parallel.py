@@ -11,9 +11,9 @@ from torch.nn import functional as f
 import linop_hess as lh
 from linop_hess.lq.accuracy import ZERO_PIVOT
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.elimination import parallel
+from linop_hess.lq.elimination.parallel import Parallel, legs_of, periodic_stretch
 from linop_hess.lq.inverse import inertia as inertia_module
-from linop_hess.lq.methods import parallel
-from linop_hess.lq.methods.parallel import Parallel, legs_of, periodic_stretch
 from linop_hess.lq.pivots.inertia import Inertia
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 from tests.lq.graphs import chain as chain_of

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from linop_hess.lq.inverse.solution import Solution
+from linop_hess.lq.solve.solution import Solution
 
 
 def test_it_unpacks_prints_and_is_frozen():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from linop_hess._memory import zeros
-from linop_hess.lq.assembly_plan import AssemblyPlan, Columns, Run, plan_assembly
+from linop_hess.lq.matrix.assembly_plan import AssemblyPlan, Columns, Run, plan_assembly
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import SampleRows, Stage
 

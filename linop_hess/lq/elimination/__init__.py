@@ -1,0 +1,1 @@
+"""Pieces of elimination that methods share."""

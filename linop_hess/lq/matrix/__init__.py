@@ -1,0 +1,1 @@
+"""H as a dense matrix, from the structure of its stages."""
