@@ -11,6 +11,7 @@ pivots of all segments have the inertia of H + εI.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -117,7 +118,7 @@ def _accepted(rule: PivotRule, run: Sequence[StageFactor]) -> int:
 
     if stand(run):
         return len(run)
-    return next(k for k, factor in enumerate(run) if not stand([factor]))
+    return bisect_left(range(len(run)), True, key=lambda k: not stand(run[: k + 1]))
 
 
 def _divided(segment: Segment, S: Tensor, E: Tensor, rule: PivotRule | None, careful: bool) -> Elimination:
