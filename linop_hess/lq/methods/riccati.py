@@ -378,7 +378,7 @@ def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
         before, after = float(stage.n_in), float(stage.n_out)
         width = max(1.0, before / max(stage.samples, 1))
         # FᵀVF, by products of the stage's own structure on the columns of V and then on its rows: flat matrices, as long as V is wide.
-        tally.kernel("gemm", K * 2 * stage.entries("F") * (before + after), (width * max(before, after)) ** 0.5)
+        tally.thin(K * 2 * stage.entries("F") * (before + after), width, max(before, after))
         # Where entries pass by, V is put together from three parts by copies.
         nbytes, copies = item * max(before, after) ** 2, 8
         if stage.inputs != stage.n_in:
@@ -387,7 +387,8 @@ def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
         tally.moved(K * nbytes * copies)
     control = group.control
     rows = control.samples if control.samples > 1 else control.n_out
-    tally.kernel("gemm", K * 2 * r * rows * (control.n_out + r), (r * control.n_out) ** 0.5)  # V R and RᵀVR
+    rank = r * rows / control.n_out if control.samples > 1 else r
+    tally.thin(K * 2 * r * rows * (control.n_out + r), rank, control.n_out)  # V R and RᵀVR
     tally.kernel("gemm", K * 2 * control.entries("F") * r, (r * max(1.0, n / max(control.samples, 1))) ** 0.5)  # RᵀVF
     tally.moved(K * item * (6 * r * (control.n_out + n) + 40 * r**2))
     tally.kernel("substitution", K * r**2 * n, (r * n) ** 0.5)
