@@ -65,8 +65,8 @@ class Cost:
         return Cost(4.0 * self.flops, 2.0 * self.nbytes, 4.0 * self.seconds, self.why_not)
 
 
-# Length from which on products with a thin matrix are no faster.
-_LONG = 96.0
+# Products with a thin matrix: the length from which on they are no faster, and the size below which squares show what a call takes.
+_LONG, _SMALLEST = 96.0, 28.0
 
 
 class Tally:
@@ -96,7 +96,7 @@ class Tally:
 
     def thin(self, flops: float, thin: float, long: float) -> None:
         """Add flops of products with matrices that are thin and long, which go no faster the longer they are."""
-        self.kernel("gemm", flops, (thin * min(long, max(thin, _LONG))) ** 0.5)
+        self.kernel("gemm", flops, max(_SMALLEST, (thin * min(long, max(thin, _LONG))) ** 0.5))
 
     def calls(self, count: float) -> None:
         """Add small calls of torch, the Python around them included."""

@@ -380,7 +380,7 @@ def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
         # FᵀVF, by products of the stage's own structure on the columns of V and then on its rows: flat matrices, as long as V is wide.
         tally.thin(K * 2 * stage.entries("F") * (before + after), width, max(before, after))
         # Where entries pass by, V is put together from three parts by copies.
-        nbytes, copies = item * max(before, after) ** 2, 8
+        nbytes, copies = item * max(before, after) ** 2, 4
         if stage.inputs != stage.n_in:
             copies = _COPIES_WIRED if nbytes < _CACHE else _COPIES_BEYOND
             tally.calls(K * _CALLS_WIRED)
