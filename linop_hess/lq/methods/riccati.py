@@ -327,7 +327,7 @@ _CALLS_FREE = 12
 
 # Copies of V for a stage that entries pass by, in cache and beyond it (where new memory is most of what they take), and its calls.
 _COPIES_WIRED = 20
-_COPIES_BEYOND = 180
+_COPIES_BEYOND = 90
 _CACHE = 4 << 20
 _CALLS_WIRED = 70
 
