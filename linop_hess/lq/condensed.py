@@ -17,6 +17,10 @@ from torch import Tensor
 
 from linop_hess.lq.segments import SegmentGroup, identity
 
+# Bytes of the largest array of the segments that are worked on at a time: new memory takes longer than what is computed in it, and
+# several such arrays fit in a cache.
+_AT_A_TIME = 1 << 21
+
 # Random signs that sizes are taken with.
 _SIGNS = 16
 
@@ -49,6 +53,11 @@ class Condensed:
             T[:, self.r :, self.r :].sub_(gram, alpha=1.0 / damping)
         return T
 
+    def part(self, which: slice) -> Condensed:
+        """Return the blocks of some neighbours, in the memory of these."""
+        gram = None if self.gram is None else self.gram[which]
+        return Condensed(self.r, self.curvature[which], gram, self.W[which])
+
     def to(self, dtype: torch.dtype) -> Condensed:
         """Return the blocks in another dtype."""
         gram = None if self.gram is None else self.gram.to(dtype)
@@ -61,32 +70,70 @@ class Condensed:
         return Condensed(self.r, self.curvature * back * back.mT, gram, self.W * unit_out * back.mT)
 
 
+class Damped:
+    """T of the segments of a group at a damping, of some neighbours at a time when one of them is asked for; the last are kept.
+
+    Parameters
+    ----------
+    blocks : Condensed
+    damping : complex
+    gram : Tensor or None, shape (K, n_in, n_in)
+        Takes the place of that of all hidden controls.
+    """
+
+    def __init__(self, blocks: Condensed, damping: complex, gram: Tensor | None = None) -> None:
+        self._blocks, self._damping, self._gram = blocks, damping, gram
+        self._parts = _parts(len(blocks.curvature), blocks.curvature[:1].nbytes)
+        self._last: tuple[int, tuple[Tensor, ...]] = (-1, ())
+
+    def T(self, k: int) -> Tensor:
+        """T of segment k, (r + n_in, r + n_in)."""
+        part = self._parts[k // self._parts[0].stop]
+        start, made = self._last
+        if start != part.start:
+            gram = None if self._gram is None else self._gram[part]
+            start, made = self._last = part.start, self._blocks.part(part).T(self._damping, gram).unbind()
+        return made[k - start]
+
+
+def _parts(count: int, nbytes: int) -> list[slice]:
+    """Neighbouring segments, of so many bytes each, that are worked on at a time."""
+    step = max(1, _AT_A_TIME // max(nbytes, 1))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
 def condense(group: SegmentGroup) -> Condensed:
     """Return the condensed blocks of a group."""
-    control, space, n_in, r = group.control, group.space, group.n_in, group.r
+    K, r, columns, like = group.count, group.r, group.r + group.n_in, group.unit_out
+    T, W = like.new_zeros(K, columns, columns), like.new_empty(K, group.n_out, columns)
+    gram = like.new_empty(K, group.n_in, group.n_in) if group.is_coupled else None
+    widest = max(columns, *(stage.n_out for stage in (group.control, *group.free)))
+    for part in _parts(K, T.element_size() * columns * widest):
+        some = group if part == slice(0, K) else group.part(part)
+        _condense_over(some, T[part], W[part])
+        if gram is not None:
+            torch.mul(some.space.hidden_gram() * some.unit_in, some.unit_in.mT, out=gram[part])
+    return Condensed(r, T, gram, W)
+
+
+def _condense_over(group: SegmentGroup, T: Tensor, out: Tensor) -> None:
+    """Add the curvature of some segments to T, which is zero, and put W in `out`."""
+    control, space, n_in, r, unit = group.control, group.space, group.n_in, group.r, group.unit_in
     R = space.R(identity(group))
-    T = R.new_zeros(group.count, r + n_in, r + n_in)
     if "A" in control.nonzero:
         T[:, :r, :r] = space.QtAQ()
     if "B" in control.nonzero and n_in:
-        B = space.QtB()
-        T[:, :r, r:] = B
+        B = torch.mul(space.QtB(), unit.mT, out=T[:, :r, r:])
         T[:, r:, :r] = B.mT
     if "C" in control.nonzero and n_in:
-        T[:, r:, r:] = control.dense_C()
-    W = torch.cat([R, control.dense_F()], 2)
+        torch.mul(control.dense_C() * unit, unit.mT, out=T[:, r:, r:])
+    W = torch.cat([R, control.dense_F() * unit.mT], 2)
     # Push u = (s, δ) through the control-free stages; each adds its own curvature, seen from u.
     for stage in group.free:
         if "C" in stage.nonzero:
-            T.baddbmm_(W.mT, stage.C(W))
+            stage.add_curvature(T, W)
         W = stage.F(W)
-    unit = group.unit_in
-    W = W / group.unit_out
-    W[:, :, r:] *= unit.mT
-    T[:, r:] *= unit
-    T[:, :, r:] *= unit.mT
-    gram = group.space.hidden_gram() * unit * unit.mT if group.is_coupled else None
-    return Condensed(r, T, gram, W)
+    torch.div(W, group.unit_out, out=out)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Slots:
         contiguous = bool((np.diff(index, axis=1) == 1).all())
         return cls(index[:, 0], size, None if contiguous and _ascends(index[:, 0]) else index)
 
-    def take(self, which: np.ndarray) -> Slots:
+    def take(self, which: slice | np.ndarray) -> Slots:
         """Return the slots of a subset of the pieces."""
         return Slots(self.starts[which], self.size, None if self._of is None else self._of[which])
 

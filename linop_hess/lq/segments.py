@@ -113,6 +113,20 @@ class SegmentGroup:
             unit_out=self.unit_out.to(dtype),
         )
 
+    def part(self, which: slice) -> SegmentGroup:
+        """Return some neighbours of the group, in its memory."""
+        return replace(
+            self,
+            segments=self.segments[which],
+            stages=self.stages[which],
+            control=self.control.take(which),
+            space=self.space.take(which),
+            free=tuple(stage.take(which) for stage in self.free),
+            x_slots=self.x_slots.take(which),
+            unit_in=self.unit_in[which],
+            unit_out=self.unit_out[which],
+        )
+
     @cached_property
     def state_unit(self) -> Tensor | None:
         """The unit in which recursions keep the state before a segment; None: 1."""

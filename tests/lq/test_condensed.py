@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from linop_hess.lq import condensed as condensed_module
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.condensed import block_sizes, condense, moved
+from linop_hess.lq.condensed import Damped, block_sizes, condense, moved
 from tests.lq.methods.conformance import DTYPES, SIZES, setting
 from tests.lq.problems import Blocks, random_blocks
 
@@ -62,6 +63,25 @@ def test_damping_and_hidden_controls(shape):
             torch.testing.assert_close(other[:, r:, r:], found.curvature[:, r:, r:])
         torch.testing.assert_close(T, expected)
         assert (found.gram is not None) == group.is_coupled and T is not found.curvature
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_a_few_segments_at_a_time(shape, monkeypatch):
+    """Blocks do not depend on how many segments are worked on at a time, nor T on the order in which it is asked for."""
+    analysis = setting(shape).analysis
+    whole = [condense(group) for group in analysis.groups]
+    for at_a_time in (1, 2 * whole[-1].curvature[:1].nbytes):
+        monkeypatch.setattr(condensed_module, "_AT_A_TIME", at_a_time)
+        for group, expected in zip(analysis.groups, whole, strict=True):
+            found = condense(group)
+            torch.testing.assert_close(found.curvature, expected.curvature)
+            torch.testing.assert_close(found.W, expected.W)
+            torch.testing.assert_close(found.gram, expected.gram)
+            other = None if expected.gram is None else 0.5 * expected.gram
+            for gram in (None, other):
+                damped, T = Damped(found, 0.25, gram), expected.T(0.25, gram)
+                for k in (*range(group.count), 0, group.count - 1, group.count // 2):
+                    torch.testing.assert_close(damped.T(k), T[k])
 
 
 def test_sizes_see_what_cancels():

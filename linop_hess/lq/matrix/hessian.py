@@ -101,6 +101,11 @@ class Counted:
     calls: float
 
 
+def _calls(analysis: Analysis) -> float:
+    """Count the calls of an assembly, the same in every precision."""
+    return assembly_calls(analysis.problem.typical_part()[0])
+
+
 def counted_single(analysis: Analysis) -> Counted:
     """Count an assembly in float32."""
     return counted(analysis, torch.float32)
@@ -111,7 +116,7 @@ def counted(analysis: Analysis, dtype: torch.dtype | None = None) -> Counted:
     problem, times = analysis.problem.typical_part()
     apart = 0.0 if problem is analysis.problem else float(problem.nbytes)
     layout, item, N2 = problem.layout, (dtype or problem.dtype).itemsize, float(problem.size) ** 2
-    samples, calls, is_long = common_samples(problem.blocks), assembly_calls(problem), problem.length > _COUNTED_UP_TO
+    samples, calls, is_long = common_samples(problem.blocks), analysis.once(_calls), problem.length > _COUNTED_UP_TO
     inner = max(float(samples), float(layout.n_out[layout.first :].mean()) / samples)
     of_stacks = [
         (

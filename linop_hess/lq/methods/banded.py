@@ -37,7 +37,7 @@ _LAPACK = {
 
 
 class BandLayout:
-    """Where each segment's s, λ and δ⁺ lie in the band system."""
+    """Where each segment's s, λ and δ⁺ lie in the band system; `controls` and `states` are s and the δ before of each group."""
 
     def __init__(self, analysis: Analysis) -> None:
         count = len(analysis.order)
@@ -52,6 +52,8 @@ class BandLayout:
         self.state_before = self.start[:-1] - before
         self.order = int(self.start[-1])
         self.bandwidth = int(max((before + self.r + self.n - 1).max(), self.n.max(), 0)) if count else 0
+        self.controls = [Slots(self.start[group.segments], group.r) for group in analysis.groups]
+        self.states = [Slots(self.state_before[group.segments], group.n_in) for group in analysis.groups]
 
 
 class BandedFactorization:
@@ -145,11 +147,11 @@ class BandedFactorization:
         hidden: list[Tensor | None] = []
         rhs = g.new_zeros(layout.order, g.shape[1])
         # The elimination of x⊥ leaves (1/ε) g⊥ᵀB δ in the objective, which on the right-hand side has the other sign.
-        for group in self.analysis.groups:
+        for group, controls, states in zip(self.analysis.groups, layout.controls, layout.states, strict=True):
             part = loads(group, g, self.damping)
-            Slots(layout.start[group.segments], group.r).put(rhs, part.visible)
+            controls.put(rhs, part.visible)
             if part.state is not None:
-                Slots(layout.state_before[group.segments], group.n_in).add(rhs, -self._in_units(group, part.state))
+                states.add(rhs, -self._in_units(group, part.state))
             hidden.append(None if part.hidden is None else part.hidden / self.damping)
         return rhs, hidden
 
@@ -157,9 +159,10 @@ class BandedFactorization:
         """Controls, (N, k), of the unknowns y of the band system, (order, k), and what is hidden of them, as of `band_load`."""
         layout = self.layout
         x = y.new_empty(self.analysis.problem.size, y.shape[1])
-        for group, mine in zip(self.analysis.groups, hidden, strict=True):
-            s = Slots(layout.start[group.segments], group.r).gather(y)
-            d = Slots(layout.state_before[group.segments], group.n_in).gather(y)
+        for group, controls, states, mine in zip(
+            self.analysis.groups, layout.controls, layout.states, hidden, strict=True
+        ):
+            s, d = controls.gather(y), states.gather(y)
             put_controls(x, group, mine, s, d if group.in_units else d * group.unit_in, self.damping)
         return x
 

@@ -65,6 +65,10 @@ class Cost:
         return Cost(4.0 * self.flops, 2.0 * self.nbytes, 4.0 * self.seconds, self.why_not)
 
 
+# Products with a thin matrix: the length from which on they are no faster, and the size below which squares show what a call takes.
+_LONG, _SMALLEST = 96.0, 28.0
+
+
 class Tally:
     """What an algorithm does, added up: flops of kernels at their sizes, calls, bytes moved; and the time that takes on this machine.
 
@@ -89,6 +93,10 @@ class Tally:
         if flops > 0.0:
             self.flops += flops
             self.seconds += self._machine.seconds(name, flops, size)
+
+    def thin(self, flops: float, thin: float, long: float) -> None:
+        """Add flops of products with matrices that are thin and long, which go no faster the longer they are."""
+        self.kernel("gemm", flops, max(_SMALLEST, (thin * min(long, max(thin, _LONG))) ** 0.5))
 
     def calls(self, count: float) -> None:
         """Add small calls of torch, the Python around them included."""

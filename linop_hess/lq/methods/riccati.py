@@ -11,6 +11,7 @@ pivots of all segments have the inertia of H + εI.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -117,7 +118,7 @@ def _accepted(rule: PivotRule, run: Sequence[StageFactor]) -> int:
 
     if stand(run):
         return len(run)
-    return next(k for k, factor in enumerate(run) if not stand([factor]))
+    return bisect_left(range(len(run)), True, key=lambda k: not stand(run[: k + 1]))
 
 
 def _divided(segment: Segment, S: Tensor, E: Tensor, rule: PivotRule | None, careful: bool) -> Elimination:
@@ -326,7 +327,7 @@ _CALLS_FREE = 12
 
 # Copies of V for a stage that entries pass by, in cache and beyond it (where new memory is most of what they take), and its calls.
 _COPIES_WIRED = 20
-_COPIES_BEYOND = 180
+_COPIES_BEYOND = 90
 _CACHE = 4 << 20
 _CALLS_WIRED = 70
 
@@ -377,16 +378,17 @@ def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
         before, after = float(stage.n_in), float(stage.n_out)
         width = max(1.0, before / max(stage.samples, 1))
         # FᵀVF, by products of the stage's own structure on the columns of V and then on its rows: flat matrices, as long as V is wide.
-        tally.kernel("gemm", K * 2 * stage.entries("F") * (before + after), (width * max(before, after)) ** 0.5)
+        tally.thin(K * 2 * stage.entries("F") * (before + after), width, max(before, after))
         # Where entries pass by, V is put together from three parts by copies.
-        nbytes, copies = item * max(before, after) ** 2, 8
+        nbytes, copies = item * max(before, after) ** 2, 4
         if stage.inputs != stage.n_in:
             copies = _COPIES_WIRED if nbytes < _CACHE else _COPIES_BEYOND
             tally.calls(K * _CALLS_WIRED)
         tally.moved(K * nbytes * copies)
     control = group.control
     rows = control.samples if control.samples > 1 else control.n_out
-    tally.kernel("gemm", K * 2 * r * rows * (control.n_out + r), (r * control.n_out) ** 0.5)  # V R and RᵀVR
+    rank = r * rows / control.n_out if control.samples > 1 else r
+    tally.thin(K * 2 * r * rows * (control.n_out + r), rank, control.n_out)  # V R and RᵀVR
     tally.kernel("gemm", K * 2 * control.entries("F") * r, (r * max(1.0, n / max(control.samples, 1))) ** 0.5)  # RᵀVF
     tally.moved(K * item * (6 * r * (control.n_out + n) + 40 * r**2))
     tally.kernel("substitution", K * r**2 * n, (r * n) ** 0.5)

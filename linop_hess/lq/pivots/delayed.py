@@ -151,7 +151,8 @@ class PackedElimination(Elimination):
     def of(cls, S: Tensor, E: Tensor) -> PackedElimination:
         """Eliminate a block; leading axes are carried along."""
         packed, interchanges, _ = torch.linalg.ldl_factor_ex(S)
-        return cls(packed, interchanges, E, torch.linalg.ldl_solve(packed, interchanges, E))
+        # A copy: E is a view of a block that nothing else needs for long, and that would be kept with it.
+        return cls(packed, interchanges, E.clone(), torch.linalg.ldl_solve(packed, interchanges, E))
 
     @property
     def delayed(self) -> int:  # type: ignore[override]

@@ -92,10 +92,11 @@ class StructuredSolver:
         """What rounding makes of each row of the KKT system, (order, k), and of the hidden controls, (k,)."""
         layout, damping, weight = self._factors.layout, abs(self._damping), self._factors.weight
         rows, of_hidden = torch.zeros_like(y), y.new_zeros(y.shape[1])
-        for group, size in zip(self._analysis.groups, self._sizes, strict=True):
+        for group, controls, states, size in zip(
+            self._analysis.groups, layout.controls, layout.states, self._sizes, strict=True
+        ):
             at, r = layout.start[group.segments], group.r
             n = int(layout.n[group.segments[0]])
-            controls, states = Slots(at, r), Slots(layout.state_before[group.segments], group.n_in)
             multipliers, after = Slots(at + r, n), Slots(at + r + n, n)
             s, d = _norm(controls.gather(y)), _norm(states.gather(y))
             costate, reached = multipliers.gather(y).abs() * weight, after.gather(y).abs()

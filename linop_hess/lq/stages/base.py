@@ -133,6 +133,10 @@ class Stage(Stacked, ABC):
         """C δ: (K, n_in, k) to (K, n_in, k)."""
         return torch.zeros_like(d)
 
+    def add_curvature(self, T: Tensor, W: Tensor) -> None:
+        """T + Wᵀ C W in place: what C is in the unknowns that W, (K, n_in, k), makes the state of; T is (K, k, k)."""
+        T.baddbmm_(W.mT, self.C(W))
+
     def with_adjoint(self, beta: Tensor) -> Self:
         """Return the same stages with the curvature they have against adjoints of their outputs, β of shape (K, n_out).
 

@@ -137,6 +137,9 @@ class WiredStage(Stage):
             return super().C(d)
         return self.wiring.reads.spread(self.inner.C(self.wiring.reads.pick(d)))
 
+    def add_curvature(self, T: Tensor, W: Tensor) -> None:
+        self.inner.add_curvature(T, self.wiring.reads.pick(W))
+
     def row_space(self) -> RowSpace:
         return WiredRowSpace(self.inner.row_space(), self.inner, self.wiring)
 

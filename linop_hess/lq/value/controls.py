@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.condensed import Damped
 from linop_hess.lq.pivots.hidden import Hidden, hidden_controls
 from linop_hess.lq.segments import SegmentGroup
 from linop_hess.lq.stages.base import Stage
@@ -17,10 +19,17 @@ from linop_hess.lq.stages.row_space import RowSpace
 
 
 class CondensedControl:
-    """A whole segment as dense blocks W = [R, F] and T = [S, E; Eᵀ, Z] at a damping; leading axes are carried along."""
+    """A whole segment as dense blocks W = [R, F] and T = [S, E; Eᵀ, Z] at a damping; leading axes are carried along.
 
-    def __init__(self, W: Tensor, T: Tensor, r: int) -> None:
-        self._W, self._Wt, self._T, self.r = W, W.mT, T, r
+    T may be a function that gives it.
+    """
+
+    def __init__(self, W: Tensor, T: Tensor | Callable[[], Tensor], r: int) -> None:
+        self._W, self._Wt, self._given, self.r = W, W.mT, T, r
+
+    @property
+    def _T(self) -> Tensor:
+        return self._given if isinstance(self._given, Tensor) else self._given()
 
     @property
     def n_in(self) -> int:
@@ -200,11 +209,11 @@ def _condensed(analysis: Analysis, g: int, damping: complex, largest: float) -> 
     left = None
     if any(mine.is_split for mine in hidden):
         left = torch.stack([mine.gram for mine in hidden if mine.gram is not None])
-    Ts = blocks.T(damping, left)
+    damped = Damped(blocks, damping, left)
     return [
-        Segment(CondensedControl(W, T, group.r), (), mine, int(stage), unit, group.is_first)
-        for W, T, mine, stage, unit in zip(
-            blocks.W.unbind(), Ts.unbind(), hidden, group.stages, units.unbind(), strict=True
+        Segment(CondensedControl(W, partial(damped.T, k), group.r), (), mine, int(stage), unit, group.is_first)
+        for k, (W, mine, stage, unit) in enumerate(
+            zip(blocks.W.unbind(), hidden, group.stages, units.unbind(), strict=True)
         )
     ]
 

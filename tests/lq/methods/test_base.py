@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost
+from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Tally
 from linop_hess.lq.methods.plan import METHODS
 from linop_hess.lq.pivots.inertia import Inertia
 from tests.lq.methods.conformance import Setting, setting
@@ -72,6 +72,20 @@ def test_a_zero_pivot_is_no_error_of_python():
 def test_impossible():
     cost = Cost.impossible("too warm")
     assert cost.why_not == "too warm" and cost.seconds == cost.nbytes == cost.flops == math.inf
+
+
+def test_products_with_thin_matrices():
+    """A flop of them takes as long at any length beyond some, and as long as one of squares where they are square."""
+
+    def seconds(add, *size):
+        tally = Tally(torch.float64)
+        add(tally, *size)
+        assert tally.flops == 1e9
+        return tally.seconds
+
+    assert seconds(Tally.thin, 1e9, 8.0, 1e3) == seconds(Tally.thin, 1e9, 8.0, 1e6)
+    assert seconds(Tally.thin, 1e9, 200.0, 200.0) == pytest.approx(seconds(Tally.kernel, "gemm", 1e9, 200.0))
+    assert seconds(Tally.thin, 1e9, 1.0, 1e3) < seconds(Tally.kernel, "gemm", 1e9, 1.0)
 
 
 def test_methods_promise_no_more_than_everything():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from linop_hess.lq.iterative.convergence import spectrum_of
 from linop_hess.lq.methods import plan as plan_module
 from linop_hess.lq.methods.base import Cost
 from linop_hess.lq.methods.mixed import PromotedFactorization
@@ -78,3 +79,12 @@ def test_promoted():
     analysis = setting("equal", torch.float32).analysis
     found = promoted(METHODS["dense"].factor)(analysis, 0.1)
     assert found.method == "dense" and found.analysis is analysis.in_float64
+
+
+def test_no_look_at_the_spectrum_where_an_exact_method_is_asked_for(monkeypatch):
+    """What iterating would take matters to a choice alone: here every other method takes forever."""
+    monkeypatch.setattr(plan_module, "_fitting", lambda costs, available: [])
+    for method, looked in (("riccati", False), ("dense", False), ("iterative", True), ("auto", True), ("", True)):
+        analysis = setting("equal").new_analysis()
+        cost = make_plan(analysis, 0.3, method=method).costs["iterative"]
+        assert analysis.has(spectrum_of) == looked == (not cost.at_least) == (cost.iterations is not None)

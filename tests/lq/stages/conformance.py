@@ -213,6 +213,14 @@ class StageConformance:
         assert torch.equal(given, V.to(dtype))
         assert stage.first_not_finite() is None
 
+    def test_add_curvature(self, case: Case, dtype: torch.dtype):
+        stage, blocks = case.stage.to(dtype), case.blocks
+        generator = torch.Generator().manual_seed(2)
+        W, T = draw(generator, stage.count, stage.n_in, 3), symmetric(generator, stage.count, 3, 3)
+        ours = T.to(dtype, copy=True)
+        stage.add_curvature(ours, W.to(dtype))
+        close(ours, T + W.mT @ blocks.C @ W, dtype, _size(T) + _size(W) ** 2 * _size(blocks.C))
+
     def test_pull_back_over_is_the_same(self, case: Case, dtype: torch.dtype):
         stage = case.stage.to(dtype).at(0)
         V = symmetric(torch.Generator().manual_seed(3), stage.n_out, stage.n_out).to(dtype)
