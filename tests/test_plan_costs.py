@@ -80,6 +80,12 @@ def test_no_spectrum_is_looked_at_where_iterating_cannot_pay(one_machine: None) 
     assert plan.costs["iterative"].at_least and not analysis.has(spectrum_of)
 
 
+def test_no_spectrum_is_looked_at_for_a_method_that_factors() -> None:
+    analysis = lh.lq.Analysis(linearized("GRU").problem)
+    plan = lh.lq.Solver(analysis, 1e-2, "dense").plan
+    assert plan.costs["iterative"].at_least and not analysis.has(spectrum_of)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if "wide" not in name])
 def test_calls_of_an_assembly(name: str) -> None:
     problem = linearized(name).problem

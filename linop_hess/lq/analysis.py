@@ -28,7 +28,6 @@ from torch import Tensor
 
 from linop_hess.lq.condensed import Condensed, block_sizes, condense, moved
 from linop_hess.lq.problem import Problem
-from linop_hess.lq.scaling import state_scales
 from linop_hess.lq.segments import SegmentGroup, order_of, segment_groups
 from linop_hess.lq.stages.base import Stage, common_samples
 from linop_hess.lq.stages.penalized import CurvedStage, scaled
@@ -166,7 +165,7 @@ class Analysis:
     @cached_property
     def groups(self) -> list[SegmentGroup]:
         """The segments of the chain, those of the same make-up together."""
-        return segment_groups(self.problem, self.row_spaces, state_scales(self.problem, self.row_spaces))
+        return segment_groups(self.problem, self.row_spaces)
 
     @cached_property
     def order(self) -> np.ndarray:

@@ -8,6 +8,7 @@ too; so there it can be compared with ‖H‖, and the blocks of one linear syst
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,6 +20,33 @@ from linop_hess.lq.stages.row_space import RowSpace
 _PROBES = 8
 # Squares of units must neither under- nor overflow: exponents of two, by dtype.
 _REACH = {torch.float64: 400.0, torch.float32: 50.0}
+
+
+class Units:
+    """The units of all states of a chain, made when one is first asked for: a plan, which counts, asks for none.
+
+    Parameters
+    ----------
+    problem : Problem
+    row_spaces : sequence of RowSpace
+        One for each stack that has controls.
+    """
+
+    def __init__(self, problem: Problem, row_spaces: Sequence[RowSpace | None]) -> None:
+        self._problem, self._row_spaces = problem, row_spaces
+
+    @cached_property
+    def before(self) -> Tensor:
+        """Of the states that stages begin from, shape (Σ n_0..n_{L−1},)."""
+        return state_scales(self._problem, self._row_spaces)
+
+    @cached_property
+    def after(self) -> Tensor:
+        """Of the states that they end in; 1 after the last, shape (Σ n_1..n_L,)."""
+        layout = self._problem.layout
+        after = self.before.new_ones(layout.size_out)
+        after[: layout.size_out - int(layout.n_out[-1])] = self.before[int(layout.n_in[0]) :]
+        return after
 
 
 def state_scales(problem: Problem, row_spaces: Sequence[RowSpace | None]) -> Tensor:

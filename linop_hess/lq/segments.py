@@ -18,6 +18,7 @@ from torch import Tensor
 
 from linop_hess.lq.layout import Slots
 from linop_hess.lq.problem import Problem
+from linop_hess.lq.scaling import Units
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.injection import InitialStage
 from linop_hess.lq.stages.row_space import RowSpace
@@ -46,8 +47,10 @@ class SegmentGroup:
         The control-free stages after them, each a stack of K.
     x_slots : Slots
         Where the controls lie in a flat vector.
-    unit_in, unit_out : Tensor, shapes (K, n_in, 1) and (K, n_out, 1)
-        Units of the states before and after; see `lq.scaling`.
+    units : Units
+        Those of all states of the chain.
+    in_slots, out_slots : Slots
+        Where the states before and after lie among them.
     is_first : bool
         Whether this is the first segment of the chain.
     in_units : bool
@@ -61,8 +64,9 @@ class SegmentGroup:
     space: RowSpace
     free: tuple[Stage, ...]
     x_slots: Slots
-    unit_in: Tensor
-    unit_out: Tensor
+    units: Units
+    in_slots: Slots
+    out_slots: Slots
     is_first: bool
     in_units: bool = False
 
@@ -109,8 +113,6 @@ class SegmentGroup:
             control=self.control.to(dtype),
             space=self.space.to(dtype),
             free=tuple(stage.to(dtype) for stage in self.free),
-            unit_in=self.unit_in.to(dtype),
-            unit_out=self.unit_out.to(dtype),
         )
 
     def part(self, which: slice) -> SegmentGroup:
@@ -128,12 +130,23 @@ class SegmentGroup:
         )
 
     @cached_property
+    def unit_in(self) -> Tensor:
+        """Units of the states before, (K, n_in, 1); see `lq.scaling`."""
+        units = self.in_slots.gather(self.units.before[:, None]).to(self.control.dtype)
+        return units[:, :0] if self.is_first else units
+
+    @cached_property
+    def unit_out(self) -> Tensor:
+        """Units of the states after, (K, n_out, 1)."""
+        return self.out_slots.gather(self.units.after[:, None]).to(self.control.dtype)
+
+    @cached_property
     def state_unit(self) -> Tensor | None:
         """The unit in which recursions keep the state before a segment; None: 1."""
         return self.unit_in if self.in_units else None
 
 
-def segment_groups(problem: Problem, row_spaces: Sequence[RowSpace | None], scales: Tensor) -> list[SegmentGroup]:
+def segment_groups(problem: Problem, row_spaces: Sequence[RowSpace | None]) -> list[SegmentGroup]:
     """Cut a chain into segments and group those that run through the same stacks.
 
     Parameters
@@ -141,12 +154,8 @@ def segment_groups(problem: Problem, row_spaces: Sequence[RowSpace | None], scal
     problem : Problem
     row_spaces : sequence of RowSpace
         One for each stack that has controls.
-    scales : Tensor, shape (Σ n_0..n_{L−1},)
-        Units of the states; see `lq.scaling`.
     """
-    layout = problem.layout
-    scales_after = scales.new_ones(layout.size_out)  # 1 after the last
-    scales_after[: layout.size_out - int(layout.n_out[-1])] = scales[int(layout.n_in[0]) :]
+    layout, units = problem.layout, Units(problem, row_spaces)
     starts = np.flatnonzero(layout.p)
     lengths = np.diff(np.append(starts, problem.length))
     groups: list[SegmentGroup] = []
@@ -162,7 +171,6 @@ def segment_groups(problem: Problem, row_spaces: Sequence[RowSpace | None], scal
             picked = [_picked(problem.blocks[b], at[:, k]) for k, b in enumerate(blocks)]
             space = row_spaces[blocks[0]]
             assert space is not None
-            unit_in = layout.in_slots[blocks[0]].take(at[:, 0]).gather(scales[:, None])
             groups.append(
                 SegmentGroup(
                     segments=of_length[chosen],
@@ -172,8 +180,9 @@ def segment_groups(problem: Problem, row_spaces: Sequence[RowSpace | None], scal
                     space=_picked(space, at[:, 0]),
                     free=tuple(picked[1:]),
                     x_slots=layout.x_slots[blocks[0]].take(at[:, 0]),
-                    unit_in=unit_in[:, :0] if is_first else unit_in,
-                    unit_out=layout.out_slots[blocks[-1]].take(at[:, -1]).gather(scales_after[:, None]),
+                    units=units,
+                    in_slots=layout.in_slots[blocks[0]].take(at[:, 0]),
+                    out_slots=layout.out_slots[blocks[-1]].take(at[:, -1]),
                     is_first=is_first,
                 )
             )

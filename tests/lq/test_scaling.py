@@ -9,6 +9,7 @@ from torch.nn import functional as f
 
 import linop_hess as lh
 from linop_hess import lq
+from linop_hess.lq import scaling
 from linop_hess.lq.scaling import state_scales
 from linop_hess.operators.inverse import HessianInverse
 from tests.lq.methods.conformance import DTYPES, SIZES, WIRED, setting
@@ -341,3 +342,14 @@ def test_nothing_moves():
         G[:] = 0
     problem = blocks.problem()
     assert torch.equal(state_scales(problem, lq.Analysis(problem).row_spaces), torch.ones(5).double())
+
+
+def test_a_plan_asks_for_no_unit(monkeypatch):
+    """They take products with all samples; what is factored by the dense matrix has no use for them."""
+    made = []
+    monkeypatch.setattr(scaling, "state_scales", lambda *args: (made.append(0), state_scales(*args))[1])
+    problem = chain(3, nn.Tanh, 1.0, 6, 3, 4, f.cross_entropy).problem
+    lq.Inverse(problem, 0.3, "dense").solve(torch.ones(problem.size, dtype=problem.dtype))
+    assert not made
+    lq.Inverse(problem, 0.3, "riccati").solve(torch.ones(problem.size, dtype=problem.dtype))
+    assert len(made) == 1

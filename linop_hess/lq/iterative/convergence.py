@@ -14,19 +14,21 @@ lie in few eigenvectors.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.iterative.lanczos import Spectrum, spectrum
+from linop_hess.lq.iterative.lanczos import Probing, Spectrum
 from linop_hess.lq.iterative.spans import product_flops
 from linop_hess.lq.methods.base import Tally
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage
 
-# Products of the Lanczos run.
+# Products of the Lanczos run, and after how many it is looked at whether more can change the choice.
 PROBES = 20
+_LOOKS = (3, 5, 7, 10, 14)
 # Iterations without which no solve ends.
 LEAST = 3
 
@@ -38,10 +40,42 @@ _CALLS_BANDED = 40
 _SMALLEST = 16.0
 
 
+def _probing(analysis: Analysis) -> Probing:
+    return Probing(analysis.problem.hessian_product, analysis.probe[0][:, 0])
+
+
 def spectrum_of(analysis: Analysis) -> Spectrum:
     """Return the quadrature of H, from `PROBES` products."""
-    problem = analysis.problem
-    return spectrum(problem.hessian_product, analysis.probe[0][:, 0], PROBES)
+    return analysis.once(_probing).after(PROBES)
+
+
+def least_iterations(analysis: Analysis, damping: float, tolerance: float, directions: int, most: float) -> float:
+    """Return more than `most` where the first products of the Lanczos run tell that more iterations are to be expected; else `LEAST`.
+
+    A small damping leaves so many eigenvalues beyond it that some products show it; then the others, and what they cost, are saved.
+
+    Parameters
+    ----------
+    analysis : Analysis
+    damping, tolerance, directions
+        As of `expected_iterations`.
+    most : float
+        Iterations from which on the choice is another one, however many there are.
+    """
+    if not math.isfinite(most) or not damping or analysis.has(spectrum_of):
+        return float(LEAST)
+    for steps in _LOOKS:
+        found = analysis.once(_probing).after(steps)
+        least = _by_count(found.least_beyond, abs(damping), tolerance, directions)
+        if least > most:
+            return least
+    return float(LEAST)
+
+
+def _by_count(beyond: Callable[[float], float], size: float, tolerance: float, directions: int) -> float:
+    """The least k(c) for a count of eigenvalues by radius."""
+    digits = math.log(1.0 / tolerance)
+    return min(max(0.0, beyond(c * size) - directions) + digits / math.log(1.0 / c) for c in _RADII)
 
 
 def expected_iterations(analysis: Analysis, damping: float, tolerance: float, directions: int = 0) -> float:
@@ -60,7 +94,7 @@ def expected_iterations(analysis: Analysis, damping: float, tolerance: float, di
     if not size or not found.nodes.numel():
         return float(N)
     digits = math.log(1.0 / tolerance)
-    least = min(max(0.0, found.count_beyond(c * size) - directions) + digits / math.log(1.0 / c) for c in _RADII)
+    least = _by_count(found.count_beyond, size, tolerance, directions)
     lowest, highest = float(found.nodes.min()) + damping, float(found.nodes.max()) + damping
     if lowest > 0.0 and not directions:
         least = min(least, 0.5 * math.sqrt(highest / lowest) * (digits + math.log(2.0)))

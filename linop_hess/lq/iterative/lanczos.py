@@ -106,9 +106,55 @@ class Spectrum:
         """About how many eigenvalues of H are larger than `radius`: N times the weights of the nodes there."""
         return self.size * float(self.weights[self.nodes.abs() > radius].sum())
 
+    def least_beyond(self, radius: float) -> float:
+        """The same from below: each node's weight lies between its neighbours, so that of the innermost on either side may lie within.
+
+        Of the vector that the run began with this is a bound (the inequalities of Chebyshev, Markov and Stieltjes); of the count of
+        eigenvalues it is one as far as that vector is like the average of all.
+        """
+        upper, lower = (self.weights[self.nodes * sign > radius] for sign in (1.0, -1.0))
+        return self.size * float(upper[1:].sum() + lower[:-1].sum())
+
+
+class Probing:
+    """Lanczos on a random vector with full reorthogonalization, a few products at a time.
+
+    Parameters
+    ----------
+    product : callable
+    like : Tensor, shape (N,)
+    """
+
+    def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor) -> None:
+        self._product, self._size = product, like.numel()
+        drawn = torch.randn(like.numel(), generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu")
+        self._Q = [(drawn / drawn.norm()).to(like.dtype).to(like.device)]
+        self._alpha: list[float] = []
+        self._beta: list[float] = []
+
+    def after(self, steps: int) -> Spectrum:
+        """What is known after so many products, or as many as were taken already."""
+        while len(self._alpha) < min(steps, self._size) and len(self._Q) > len(self._alpha):
+            self._step()
+        alpha, beta = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (self._alpha, self._beta))
+        off = beta[: max(0, len(alpha) - 1)]
+        nodes, vectors = torch.linalg.eigh(torch.diag(alpha) + torch.diag(off, 1) + torch.diag(off, -1))
+        return Spectrum(nodes, vectors[0].square(), self._size)
+
+    def _step(self) -> None:
+        q = self._Q[-1]
+        w = self._product(q[:, None])[:, 0]
+        self._alpha.append(float(w @ q))
+        basis = torch.stack(self._Q)
+        for _ in range(2):
+            w = w - basis.mT @ (basis @ w)
+        self._beta.append(float(w.norm()))
+        if self._beta[-1] > SKETCH_SPANNED[q.dtype] * max(map(abs, self._alpha)):
+            self._Q.append(w / self._beta[-1])
+
 
 def spectrum(product: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> Spectrum:
-    """Lanczos on a random vector, with full reorthogonalization.
+    """Quadrature of H from that many products with a random vector.
 
     Parameters
     ----------
@@ -121,21 +167,4 @@ def spectrum(product: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> S
     -------
     Spectrum
     """
-    N = like.numel()
-    drawn = torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu")
-    q = (drawn / drawn.norm()).to(like.dtype).to(like.device)
-    Q, alpha, beta = [q], [], []
-    for _ in range(min(steps, N)):
-        w = product(Q[-1][:, None])[:, 0]
-        alpha.append(float(w @ Q[-1]))
-        basis = torch.stack(Q)
-        for _ in range(2):
-            w = w - basis.mT @ (basis @ w)
-        beta.append(float(w.norm()))
-        if not beta[-1] > SKETCH_SPANNED[like.dtype] * max(map(abs, alpha)):
-            break
-        Q.append(w / beta[-1])
-    off = torch.tensor(beta[: len(alpha) - 1], dtype=torch.float64, device="cpu")
-    T = torch.diag(torch.tensor(alpha, dtype=torch.float64, device="cpu")) + torch.diag(off, 1) + torch.diag(off, -1)
-    nodes, vectors = torch.linalg.eigh(T)
-    return Spectrum(nodes, vectors[0].square(), N)
+    return Probing(product, like).after(steps)

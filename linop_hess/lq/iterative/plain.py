@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.iterative.convergence import LEAST, PROBES, expected_iterations, product_of, product_seconds
+from linop_hess.lq.iterative.convergence import (
+    LEAST,
+    PROBES,
+    expected_iterations,
+    least_iterations,
+    product_of,
+    product_seconds,
+)
 from linop_hess.lq.iterative.gmres import vectors_nbytes
 from linop_hess.lq.iterative.options import Asked
 from linop_hess.lq.methods.base import Cost, Method
@@ -47,6 +54,10 @@ def forecast(analysis: Analysis, asked: Asked, worth: float) -> Cost:
     least = asked.right_hand_sides * LEAST
     if (PROBES + least) * each >= worth:
         return Cost(least * flops, nbytes, (PROBES + least) * each, at_least=True)
+    most = worth / (asked.right_hand_sides * each)
+    told = asked.right_hand_sides * least_iterations(analysis, asked.damping, asked.tolerance, 0, most)
+    if told * each > worth:
+        return Cost(told * flops, nbytes, told * each, at_least=True)
     iterations = expected_iterations(analysis, asked.damping, asked.tolerance)
     total = asked.right_hand_sides * iterations
     return Cost(total * flops, nbytes, total * each, iterations=round(iterations))

@@ -211,9 +211,8 @@ def make_plan(
     else:
         goal = default_tolerance(analysis.problem.dtype) if tolerance is None else tolerance
         asked = Asked(change.damping, right_hand_sides, goal, sketch or SketchOptions())
-        # Where an exact method is asked for by name, how many iterations others would take is not worth the look.
-        look = method in ("", "auto") or METHODS[method].forecast is not None
-        costs = _with_forecasts(change.analysis, asked, costs, available, look)
+        is_settled = method in METHODS and METHODS[method].exact
+        costs = _with_forecasts(change.analysis, asked, costs, available, 0.0 if is_settled else math.inf)
         costs = _as_definite(change.analysis, change.damping, costs)
     if precision == "single" and analysis.problem.dtype == torch.float64:
         costs = {name: cost if cost.precision or cost.why_not else _ONLY_DOUBLE for name, cost in costs.items()}
@@ -238,9 +237,12 @@ def _fitting(costs: dict[str, Cost], available: int) -> list[str]:
 
 
 def _with_forecasts(
-    analysis: Analysis, asked: Asked, known: dict[str, Cost], available: int, look: bool
+    analysis: Analysis, asked: Asked, known: dict[str, Cost], available: int, most: float
 ) -> dict[str, Cost]:
-    """The costs of all methods, of those that iterate too, as closely as it takes to choose; without a look that they take more."""
+    """The costs of all methods, of those that iterate too, as closely as it takes to choose: where that is settled, no product is made.
+
+    `most` is what looking closer is worth at most, in seconds.
+    """
     costs, why_not = dict(known), analysis.problem.why_no_chain
     for name, method in reversed(METHODS.items()):  # a method that needs no set-up first
         if method.forecast is None:
@@ -248,7 +250,8 @@ def _with_forecasts(
         if why_not and not method.of_matrix:
             costs[name] = Cost.impossible(why_not)
             continue
-        worth = min((costs[m].seconds for m in _fitting(costs, available)), default=math.inf) if look else 0.0
+        worth = min((costs[m].seconds for m in _fitting(costs, available)), default=math.inf)
+        worth = min(worth, most)
         costs[name] = method.forecast(analysis, asked, worth)
     return {name: costs[name] for name in METHODS}
 

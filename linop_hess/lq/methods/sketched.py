@@ -20,7 +20,13 @@ from linop_hess._memory import format_bytes
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.elimination.stage_factor import SegmentLoad, StageFactor, unwhiten, whiten
-from linop_hess.lq.iterative.convergence import LEAST, PROBES, expected_iterations, product_seconds
+from linop_hess.lq.iterative.convergence import (
+    LEAST,
+    PROBES,
+    expected_iterations,
+    least_iterations,
+    product_seconds,
+)
 from linop_hess.lq.iterative.gmres import vectors_nbytes
 from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.iterative.sketch import Sketch, Sketches, why_no_sketch
@@ -205,6 +211,10 @@ def forecast(analysis: Analysis, asked: Asked, worth: float) -> Cost:
     flops = plan.assembly + plan.elimination + plan.sweeps
     if setting_up + (PROBES + count * LEAST) * each >= worth:
         return Cost(flops, nbytes, setting_up + count * LEAST * each, at_least=True)
+    most = (worth - setting_up) / (count * each)
+    told = count * least_iterations(analysis, asked.damping, asked.tolerance, rank, most)
+    if setting_up + told * each > worth:
+        return Cost(flops, nbytes, setting_up + told * each, at_least=True)
     iterations = expected_iterations(analysis, asked.damping, asked.tolerance, rank)
     total = count * iterations
     flops += total * (1.0 + _APPLIED * share) * product_flops(problem)

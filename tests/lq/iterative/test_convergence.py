@@ -1,5 +1,7 @@
 """Iterations that are expected: no fewer than are made where eigenvalues are spread, and few where they are not."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from linop_hess import lq
 from linop_hess.lq.iterative.convergence import (
     LEAST,
     expected_iterations,
+    least_iterations,
     looks_definite,
     product_seconds,
     spectrum_of,
@@ -29,6 +32,24 @@ def test_directions_are_taken_off():
     assert LEAST <= sketched <= plain <= analysis.problem.size
     assert expected_iterations(analysis, 0.0, 1e-6) == analysis.problem.size
     assert analysis.once(spectrum_of) is analysis.once(spectrum_of)
+
+
+def test_too_many_are_told_by_few_products(monkeypatch):
+    """As many as are expected of all products, or fewer; none more is made once that is too many, and all where it is not."""
+    product, made = lq.Problem.hessian_product, []
+    monkeypatch.setattr(lq.Problem, "hessian_product", lambda self, *args: (made.append(0), product(self, *args))[1])
+    first = analyses()[0]
+    analysis = lq.Analysis(first.problem)
+    assert analysis.probe[0].shape[1] == len(made) == 1
+    few = least_iterations(analysis, 1e-3, 1e-14, 0, 10.0)
+    assert 10.0 < few <= expected_iterations(first, 1e-3, 1e-14) and len(made) - 21 < 8
+    many = len(made)
+    assert least_iterations(analysis, 1e3, 1e-14, 0, 1e9) == LEAST and many < len(made)
+    assert (
+        least_iterations(analysis, 1e-3, 1e-14, 0, math.inf) == LEAST == least_iterations(analysis, 0.0, 1e-14, 0, 1.0)
+    )
+    analysis.once(spectrum_of)
+    assert least_iterations(analysis, 1e-3, 1e-14, 0, 10.0) == LEAST  # all is known: ask what is expected
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from linop_hess.lq.iterative.lanczos import krylov_basis, spectrum
+from linop_hess.lq.iterative.lanczos import Probing, krylov_basis, spectrum
 
 N = 120
 
@@ -49,3 +49,27 @@ def test_counts_of_eigenvalues():
     assert found.count_beyond(0.5) == pytest.approx(40, rel=0.4)
     assert float(found.nodes.max()) == pytest.approx(3.0, rel=1e-2)
     assert found.count_beyond(10.0) == 0.0
+
+
+@pytest.mark.parametrize("radius", [0.02, 0.3, 1.5])
+def test_counts_from_below(radius):
+    """The measure of the vector that the run begins with, by eigenvectors, is never exceeded, and come close to."""
+    values = np.r_[np.linspace(1.0, 3.0, 30), -np.ones(10), np.geomspace(1e-3, 0.5, N - 40)]
+    H, Q = matrix(values)
+    probing = Probing(lambda X: H @ X, H[0])
+    q = torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    of_q = ((Q.mT @ q) / q.norm()).square()
+    true = N * float(of_q[torch.as_tensor(np.abs(values) > radius)].sum())
+    told = [probing.after(steps).least_beyond(radius) for steps in (1, 3, 6, 12, 30)]
+    assert max(told) <= true * (1 + 1e-10) and told[-1] > 0.6 * true
+    assert told[0] == 0.0 and probing.after(2).nodes.numel() == 30  # none is taken back
+
+
+def test_a_run_goes_on_where_it_ended():
+    H, _ = matrix(np.geomspace(1.0, 1e-2, N))
+    calls = []
+    probing = Probing(lambda X: (calls.append(0), H @ X)[1], H[0])
+    for steps in (4, 9, 9, 5):
+        found = probing.after(steps)
+    whole = spectrum(lambda X: H @ X, H[0], 9)
+    assert len(calls) == 9 and torch.equal(found.nodes, whole.nodes) and torch.equal(found.weights, whole.weights)
