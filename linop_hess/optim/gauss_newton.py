@@ -129,6 +129,10 @@ class GaussNewton(TrialOptimizer):
             sharpness=sharpness,
         )
 
+    @property
+    def _form(self) -> str:
+        return f"{super()._form} ({self.form})"
+
     def _local_model(self, objective: Objective, tally: Tally) -> LocalModel:
         if not objective.has_output:
             raise TypeError(

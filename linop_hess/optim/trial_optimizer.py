@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -153,7 +153,7 @@ class TrialOptimizer(CurvatureOptimizer):
             self.damping.refused()
             return StepRecord(number, loss, loss, reason=first_line(error), damping=self.damping.value)
         parameters = list(self.named_parameters().values())
-        self._course.begin(loss, parameters)
+        self._course.begin(loss, parameters, objective.data)
         point = Point(objective, parameters)
         rates, ratio, tried, reason = self._rates(), math.nan, self.damping.value, ""
         try:
@@ -207,10 +207,16 @@ class TrialOptimizer(CurvatureOptimizer):
     def _curvature_state(self) -> dict[str, Any]:
         return {**super()._curvature_state(), "damping": self.damping.state_dict(), "course": self._course.state_dict()}
 
-    def _load_curvature_state(self, state: dict[str, Any]) -> None:
+    def _require_state(self, state: Mapping[str, Any]) -> None:
+        super()._require_state(state)
+        self.damping.require_state(state["damping"])
+
+    def _load_curvature_state(self, state: Mapping[str, Any]) -> None:
         super()._load_curvature_state(state)
         self.damping.load_state_dict(state["damping"])
-        self._course.load_state_dict(state["course"])
+        self._course = Course()
+        if "course" in state:
+            self._course.load_state_dict(state["course"])
 
 
 _NO_SLOPE = "the gradient is zero"
