@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import Nonsmooth, finite_real, require_loss_fn
+from linop_hess._validate import Nonsmooth, finite_real, require_dtype, require_loss_fn
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.optim.objective import Loss, Objective, objective_of
@@ -125,7 +125,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            If the model has other parameters than those the optimizer was made with.
+            If the model has other parameters than those the optimizer was made with, or one is frozen since.
+        TypeError
+            If one is neither in float32 nor in float64.
         """
         mine = {id(p): p for group in self.param_groups for p in group["params"]}
         found = {name: p for name, p in self.model.named_parameters() if id(p) in mine}
@@ -136,6 +138,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 "replaced; make a new optimizer"
             )
         for name, p in found.items():
+            if not p.requires_grad:
+                raise ValueError(
+                    f"expected trainable parameters, got {name}, which is frozen (requires_grad=False) since the optimizer was made: call "
+                    ".requires_grad_() on it, or make a new optimizer without it"
+                )
+            require_dtype(p.dtype, f"parameter {name!r}")
             if p.shape != self._shapes[id(p)][1]:
                 raise ValueError(
                     f"expected {name} of shape {tuple(self._shapes[id(p)][1])}, got {tuple(p.shape)}: make a new optimizer"
@@ -153,8 +161,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return objective_of(self.named_parameters(), self.model, self.loss_fn, data, targets)
 
     def _rates(self) -> Tensor | None:
-        """The rate of each entry of a flat vector; None where all are 1."""
-        rates = {id(p): _rate(group["lr"]) for group in self.param_groups for p in group["params"]}
+        """The rate of each entry of a flat vector, which a scheduler may have taken to 0; None where all are 1."""
+        rates = {id(p): _rate(group["lr"], or_zero=True) for group in self.param_groups for p in group["params"]}
         if all(rate == 1.0 for rate in rates.values()):
             return None
         parts = [
@@ -255,8 +263,8 @@ def first_line(error: BaseException) -> str:
     return str(error).split(";")[0].split("\n")[0] or type(error).__name__
 
 
-def _rate(lr: Any) -> float:
+def _rate(lr: Any, or_zero: bool = False) -> float:
     rate = finite_real(lr, "lr")
-    if not rate > 0.0:
+    if not rate > 0.0 and not (or_zero and rate == 0.0):
         raise ValueError(f"expected a positive rate lr, got {lr!r}: pass 1.0 for full steps")
     return rate

@@ -322,7 +322,13 @@ def objective_of(
     ------
     TypeError
         If a closure returns neither ``(output, target)`` nor a scalar tensor, or a loss function is missing.
+    ValueError
+        If a closure calls ``backward()``.
     """
+    if data is NOT_GIVEN:
+        raise TypeError(
+            "expected step(inputs, targets) or step(closure), got nothing: pass a batch; backward() need not be called before"
+        )
     if targets is not NOT_GIVEN or not callable(data):
         if targets is NOT_GIVEN:
             raise TypeError(
@@ -335,7 +341,15 @@ def objective_of(
             )
         return Batch(parameters, model, _needed(loss_fn), data, targets)
     with torch.no_grad():
-        calls, found = _watched(model, data)
+        try:
+            calls, found = _watched(model, data)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ValueError(
+                "expected a closure that computes the loss alone, got one that differentiates it: leave backward() out, the optimizer "
+                "differentiates; what else is differentiated on the way needs torch.enable_grad()"
+            ) from error
     if isinstance(found, Tensor):
         _number(found)
         return Scalar(parameters, data)

@@ -135,7 +135,7 @@ class PreconditionedSGD(CurvatureOptimizer):
             weight_decay=weight_decay,
         )
 
-    def step(self, inputs: Any, targets: Any = NOT_GIVEN) -> float:  # type: ignore[override]
+    def step(self, inputs: Any = NOT_GIVEN, targets: Any = NOT_GIVEN) -> float:  # type: ignore[override]
         """Take one step on a mini-batch, or refuse it.
 
         Parameters
