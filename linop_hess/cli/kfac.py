@@ -74,7 +74,7 @@ class _Kronecker:
         ]
         step = -torch.cat([part.reshape(-1) for part in inverse @ parts])
         # The length at which the exact quadratic model, damped, is least.
-        image = self._model.product(step)
+        image = self._model.product(step[:, None])[:, 0]
         slope, bend = float(g @ step), float(step @ image)
         a = -slope / (bend + damping * float(step @ step))
         return a * step, a * slope + 0.5 * a * a * bend

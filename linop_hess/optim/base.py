@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linop_hess._validate import Nonsmooth, finite_real, require_loss_fn
+from linop_hess._validate import Nonsmooth, finite_real, require_dtype, require_loss_fn
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.optim.objective import Loss, Objective, objective_of
@@ -17,6 +17,9 @@ from linop_hess.optim.record import StepRecord, Tally
 
 FAILURES = (FactorizationError, SingularPivotError, torch.linalg.LinAlgError, OverflowError)
 """How factorizations and solves fail, for which a step is refused."""
+
+
+_OF_ONE = ("_optimizer_", "_opt_called")  # hooks, and the mark of a scheduler
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -122,7 +125,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            If the model has other parameters than those the optimizer was made with.
+            If the model has other parameters than those the optimizer was made with, or one is frozen since.
+        TypeError
+            If one is neither in float32 nor in float64.
         """
         mine = {id(p): p for group in self.param_groups for p in group["params"]}
         found = {name: p for name, p in self.model.named_parameters() if id(p) in mine}
@@ -133,6 +138,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 "replaced; make a new optimizer"
             )
         for name, p in found.items():
+            if not p.requires_grad:
+                raise ValueError(
+                    f"expected trainable parameters, got {name}, which is frozen (requires_grad=False) since the optimizer was made: call "
+                    ".requires_grad_() on it, or make a new optimizer without it"
+                )
+            require_dtype(p.dtype, f"parameter {name!r}")
             if p.shape != self._shapes[id(p)][1]:
                 raise ValueError(
                     f"expected {name} of shape {tuple(self._shapes[id(p)][1])}, got {tuple(p.shape)}: make a new optimizer"
@@ -150,8 +161,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return objective_of(self.named_parameters(), self.model, self.loss_fn, data, targets)
 
     def _rates(self) -> Tensor | None:
-        """The rate of each entry of a flat vector; None where all are 1."""
-        rates = {id(p): _rate(group["lr"]) for group in self.param_groups for p in group["params"]}
+        """The rate of each entry of a flat vector, which a scheduler may have taken to 0; None where all are 1."""
+        rates = {id(p): _rate(group["lr"], or_zero=True) for group in self.param_groups for p in group["params"]}
         if all(rate == 1.0 for rate in rates.values()):
             return None
         parts = [
@@ -165,29 +176,85 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self.records.append(tally.completed(record))
         return record.loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but hooks, and what a scheduler has put around `step`, as of any optimizer; here with the model, for copies and pickles."""
+        state = {name: value for name, value in vars(self).items() if not name.startswith(_OF_ONE) and name != "step"}
+        return {**state, "_shapes": [self._shapes[id(p)] for group in self.param_groups for p in group["params"]]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_shapes" in state:
+            parameters = (p for group in self.param_groups for p in group["params"])
+            self._shapes = {id(p): known for p, known in zip(parameters, state["_shapes"], strict=True)}
+
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer, and under "curvature" what the damping has come to; records are not stored."""
+        """As of any optimizer, and under "curvature" all else that the next step depends on.
+
+        That is the damping, and where the last steps led: the last one, the least loss, and the parameters there, as many numbers as the
+        model has twice. Records, and what is made anew at each step, are not stored.
+        """
         return {**super().state_dict(), "curvature": self._curvature_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a stored state.
+        """Go on from a stored state, or change nothing where it does not fit.
+
+        A state that an earlier version has stored may tell less than all, and what it does not tell begins anew.
 
         Raises
         ------
         KeyError
-            If it is that of another optimizer.
+            If it is that of another optimizer, or one without its damping.
+        ValueError
+            If it is that of an optimizer of another class or form, or of parameters of other shapes.
         """
-        if "curvature" not in state_dict:
+        if not isinstance(state_dict.get("curvature"), Mapping):
             raise KeyError(
                 f"expected the state of a {type(self).__name__}, got one without its damping: it was stored by another optimizer"
             )
+        self._require_state(state_dict["curvature"])
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "curvature"})
         self._load_curvature_state(state_dict["curvature"])
 
-    def _curvature_state(self) -> dict[str, Any]:
-        return {"steps": self._steps}
+    @property
+    def _form(self) -> str:
+        """Whose states are understood."""
+        return type(self).__name__
 
-    def _load_curvature_state(self, state: dict[str, Any]) -> None:
+    def _curvature_state(self) -> dict[str, Any]:
+        shapes = [list(p.shape) for p in self._stored_parameters()]
+        return {"steps": self._steps, "optimizer": self._form, "shapes": shapes}
+
+    def _stored_parameters(self) -> list[Tensor]:
+        """The parameters in the order in which they are numbered in states."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _require_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that is another's.
+
+        Raises
+        ------
+        KeyError
+            If it does not have what is needed.
+        ValueError
+            If it is that of an optimizer of another class or form, or of parameters of other shapes.
+        """
+        if missing := {"steps", "damping"} - set(state):
+            raise KeyError(
+                f"expected the state of a {self._form}, got one without {sorted(missing)}: it was stored by another optimizer"
+            )
+        form, mine = state.get("optimizer", self._form), [list(p.shape) for p in self._stored_parameters()]
+        if form != self._form:
+            raise ValueError(f"expected the state of a {self._form}, got that of a {form}: load it into one of these")
+        if (shapes := state.get("shapes", mine)) != mine:
+            other = next(
+                (pair for pair in zip(mine, shapes, strict=False) if pair[0] != pair[1]), (len(mine), len(shapes))
+            )
+            raise ValueError(
+                f"expected the state of these parameters, got that of others, {other[1]} where these have {other[0]}: make the optimizer "
+                "of the same model and groups"
+            )
+
+    def _load_curvature_state(self, state: Mapping[str, Any]) -> None:
         self._steps = int(state["steps"])
 
 
@@ -196,8 +263,8 @@ def first_line(error: BaseException) -> str:
     return str(error).split(";")[0].split("\n")[0] or type(error).__name__
 
 
-def _rate(lr: Any) -> float:
+def _rate(lr: Any, or_zero: bool = False) -> float:
     rate = finite_real(lr, "lr")
-    if not rate > 0.0:
+    if not rate > 0.0 and not (or_zero and rate == 0.0):
         raise ValueError(f"expected a positive rate lr, got {lr!r}: pass 1.0 for full steps")
     return rate

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Protocol
 
 from linop_hess._validate import finite_real
@@ -86,12 +87,23 @@ class Damping(ABC):
         KeyError
             If it is that of another strategy.
         """
-        mine = self.state_dict()
-        if set(mine) != set(state):
-            raise KeyError(
-                f"expected the state of {type(self).__name__} ({sorted(mine)}), got {sorted(state)}: use the same damping"
-            )
+        self.require_state(state)
         vars(self).update(state)
+
+    def require_state(self, state: object) -> None:
+        """Refuse a state that is another's.
+
+        Raises
+        ------
+        KeyError
+            If it is that of another strategy.
+        """
+        mine = self.state_dict()
+        if not isinstance(state, Mapping) or set(mine) != set(state):
+            got = sorted(state) if isinstance(state, Mapping) else f"a {type(state).__name__}"
+            raise KeyError(
+                f"expected the state of {type(self).__name__} ({sorted(mine)}), got {got}: use the same damping"
+            )
 
 
 class Fixed(Damping):

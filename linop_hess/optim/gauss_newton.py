@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from math import prod
 from typing import Any
@@ -12,7 +12,6 @@ from torch import nn
 
 from linop_hess._validate import Nonsmooth, finite_real, true_or_false
 from linop_hess.autograd.calling import takes_parameters
-from linop_hess.autograd.snapshot import buffers_of, changed_buffers, put_buffers_back
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.lq.methods.plan import METHODS, make_plan
 from linop_hess.optim.damping import TOLERANCE, Damping, DelayedGratification, GainRatio, as_damping
@@ -129,6 +128,10 @@ class GaussNewton(TrialOptimizer):
             sharpness=sharpness,
         )
 
+    @property
+    def _form(self) -> str:
+        return f"{super()._form} ({self.form})"
+
     def _local_model(self, objective: Objective, tally: Tally) -> LocalModel:
         if not objective.has_output:
             raise TypeError(
@@ -158,7 +161,7 @@ class GaussNewton(TrialOptimizer):
         found, why = None, "a loss of (output, target), one tensor as output, and nonsmooth='generalized'"
         if objective.shape and not takes_parameters(self.loss_fn) and self._linearize.nonsmooth == "generalized":
             try:
-                found = self._unchanged(partial(function_space, objective, tally, objective.shape[0]))
+                found = function_space(objective, tally, objective.shape[0])
             except MemoryError:
                 if is_asked:
                     raise
@@ -170,19 +173,6 @@ class GaussNewton(TrialOptimizer):
             raise UnsupportedModelError(f'expected {why} for method="{FUNCTION_SPACE}", got others: use method="auto"')
         self._by_rows[objective.shape] = found is not None
         return found if is_asked or found is None or found.is_convex else None
-
-    def _unchanged(self, make: Callable[[], FunctionSpace | None]) -> FunctionSpace | None:
-        """What `make` makes, of a model that leaves its buffers alone; they are put back."""
-        before = buffers_of(self.model)
-        found = make()
-        changed = changed_buffers(self.model, before)
-        put_buffers_back(self.model, before)
-        if found is not None and changed:
-            raise UnsupportedModelError(
-                f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: call "
-                "model.eval() first"
-            )
-        return found
 
     def _is_cheap(self, objective: Objective) -> bool:
         shape = objective.shape or torch.Size([0])

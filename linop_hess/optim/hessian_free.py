@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,6 +88,13 @@ class HessianFree(TrialOptimizer):
         """Add a group of parameters; CG starts from zero again. Raises as `CurvatureOptimizer.add_param_group`."""
         super().add_param_group(param_group)
         self._start = None
+
+    def _curvature_state(self) -> dict[str, Any]:
+        return {**super()._curvature_state(), "start": self._start}
+
+    def _load_curvature_state(self, state: Mapping[str, Any]) -> None:
+        super()._load_curvature_state(state)
+        self._start = state.get("start")
 
     def _local_model(self, objective: Objective, tally: Tally) -> LocalModel:
         return _Conjugate(self, ProductModel(*objective.gauss_newton(), tally), tally)

@@ -35,12 +35,14 @@ class Objective(ABC):
     ----------
     shape : torch.Size or None
         Of the output when the loss was last computed; None if it is no tensor, or not told from the loss.
+    data : tuple
+        What is known of inputs and targets: two objectives with others are two.
     """
 
     shape: torch.Size | None = None
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = dict(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], data: tuple[Any, ...] = ()) -> None:
+        self._parameters, self.data = dict(parameters), data
 
     @property
     def leaves(self) -> list[nn.Parameter]:
@@ -87,7 +89,7 @@ class Objective(ABC):
             If the loss is no scalar tensor, or not differentiable by any parameter.
         """
         leaves = self.leaves
-        with twice_differentiable("the closure", leaves[0].device), torch.enable_grad():
+        with twice_differentiable("the closure", leaves[0].device), torch.enable_grad(), _kept_apart(leaves):
             loss = self._compute()
             value = _number(loss)
             if not loss.requires_grad:
@@ -130,12 +132,7 @@ class Objective(ABC):
             If the output is not told from the loss, or is no tensor, or the loss depends on parameters in another way than by it.
         """
         leaves = self.leaves
-        # Trial points move parameters in place, which the graph of this point must not see.
-        mine = {p.untyped_storage().data_ptr() for p in leaves}
-        kept = saved_tensors_hooks(
-            lambda t: t.detach().clone() if t.untyped_storage().data_ptr() in mine else t, lambda t: t
-        )
-        with twice_differentiable("the model", leaves[0].device), torch.enable_grad(), kept:
+        with twice_differentiable("the model", leaves[0].device), torch.enable_grad(), _kept_apart(leaves):
             output, loss_of = self.parts()
             if not isinstance(output, Tensor):
                 raise TypeError(
@@ -193,7 +190,7 @@ class Batch(Objective):
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any
     ) -> None:
-        super().__init__(parameters)
+        super().__init__(parameters, (inputs, targets))
         self._model, self._loss_fn, self._inputs, self._targets = model, loss_fn, inputs, targets
 
     def _compute(self) -> Any:
@@ -236,7 +233,7 @@ class Closure(Objective):
         closure: Callable[[], Any],
         target: Any,
     ) -> None:
-        super().__init__(parameters)
+        super().__init__(parameters, (target,))
         self._called, self._loss_fn, self._closure, self._target = (
             _Called(model, self.output),
             loss_fn,
@@ -287,6 +284,14 @@ class Scalar(Objective):
         return False
 
 
+def _kept_apart(leaves: Sequence[Tensor]) -> saved_tensors_hooks:
+    """Where graphs are recorded whose point trial points leave: they move parameters in place, of which a graph keeps copies here."""
+    mine = {p.untyped_storage().data_ptr() for p in leaves}
+    return saved_tensors_hooks(
+        lambda t: t.detach().clone() if t.untyped_storage().data_ptr() in mine else t, lambda t: t
+    )
+
+
 def slope_by_output(loss: Tensor, state: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
     """Derivatives of a loss by the output of which it was computed, with their graph; None where it depends on parameters past that.
 
@@ -317,7 +322,13 @@ def objective_of(
     ------
     TypeError
         If a closure returns neither ``(output, target)`` nor a scalar tensor, or a loss function is missing.
+    ValueError
+        If a closure calls ``backward()``.
     """
+    if data is NOT_GIVEN:
+        raise TypeError(
+            "expected step(inputs, targets) or step(closure), got nothing: pass a batch; backward() need not be called before"
+        )
     if targets is not NOT_GIVEN or not callable(data):
         if targets is NOT_GIVEN:
             raise TypeError(
@@ -330,7 +341,15 @@ def objective_of(
             )
         return Batch(parameters, model, _needed(loss_fn), data, targets)
     with torch.no_grad():
-        calls, found = _watched(model, data)
+        try:
+            calls, found = _watched(model, data)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ValueError(
+                "expected a closure that computes the loss alone, got one that differentiates it: leave backward() out, the optimizer "
+                "differentiates; what else is differentiated on the way needs torch.enable_grad()"
+            ) from error
     if isinstance(found, Tensor):
         _number(found)
         return Scalar(parameters, data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ class PreconditionedSGD(CurvatureOptimizer):
             weight_decay=weight_decay,
         )
 
-    def step(self, inputs: Any, targets: Any = NOT_GIVEN) -> float:  # type: ignore[override]
+    def step(self, inputs: Any = NOT_GIVEN, targets: Any = NOT_GIVEN) -> float:  # type: ignore[override]
         """Take one step on a mini-batch, or refuse it.
 
         Parameters
@@ -250,7 +250,18 @@ class PreconditionedSGD(CurvatureOptimizer):
     def _curvature_state(self) -> dict[str, Any]:
         return {**super()._curvature_state(), "damping": self.damping_value}
 
-    def _load_curvature_state(self, state: dict[str, Any]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        """As of all optimizers here; inverses are made anew, as after `load_state_dict`."""
+        return {**super().__getstate__(), "_inverses": deque(maxlen=self._inverses.maxlen), "_mean": None}
+
+    def _require_state(self, state: Mapping[str, Any]) -> None:
+        super()._require_state(state)
+        if isinstance(state["damping"], Mapping):
+            raise KeyError(
+                f"expected the state of a {self._form}, got one whose damping is a strategy: it was stored by another optimizer"
+            )
+
+    def _load_curvature_state(self, state: Mapping[str, Any]) -> None:
         super()._load_curvature_state(state)
         self.damping_value = float(state["damping"])
         self._forget()

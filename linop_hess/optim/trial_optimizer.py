@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from linop_hess._validate import true_or_false, whole
 from linop_hess.autograd.calling import NOT_GIVEN
+from linop_hess.autograd.snapshot import buffers_of, changed_buffers, put_buffers_back
 from linop_hess.errors import NotFiniteError, UnsupportedModelError
 from linop_hess.lq.accuracy import LOSS_REPEATS
 from linop_hess.optim.base import FAILURES, CurvatureOptimizer, first_line
@@ -91,7 +92,7 @@ class TrialOptimizer(CurvatureOptimizer):
             If a derivative is NaN or infinite.
         """
 
-    def step(self, inputs: Any, targets: Any = NOT_GIVEN) -> float:  # type: ignore[override]
+    def step(self, inputs: Any = NOT_GIVEN, targets: Any = NOT_GIVEN) -> float:  # type: ignore[override]
         """Take one step, or refuse it.
 
         Parameters
@@ -114,9 +115,9 @@ class TrialOptimizer(CurvatureOptimizer):
             else, or the model has other parameters than before.
         """
         tally = Tally()
-        objective = self._objective(inputs, targets)
+        objective, loss = self._at_first(inputs, targets)
         with torch.no_grad():
-            return self._recorded(self._tried(objective, tally), tally)
+            return self._recorded(self._tried(objective, loss, tally), tally)
 
     @torch.no_grad()
     def return_to_least(self) -> float:
@@ -139,9 +140,24 @@ class TrialOptimizer(CurvatureOptimizer):
         self._course.back(parameters)
         return self._course.least
 
-    def _tried(self, objective: Objective, tally: Tally) -> StepRecord:
-        number = self._steps + 1
+    def _at_first(self, inputs: Any, targets: Any) -> tuple[Objective, float]:
+        """The objective and its loss, of a model that leaves its buffers alone; they are put back."""
+        before = buffers_of(self.model)
+        objective = self._objective(inputs, targets)
         loss = objective.loss()
+        changed = changed_buffers(self.model, before)
+        put_buffers_back(self.model, before)
+        if changed:
+            raise UnsupportedModelError(
+                f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: call "
+                "model.eval() first"
+            )
+        return objective, loss
+
+    def _tried(self, objective: Objective, loss: float, tally: Tally) -> StepRecord:
+        number, rates = self._steps + 1, self._rates()
+        if rates is not None and not bool(rates.any()):
+            return StepRecord(number, loss, loss, reason="the rate lr is zero", damping=self.damping.value)
         if not math.isfinite(loss):
             self.damping.refused()
             return StepRecord(number, loss, reason="the loss is not finite", damping=self.damping.value)
@@ -153,9 +169,9 @@ class TrialOptimizer(CurvatureOptimizer):
             self.damping.refused()
             return StepRecord(number, loss, loss, reason=first_line(error), damping=self.damping.value)
         parameters = list(self.named_parameters().values())
-        self._course.begin(loss, parameters)
+        self._course.begin(loss, parameters, objective.data)
         point = Point(objective, parameters)
-        rates, ratio, tried, reason = self._rates(), math.nan, self.damping.value, ""
+        ratio, tried, reason = math.nan, self.damping.value, ""
         try:
             for _ in range(self.max_trials):
                 tried = self.damping.value
@@ -207,10 +223,16 @@ class TrialOptimizer(CurvatureOptimizer):
     def _curvature_state(self) -> dict[str, Any]:
         return {**super()._curvature_state(), "damping": self.damping.state_dict(), "course": self._course.state_dict()}
 
-    def _load_curvature_state(self, state: dict[str, Any]) -> None:
+    def _require_state(self, state: Mapping[str, Any]) -> None:
+        super()._require_state(state)
+        self.damping.require_state(state["damping"])
+
+    def _load_curvature_state(self, state: Mapping[str, Any]) -> None:
         super()._load_curvature_state(state)
         self.damping.load_state_dict(state["damping"])
-        self._course.load_state_dict(state["course"])
+        self._course = Course()
+        if "course" in state:
+            self._course.load_state_dict(state["course"])
 
 
 _NO_SLOPE = "the gradient is zero"

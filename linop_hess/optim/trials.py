@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -81,16 +81,22 @@ class Course:
     def __init__(self) -> None:
         self.least, self.kept = math.inf, list[Tensor]()
         self._loss, self._step = math.nan, torch.zeros(0, dtype=torch.float64, device="cpu")
+        self._data: tuple[Any, ...] | None = None
 
-    def begin(self, loss: float, parameters: list[nn.Parameter]) -> None:
-        """Begin a step at a loss; where the last one did not end at it the objective is another, and all is forgotten."""
+    def begin(self, loss: float, parameters: list[nn.Parameter], data: tuple[Any, ...] = ()) -> None:
+        """Begin a step at a loss; where the last one did not end at it, or had other data, the objective is another: all is forgotten.
+
+        Data that were overwritten in place, and those of a closure that tells nothing of its inputs, are told by the loss alone.
+        """
         if (
             not 0.0 < abs(loss)
             or not abs(loss - self._loss) <= LOSS_REPEATS * abs(loss)
             or self._size(parameters) != self._step.numel()
+            or not (self._data is None or _equal(data, self._data))
         ):
             self.least, self._step = math.inf, torch.zeros(0, dtype=torch.float64, device="cpu")
             self.went(self._step, loss, parameters)
+        self._data = data
 
     def leads(self, step: Tensor, loss: float, bold: float) -> bool:
         """Whether (1 − cos β)ᵇ times the loss is at most the least so far, β the angle to the last step, and no loss is below zero."""
@@ -114,17 +120,36 @@ class Course:
             p.copy_(kept)
         self._step, self._loss = torch.zeros(0, dtype=torch.float64, device="cpu"), self.least
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_data": None}
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""
         return {"least": self.least, "kept": self.kept, "loss": self._loss, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a stored state."""
+        """Go on from a stored state; its data are those of the next step."""
         self.least, self.kept, self._loss, self._step = (state[name] for name in ("least", "kept", "loss", "step"))
+        self._data = None
 
     @staticmethod
     def _size(parameters: list[nn.Parameter]) -> int:
         return sum(p.numel() for p in parameters)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two nests hold the same tensors and numbers; what else they hold is taken to be the same where it is of one type."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b if isinstance(a, int | float | str) else True
 
 
 Try = Callable[[], tuple[Tensor, float, float, str]]

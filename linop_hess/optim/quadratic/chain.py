@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from linop_hess._validate import Nonsmooth
@@ -35,6 +37,10 @@ class Linearizer:
         self._second = SecondDerivatives.of(nonsmooth, sharpness, "autograd")
         self.nonsmooth, self.sharpness = nonsmooth, checked_sharpness(nonsmooth, sharpness)
         self._told: Told | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was told, which is a graph: it is recorded anew."""
+        return {**vars(self), "_told": None}
 
     def __call__(self, objective: Objective) -> Linearization:
         """Linearize one; what it raises is what `linop_hess.linearize` does."""
