@@ -226,6 +226,12 @@ def cross_attention(samples: int) -> Case:
 
 
 @case
+def cross_attention_multihead(samples: int) -> Case:
+    model = layers.LearnedQueries()
+    return classifier(model, normal(samples, 3, 4), samples, 8 + 20 + 80 + 27, "learned queries, nn.MultiheadAttention")
+
+
+@case
 def gpt_tied(samples: int) -> Case:
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         return f.cross_entropy(output.flatten(0, 1), target.flatten())

@@ -130,7 +130,7 @@ class DenseStage(Stage):
     def _per_sample(self, blocks: Tensor, v: Tensor) -> Tensor:
         k = v.shape[-1]
         if k == 1:  # as rows: batches of products with one column take torch up to seven times as long
-            rows = v.reshape(self.count, blocks.shape[1], -1, blocks.shape[-1])
+            rows = v.reshape(self.count, blocks.shape[1], self.samples // blocks.shape[1], blocks.shape[-1])
             return (rows @ blocks.mT).reshape(self.count, self.samples * blocks.shape[-2], 1)
         product = blocks @ v.reshape(self.count, self.samples, blocks.shape[-1], k)
         return product.reshape(self.count, self.samples * blocks.shape[-2], k)

@@ -53,6 +53,8 @@ class TestDense(StageConformance):
             "row space of low rank": {"p": 5, "o": 3, "curved": "BC", "low_rank": True},
             "row space, no coupling": {"p": 5, "curved": "C"},
             "samples": {"m": 3},
+            "samples, no state before": {"m": 3, "i": 0, "curved": "A"},
+            "samples, no state before, shared": {"m": 3, "i": 0, "curved": "A", "shared": True},
             "samples, shared": {"m": 3, "shared": True, "curved": "BC", "p": 2},
             "samples, row space": {"m": 2, "p": 7, "curved": "B"},
             "no controls": {"p": 0, "curved": "C", "m": 2},
