@@ -125,8 +125,8 @@ class SegmentGroup:
             space=self.space.take(which),
             free=tuple(stage.take(which) for stage in self.free),
             x_slots=self.x_slots.take(which),
-            unit_in=self.unit_in[which],
-            unit_out=self.unit_out[which],
+            in_slots=self.in_slots.take(which),
+            out_slots=self.out_slots.take(which),
         )
 
     @cached_property
