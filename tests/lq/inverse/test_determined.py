@@ -8,9 +8,9 @@ from linop_hess import HessianInverse, lq
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.inverse.determined import determined, looks_singular
 from linop_hess.lq.pivots.inertia import Inertia
-from tests.lq.inverse.test_structured import SINGULAR
 from tests.lq.methods.conformance import setting
 from tests.lq.problems import of_blocks, pendulum, random_blocks
+from tests.lq.solve.test_structured import SINGULAR
 
 
 @pytest.mark.parametrize(
