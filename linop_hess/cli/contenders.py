@@ -152,6 +152,14 @@ def _uphill(kind: Callable[..., Any], model: nn.Module, loss_fn: Any, **how: Any
     return kind(model, loss_fn, damping=DelayedGratification(1.0), **how)
 
 
+def _early(model: nn.Module, loss_fn: Any, **how: Any) -> HessianFree:
+    """CG that ends early, which damps by itself, so that λ may fall as far as it will."""
+    return HessianFree(model, loss_fn, damping=DelayedGratification(), tolerance=_EARLY, **how)
+
+
+_EARLY = 5e-3
+
+
 def _control(method: Callable[..., Any], **how: Any) -> Callable[[ShootingTask, Trace, float | None], None]:
     def steps(task: ShootingTask, trace: Trace, rate: float | None) -> None:
         def watch(record: ControlRecord) -> None:
@@ -192,6 +200,7 @@ LEARNING: dict[str, Contender] = {
     "gauss-newton-geodesic": Contender("GaussNewton, geodesic", _curved(_geodesic)),
     "saddle-free-uphill": Contender("SaddleFree, uphill", _curved(partial(_uphill, SaddleFree))),
     "gauss-newton-uphill": Contender("GaussNewton, uphill", _curved(partial(_uphill, GaussNewton))),
+    "hessian-free-uphill": Contender("Hessian-free CG, uphill", _curved(_early), why_not=_why_no_tensor),
     "saddle-free-smooth": Contender("SaddleFree, smooth", _curved(_smooth, _sharper)),
     "trust-region": Contender("TrustRegion", _curved(TrustRegion)),
     "preconditioned-sgd": Contender("PreconditionedSGD", _curved(PreconditionedSGD), (3e-2, 1e-1, 3e-1)),

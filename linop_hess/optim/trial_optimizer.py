@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from linop_hess._validate import true_or_false, whole
 from linop_hess.autograd.calling import NOT_GIVEN
-from linop_hess.autograd.snapshot import buffers_of, changed_buffers, put_buffers_back
+from linop_hess.autograd.snapshot import buffers_of, changed_buffers
 from linop_hess.errors import NotFiniteError, UnsupportedModelError
 from linop_hess.lq.accuracy import LOSS_REPEATS
 from linop_hess.optim.base import FAILURES, CurvatureOptimizer, first_line
@@ -141,13 +141,11 @@ class TrialOptimizer(CurvatureOptimizer):
         return self._course.least
 
     def _at_first(self, inputs: Any, targets: Any) -> tuple[Objective, float]:
-        """The objective and its loss, of a model that leaves its buffers alone; they are put back."""
+        """The objective and its loss, of a model that leaves its buffers alone."""
         before = buffers_of(self.model)
         objective = self._objective(inputs, targets)
         loss = objective.loss()
-        changed = changed_buffers(self.model, before)
-        put_buffers_back(self.model, before)
-        if changed:
+        if changed := changed_buffers(self.model, before):
             raise UnsupportedModelError(
                 f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: call "
                 "model.eval() first"

@@ -3,7 +3,7 @@
 A network of 12 layers of 12, float64, cross entropy, batches of 64, 8 epochs; the loss of all 1,797 images after each epoch. "best" is the
 least of them. Rates of Adam and SGD come from a grid, by the median over the same seeds.
 
-Run: python tests/benchmarks/minibatch.py [--seeds 3] [--activations tanh,relu] [--rows chosen,options,others,same-seconds]
+Run: python tests/benchmarks/minibatch.py [--seeds 3] [--activations tanh,relu] [--rows chosen,options,others,same-seconds,streams]
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from common import machine, print_table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from linop_hess.optim import PreconditionedSGD
+from linop_hess.optim import DelayedGratification, GainRatio, GaussNewton, PreconditionedSGD
+from linop_hess.optim.base import CurvatureOptimizer
 
 LOSS = nn.CrossEntropyLoss()
 BATCH, EPOCHS = 64, 8
@@ -72,7 +73,7 @@ def train(seed: int, activation: str, make: Make, seconds: float | None = None) 
     while run.seconds < seconds if seconds is not None else len(run.losses) < EPOCHS:
         began, places = time.perf_counter(), torch.randperm(len(X), generator=order)
         for chosen in places[: len(X) // BATCH * BATCH].split(BATCH):
-            if isinstance(opt, PreconditionedSGD):
+            if isinstance(opt, CurvatureOptimizer):
                 opt.step(X[chosen], Y[chosen])
             else:
                 opt.zero_grad()
@@ -110,6 +111,17 @@ OPTIONS: dict[str, Make] = {
     "|H| of the mean Hessian": ours(256, curvature="absolute", every=28, decay=0.5),
     "positive()": ours(256, curvature="positive", every=28),
 }
+
+
+STREAMS: dict[str, Make] = {
+    f"GaussNewton, {name}": lambda model, seed, damping=damping: GaussNewton(model, LOSS, damping=damping())
+    for name, damping in {
+        "GainRatio(0.1), its default": lambda: GainRatio(0.1),
+        "DelayedGratification(1.0)": lambda: DelayedGratification(1.0),
+        "DelayedGratification(1.0, bold=0.0)": lambda: DelayedGratification(1.0, bold=0.0),
+    }.items()
+}
+"""Full steps on one mini-batch after the other."""
 
 
 def adam(lr: float) -> Make:
@@ -166,6 +178,10 @@ def main() -> None:
         if "options" in wanted:
             for name, make_ours in OPTIONS.items():
                 rows.append(row(name, [train(seed, activation, make_ours) for seed in seeds]))
+                print(rows[-1], flush=True)
+        if "streams" in wanted:
+            for name, make_stream in STREAMS.items():
+                rows.append(row(name, [train(seed, activation, make_stream) for seed in seeds]))
                 print(rows[-1], flush=True)
         print_table(["", "1 epoch", "2", "4", "8", "best, median (worst)", "s"], rows)
 
