@@ -77,9 +77,9 @@ def seconds(run: Callable[[], object], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def gemm_rate(n: int = 1024, repeats: int = 20) -> float:
+def gemm_rate(n: int = 1024, repeats: int = 20, dtype: torch.dtype = torch.float64) -> float:
     """Flops per second of an n × n × n product."""
-    a = torch.randn(n, n, dtype=torch.float64)
+    a = torch.randn(n, n, dtype=torch.float64).to(dtype)
     return 2 * n**3 / seconds(lambda: a @ a, repeats)
 
 
