@@ -172,7 +172,8 @@ def columns(quick: bool) -> None:
         depth, width, steps, damping, _ = CASES[name]
         x, y = digits()
         lin = lh.linearize(network(depth, width, steps, x, y), LOSS, x, y)
-        analysis, G = lin.analysis, lin.sample_gradients(to="torch")[:64].mT.contiguous()
+        analysis, each = lin.analysis, lin.sample_gradients(to="torch").mT.contiguous()
+        G = each[:, :64].contiguous()
         N, product = len(G), analysis.problem.hessian_product
         L = torch.linalg.cholesky(4.0 * torch.eye(N) + torch.randn(N, N) / N)
         single = G.float()
@@ -205,6 +206,19 @@ def columns(quick: bool) -> None:
             rows.append([*first, what, one, f"{many * 1e3:.0f}", f"{many / took:.1f}", iterations])
             rows[-1].append(f"{found.backward_error:.0e}")
             print(" ".join(rows[-1]), flush=True)
+        solver = lq.Solver(analysis, damping, "dense")
+        all_at_once, found = once(lambda s=solver, each=each: s.solve(each), time.process_time)
+        rows.append(
+            [
+                *first,
+                f"dense, all {each.shape[1]}",
+                "",
+                f"{all_at_once * 1e3:.0f}",
+                "",
+                "",
+                f"{found.backward_error:.0e}",
+            ]
+        )
     print_table(header, rows)
 
 
