@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -190,6 +191,14 @@ def once_differentiable_graphs(device: torch.device) -> Iterator[None]:
     """Record graphs that can be differentiated at least once, in full precision, with the model's own kernels."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def kept_apart(leaves: Sequence[Tensor]) -> saved_tensors_hooks:
+    """Where graphs are recorded of which leaves are moved in place before they are used: what a graph keeps of those are copies."""
+    mine = {p.untyped_storage().data_ptr() for p in leaves}
+    return saved_tensors_hooks(
+        lambda t: t.detach().clone() if t.untyped_storage().data_ptr() in mine else t, lambda t: t
+    )
 
 
 def differentiate(

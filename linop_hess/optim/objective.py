@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader, Dataset
 
 from linop_hess._validate import checked_loss
 from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model, takes_parameters
-from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.differentiate import kept_apart, twice_differentiable
 from linop_hess.graph.build import AUTOGRAD
 from linop_hess.graph.layers import known_layers
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
@@ -89,7 +88,7 @@ class Objective(ABC):
             If the loss is no scalar tensor, or not differentiable by any parameter.
         """
         leaves = self.leaves
-        with twice_differentiable("the closure", leaves[0].device), torch.enable_grad(), _kept_apart(leaves):
+        with twice_differentiable("the closure", leaves[0].device), torch.enable_grad(), kept_apart(leaves):
             loss = self._compute()
             value = _number(loss)
             if not loss.requires_grad:
@@ -132,7 +131,7 @@ class Objective(ABC):
             If the output is not told from the loss, or is no tensor, or the loss depends on parameters in another way than by it.
         """
         leaves = self.leaves
-        with twice_differentiable("the model", leaves[0].device), torch.enable_grad(), _kept_apart(leaves):
+        with twice_differentiable("the model", leaves[0].device), torch.enable_grad(), kept_apart(leaves):
             output, loss_of = self.parts()
             if not isinstance(output, Tensor):
                 raise TypeError(
@@ -282,14 +281,6 @@ class Scalar(Objective):
     @property
     def has_output(self) -> bool:
         return False
-
-
-def _kept_apart(leaves: Sequence[Tensor]) -> saved_tensors_hooks:
-    """Where graphs are recorded whose point trial points leave: they move parameters in place, of which a graph keeps copies here."""
-    mine = {p.untyped_storage().data_ptr() for p in leaves}
-    return saved_tensors_hooks(
-        lambda t: t.detach().clone() if t.untyped_storage().data_ptr() in mine else t, lambda t: t
-    )
 
 
 def slope_by_output(loss: Tensor, state: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:

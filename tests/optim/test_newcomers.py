@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
+import linop_hess as lh
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.optim import GaussNewton, HessianFree, PreconditionedSGD, SaddleFree, TrustRegion
 from tests.optim.problems import chain
@@ -105,3 +106,13 @@ def test_models_in_training_mode_are_refused(kind, how):
     model.eval()
     opt.step(*data)
     assert opt.last.accepted
+
+
+def test_the_products_of_a_solve_by_iterations_are_counted():
+    model, x, y = chain()
+    found = lh.linearize(model, CE, x, y).gauss_newton()
+    solved = found.inverse(0.1, "iterative").solve(lh.linearize(model, CE, x, y).gradient)
+    opt = GaussNewton(model, CE, damping=0.1, method="iterative", extrapolate=False)
+    opt.step(x, y)
+    assert opt.last.trials == 1 and solved.iterations > 3
+    assert abs(opt.last.products - solved.iterations) <= 3  # those of residuals, and of what was promised

@@ -70,7 +70,7 @@ class Solves:
     def __call__(self, g: Tensor) -> Tensor:
         found = self._solver.solve(g.to(self._dtype))
         self._tally.backward_error, self._tally.method = found.backward_error, found.method
-        self._tally.products += 1 + found.refinement_steps
+        self._tally.products += 1 + found.refinement_steps + found.iterations
         return found.x.double()
 
 
