@@ -24,6 +24,8 @@ from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import SampleRows, Stage
 
 _COLUMNS_AT_ONCE = 128
+# Numbers that one product over samples reads and writes: what is made for it is read from cache.
+_IN_CACHE = 1 << 20
 
 
 def assemble(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
@@ -276,7 +278,7 @@ class _Sweep:
         Z, u = self._stacked[run.offset][:count], u.mT.contiguous()  # samples last: outer products run along them
         b, k, o, n = self.samples, Z.shape[1], run.pieces[0].width, X.shape[1]
         X = X[:, :, run.offset : run.offset + count * o].reshape(b, n, count, o).permute(2, 0, 1, 3)
-        members, sources = _cut_pairs(self.plan.work, count, len(u), b * n * o, k * (b + n * o))
+        members, sources = _cut_pairs(min(self.plan.work, _IN_CACHE), count, len(u), b * n * o, k * (b + n * o))
         for m in range(0, count, members):
             left = X[m : m + members].reshape(-1, b, n * o).mT
             for s in range(0, len(u), sources):
