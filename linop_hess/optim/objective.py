@@ -353,7 +353,7 @@ def objective_of(
     loss_fn = _needed(loss_fn)
     if depends_on(target, leaves):
         raise ValueError(
-            "expected a closure whose target is constant, got one that depends on the parameters: .detach() it, or return the loss itself"
+            "expected a closure whose target is constant, got one that depends on parameters: .detach() it"
         )
     target = without_graphs(target)
     if len(calls) == 1 and calls[0][1] is output and not depends_on(calls[0][0], leaves):
