@@ -191,6 +191,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _ZEROS_WITHOUT_MEMORY:  # tangents of constants in forward mode
+            func = torch.ops.aten.zeros.default
         how = handling(func)
         if how.only:
             if how is RELABELS_IN_PLACE:
@@ -388,6 +390,7 @@ class Recorder(TorchDispatchMode):
         buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
 
 
+_ZEROS_WITHOUT_MEMORY = torch.ops.aten._efficientzerotensor.default
 # Usual arguments that are no tensors, told without asking torch.
 _SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 _NOT_NESTED = _SCALARS | {Tensor, nn.Parameter}

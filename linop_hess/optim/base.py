@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from linop_hess._validate import Nonsmooth, finite_real, require_dtype, require_loss_fn
 from linop_hess.autograd.snapshot import select_parameters
 from linop_hess.errors import FactorizationError, SingularPivotError
-from linop_hess.optim.objective import Loss, Objective, objective_of
+from linop_hess.optim.closures import objective_of
+from linop_hess.optim.objective import Loss, Objective
 from linop_hess.optim.quadratic.chain import Linearizer
 from linop_hess.optim.record import StepRecord, Tally
 

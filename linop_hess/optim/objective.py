@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from linop_hess._validate import checked_loss
-from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model, takes_parameters
-from linop_hess.autograd.differentiate import kept_apart, twice_differentiable
+from linop_hess.autograd.calling import call_loss, call_model, takes_parameters
+from linop_hess.autograd.differentiate import kept_apart, once_differentiable_graphs, twice_differentiable
 from linop_hess.graph.build import AUTOGRAD
 from linop_hess.graph.layers import known_layers
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
@@ -74,8 +73,8 @@ class Objective(ABC):
         TypeError, ValueError
             If it is no scalar tensor.
         """
-        with torch.no_grad():
-            return _number(self._compute())
+        with once_differentiable_graphs(self.leaves[0].device):  # which models that differentiate need
+            return number(self._compute())
 
     def gradient(self, products: bool = True) -> tuple[float, Tensor, Callable[[Tensor], Tensor]]:
         """Loss, gradient of shape (N,), and the product of the Hessian with the columns of (N, k), by double backward.
@@ -90,7 +89,7 @@ class Objective(ABC):
         leaves = self.leaves
         with twice_differentiable("the closure", leaves[0].device), torch.enable_grad(), kept_apart(leaves):
             loss = self._compute()
-            value = _number(loss)
+            value = number(loss)
             if not loss.requires_grad:
                 raise ValueError(
                     "expected a loss that depends on the parameters, got one that does not: return the tensor itself, without detach()"
@@ -129,17 +128,23 @@ class Objective(ABC):
         ------
         TypeError
             If the output is not told from the loss, or is no tensor, or the loss depends on parameters in another way than by it.
+        ValueError
+            If the output does not depend on the parameters.
         """
         leaves = self.leaves
         with twice_differentiable("the model", leaves[0].device), torch.enable_grad(), kept_apart(leaves):
             output, loss_of = self.parts()
             if not isinstance(output, Tensor):
                 raise TypeError(
-                    f"expected a model whose output is one tensor, got {_described(output)}: use GaussNewton, which takes nests"
+                    f"expected a model whose output is one tensor, got {described(output)}: use GaussNewton, which takes nests"
+                )
+            if not output.requires_grad:
+                raise ValueError(
+                    "expected an output that depends on parameters, got one that does not: leave detach() out"
                 )
             state, spread = output.detach().requires_grad_(), torch.zeros_like(output).requires_grad_()
             loss = loss_of(state)
-            value = _number(loss)
+            value = number(loss)
             slope = slope_by_output(loss, state, leaves)
             if slope is None:
                 raise TypeError(
@@ -304,92 +309,14 @@ def _of_output(loss_fn: Loss, targets: Any) -> Callable[[Any], Any]:
     return lambda output: call_loss(loss_fn, output, targets, {})
 
 
-def objective_of(
-    parameters: Mapping[str, nn.Parameter], model: nn.Module, loss_fn: Loss | None, data: Any, targets: Any
-) -> Objective:
-    """Make the objective of ``step(inputs, targets)`` or ``step(closure)``.
-
-    Raises
-    ------
-    TypeError
-        If a closure returns neither ``(output, target)`` nor a scalar tensor, or a loss function is missing.
-    ValueError
-        If a closure calls ``backward()``.
-    """
-    if data is NOT_GIVEN:
-        raise TypeError(
-            "expected step(inputs, targets) or step(closure), got nothing: pass a batch; backward() need not be called before"
-        )
-    if targets is not NOT_GIVEN or not callable(data):
-        if targets is NOT_GIVEN:
-            raise TypeError(
-                f"expected step(inputs, targets) or step(closure), got {type(data).__name__} alone: pass targets too, or None"
-            )
-        if isinstance(data, DataLoader | Dataset | Iterator):
-            raise TypeError(
-                f"expected inputs of one batch in step(inputs, targets), got a {type(data).__name__}: step once for each batch, or with "
-                "all data as one"
-            )
-        return Batch(parameters, model, _needed(loss_fn), data, targets)
-    with torch.no_grad():
-        try:
-            calls, found = _watched(model, data)
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-            raise ValueError(
-                "expected a closure that computes the loss alone, got one that differentiates it: leave backward() out, the optimizer "
-                "differentiates; what else is differentiated on the way needs torch.enable_grad()"
-            ) from error
-    if isinstance(found, Tensor):
-        _number(found)
-        return Scalar(parameters, data)
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise TypeError(
-            f"expected a closure that returns (output, target) or a scalar loss, got {_described(found)}: return the model's output and "
-            "the target, the loss function is the optimizer's"
-        )
-    output, target = found
-    loss_fn = _needed(loss_fn)
-    if len(calls) == 1 and calls[0][1] is output:
-        args = calls[0][0]
-        return Batch(parameters, model, loss_fn, args[0] if len(args) == 1 else args, target)
-    return Closure(parameters, model, loss_fn, data, target)
-
-
-def _watched(model: nn.Module, closure: Callable[[], Any]) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
-    """What a closure returns, and the arguments and outputs of the calls of the model on the way; none where there are keywords."""
-    calls: list[tuple[tuple[Any, ...], Any]] = []
-    others: list[None] = []
-
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs or not args:
-            others.append(None)
-        calls.append((args, output))
-
-    handle = model.register_forward_hook(watch, with_kwargs=True)
-    try:
-        found = closure()
-    finally:
-        handle.remove()
-    return [] if others else calls, found
-
-
-def _needed(loss_fn: Loss | None) -> Loss:
-    if loss_fn is None:
-        raise TypeError(
-            "expected a loss function, as the step has outputs and targets, got None: give the optimizer one, or return the loss itself"
-        )
-    return loss_fn
-
-
-def _described(found: Any) -> str:
+def described(found: Any) -> str:
+    """What a model or a closure returned, in words."""
     if isinstance(found, tuple | list):
         return f"a {type(found).__name__} of {len(found)}"
     return "nothing" if found is None else f"a {type(found).__name__}"
 
 
-def _number(loss: Any) -> float:
+def number(loss: Any) -> float:
     """The loss as a float, NaN and infinity too; all else that is no scalar tensor is refused as everywhere."""
     if isinstance(loss, Tensor) and loss.numel() == 1 and not bool(torch.isfinite(loss)):
         return math.nan if bool(torch.isnan(loss)) else float(loss.detach())

@@ -16,10 +16,10 @@ from linop_hess.errors import NotFiniteError
 from linop_hess.lq.inverse.inverse import Inverse
 from linop_hess.lq.inverse.solver import Solver
 from linop_hess.optim.absolute import AbsoluteInverse
-from linop_hess.optim.averaged import DENSE_UP_TO, AveragedCurvature
 from linop_hess.optim.base import FAILURES, CurvatureOptimizer, first_line
 from linop_hess.optim.damping import TOLERANCE
 from linop_hess.optim.objective import Loss, Objective
+from linop_hess.optim.quadratic.averaged import DENSE_UP_TO, AveragedCurvature
 from linop_hess.optim.record import StepRecord, Tally
 
 DECAY = 0.9

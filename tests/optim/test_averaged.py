@@ -7,7 +7,7 @@ from torch import nn
 
 import linop_hess as lh
 from linop_hess.errors import FactorizationError
-from linop_hess.optim.averaged import AveragedCurvature
+from linop_hess.optim.quadratic.averaged import AveragedCurvature
 from tests.helpers import oracle_hessian
 from tests.optim.problems import chain, digits_like
 
@@ -69,6 +69,6 @@ def test_what_cannot_be(monkeypatch):
     with pytest.raises(FactorizationError, match="positive definite"):
         averaged.add(lin, -1e3)
     assert averaged._mean is None  # nothing changed
-    monkeypatch.setattr("linop_hess.optim.averaged.available_on", lambda device: 1000.0)
+    monkeypatch.setattr("linop_hess.optim.quadratic.averaged.available_on", lambda device: 1000.0)
     with pytest.raises(MemoryError, match="decay=0.0"):
         averaged.add(lin, 1.0)

@@ -11,7 +11,7 @@ from torch import nn
 
 from linop_hess.autograd.calling import NOT_GIVEN
 from linop_hess.optim import DelayedGratification, GaussNewton, HessianFree, PreconditionedSGD, SaddleFree, TrustRegion
-from linop_hess.optim.objective import objective_of
+from linop_hess.optim.closures import objective_of
 from linop_hess.optim.trials import Course
 from tests.optim.problems import chain, dense_hessian
 
