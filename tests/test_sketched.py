@@ -121,3 +121,23 @@ def test_samples_that_see_each_other_are_said_in_the_plan():
         lin.inverse(0.1, "sketched")
     solution = lin.inverse(30.0, "iterative").solve(lin.gradient)
     assert solution.backward_error <= 1e-14
+
+
+@pytest.mark.parametrize(
+    "precision, rank, expected",
+    [
+        ("auto", 30, "single"),
+        ("single", 30, "single"),
+        ("double", 30, "double"),
+        ("auto", None, "double"),
+        ("single", None, "single"),
+    ],
+)
+def test_precision_is_what_was_asked_for_and_what_the_factors_have(lin, precision, rank, expected):
+    rank = lin.problem.size if rank is None else rank
+    inv = lin.inverse(DAMPING, "sketched", rank=rank, precision=precision)
+    assert inv.precision == expected and inv.report().dtype == {"single": "float32", "double": "float64"}[expected]
+    solution = inv.solve(lin.gradient)
+    assert backward_error(damped(lin.analysis, DAMPING).numpy(), solution.x, lin.gradient) <= 1e-14
+    assert pickle.loads(pickle.dumps(inv)).precision == expected
+    assert lin.inverse(DAMPING, "iterative", precision=precision).solve(lin.gradient).backward_error <= 1e-14

@@ -73,7 +73,7 @@ class Solver:
         Refinement steps before a method is given up.
     precision : {"auto", "single", "double"}
         What to factor in, whatever the precision of the problem: "auto" takes float32 for a float64 problem where the plan finds that
-        faster and ‖H‖/|ε| allows it, float64 coming next; "single" takes nothing else.
+        faster and ‖H‖/|ε| allows it, float64 coming next, and for a sketch of a rank below N; "single" takes nothing else.
     escalate : bool
         Whether more robust methods are tried then, and a damping that works is looked for; else the method is all there is, for callers
         who change the damping themselves.
@@ -121,6 +121,8 @@ class Solver:
             raise ValueError(f"tolerance is a backward error between 0 and 1, got {tolerance!r}")
         self.max_refinements, self.escalate = max_refinements, true_or_false(escalate, "escalate")
         self.change = self.analysis.at(self.damping)
+        if self.problem.dtype == torch.float64:
+            sketch = (sketch or SketchOptions()).in_precision(precision)
         self.sketch, self.right_hand_sides = sketch, whole(right_hand_sides, "right_hand_sides", least=1)
         if self._is_alone:
             self.plan: Plan = plan_for(self.analysis, self.damping.real, method)

@@ -44,6 +44,11 @@ class SketchOptions:
         """Whether nothing is asked for."""
         return self == SketchOptions()
 
+    def in_precision(self, precision: str) -> SketchOptions:
+        """Return the same with factors in "single" or "double" precision; "auto" leaves it open."""
+        dtypes = {"single": torch.float32, "double": torch.float64}
+        return replace(self, dtype=dtypes.get(precision, self.dtype))
+
     def for_problem(self, analysis: Analysis) -> SketchOptions:
         """Return the same with nothing left open but a rank where there is a tolerance."""
         size, samples = analysis.problem.size, analysis.samples

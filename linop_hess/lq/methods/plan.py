@@ -215,7 +215,8 @@ def make_plan(
         costs = _with_forecasts(change.analysis, asked, costs, available, 0.0 if is_settled else math.inf)
         costs = _as_definite(change.analysis, change.damping, costs)
     if precision == "single" and analysis.problem.dtype == torch.float64:
-        costs = {name: cost if cost.precision or cost.why_not else _ONLY_DOUBLE for name, cost in costs.items()}
+        able_to = {name for name, cost in costs.items() if cost.precision or cost.why_not or not METHODS[name].exact}
+        costs = {name: cost if name in able_to else _ONLY_DOUBLE for name, cost in costs.items()}
     able = [name for name, cost in costs.items() if METHODS[name].is_automatic and not cost.why_not]
     fitting = _fitting(costs, available)
     choice = min(fitting or able, key=lambda m: _weighed(m, costs[m]) if fitting else costs[m].nbytes)

@@ -130,6 +130,10 @@ class SketchedFactorization(Congruence):
         return self.analysis.problem.layout.in_flat_order(torch.cat(controls))
 
     @property
+    def precision(self) -> torch.dtype:
+        return self.theta.dtype
+
+    @property
     def nbytes(self) -> int:
         return self.sketch.nbytes + sum(factor.nbytes for factor in self.factors)
 
