@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
 
 from linop_hess.errors import UnsupportedModelError
 
@@ -81,6 +82,21 @@ def coarsest_eps(output: Tensor) -> float:
     if not hasattr(output.grad_fn, "_input_metadata"):  # torch 2.3
         dtypes.update(tensor.dtype for tensor in _saved([output]))
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
+
+def depends_on(value: Any, leaves: Sequence[Tensor]) -> bool:
+    """Tell whether a tensor, also one inside tuples, lists and dicts, is one of some leaves or was computed from one."""
+    wanted = set(map(id, leaves))
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    nodes = graph_nodes(*(tensor for tensor in tensors if tensor.requires_grad))
+    return not wanted.isdisjoint(map(id, tensors)) or any(
+        id(getattr(node, "variable", None)) in wanted for node in nodes
+    )
+
+
+def without_graphs(value: Any) -> Any:
+    """The same with tensors without a graph, also those inside tuples, lists and dicts; leaves stay what they are."""
+    return pytree.tree_map(lambda t: t if not isinstance(t, Tensor) or t.is_leaf else t.detach(), value)
 
 
 def refuse_once_differentiable(output: Tensor) -> None:

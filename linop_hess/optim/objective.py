@@ -13,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader, Dataset
 
 from linop_hess._validate import checked_loss
+from linop_hess.autograd.backward_graph import depends_on, without_graphs
 from linop_hess.autograd.calling import NOT_GIVEN, call_loss, call_model, takes_parameters
-from linop_hess.autograd.differentiate import twice_differentiable
+from linop_hess.autograd.differentiate import once_differentiable_graphs, twice_differentiable
 from linop_hess.graph.build import AUTOGRAD
 from linop_hess.graph.layers import known_layers
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
@@ -73,7 +74,7 @@ class Objective(ABC):
         TypeError, ValueError
             If it is no scalar tensor.
         """
-        with torch.no_grad():
+        with once_differentiable_graphs(self.leaves[0].device):  # which models that differentiate need
             return _number(self._compute())
 
     def gradient(self, products: bool = True) -> tuple[float, Tensor, Callable[[Tensor], Tensor]]:
@@ -128,6 +129,8 @@ class Objective(ABC):
         ------
         TypeError
             If the output is not told from the loss, or is no tensor, or the loss depends on parameters in another way than by it.
+        ValueError
+            If the output does not depend on the parameters.
         """
         leaves = self.leaves
         # Trial points move parameters in place, which the graph of this point must not see.
@@ -140,6 +143,10 @@ class Objective(ABC):
             if not isinstance(output, Tensor):
                 raise TypeError(
                     f"expected a model whose output is one tensor, got {_described(output)}: use GaussNewton, which takes nests"
+                )
+            if not output.requires_grad:
+                raise ValueError(
+                    "expected an output that depends on parameters, got one that does not: leave detach() out"
                 )
             state, spread = output.detach().requires_grad_(), torch.zeros_like(output).requires_grad_()
             loss = loss_of(state)
@@ -317,6 +324,8 @@ def objective_of(
     ------
     TypeError
         If a closure returns neither ``(output, target)`` nor a scalar tensor, or a loss function is missing.
+    ValueError
+        If the target that it returns depends on the parameters.
     """
     if targets is not NOT_GIVEN or not callable(data):
         if targets is NOT_GIVEN:
@@ -329,7 +338,8 @@ def objective_of(
                 "all data as one"
             )
         return Batch(parameters, model, _needed(loss_fn), data, targets)
-    with torch.no_grad():
+    leaves = list(parameters.values())
+    with once_differentiable_graphs(leaves[0].device):
         calls, found = _watched(model, data)
     if isinstance(found, Tensor):
         _number(found)
@@ -341,8 +351,11 @@ def objective_of(
         )
     output, target = found
     loss_fn = _needed(loss_fn)
-    if len(calls) == 1 and calls[0][1] is output:
-        args = calls[0][0]
+    if depends_on(target, leaves):
+        raise ValueError("expected a closure whose target is constant, got one of the parameters: .detach() it")
+    target = without_graphs(target)
+    if len(calls) == 1 and calls[0][1] is output and not depends_on(calls[0][0], leaves):
+        args = without_graphs(calls[0][0])
         return Batch(parameters, model, loss_fn, args[0] if len(args) == 1 else args, target)
     return Closure(parameters, model, loss_fn, data, target)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from linop_hess.autograd.differentiate import once_differentiable_graphs
 from linop_hess.lq.accuracy import LOSS_REPEATS
 from linop_hess.optim.damping import Damping
 from linop_hess.optim.objective import Objective
@@ -35,10 +36,12 @@ class Point:
         self._move(step)
         return self._objective.loss()
 
-    def output_at(self, step: Tensor) -> Any:
-        """Move by a step from the point, and return the model's output there."""
+    def output_at(self, step: Tensor) -> Tensor:
+        """Move by a step from the point, and return the model's output there, one tensor."""
         self._move(step)
-        return self._objective.output()
+        with once_differentiable_graphs(self._parameters[0].device):
+            output = self._objective.output()
+        return output.detach()
 
     def _move(self, step: Tensor) -> None:
         for p, before, part in zip(self._parameters, self._kept, step.split(self._sizes), strict=True):
