@@ -151,7 +151,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _rates(self) -> Tensor | None:
         """The rate of each entry of a flat vector; None where all are 1."""
-        rates = {id(p): _rate(group["lr"]) for group in self.param_groups for p in group["params"]}
+        rates = {id(p): _rate(group["lr"], may_be_zero=True) for group in self.param_groups for p in group["params"]}
         if all(rate == 1.0 for rate in rates.values()):
             return None
         parts = [
@@ -196,8 +196,9 @@ def first_line(error: BaseException) -> str:
     return str(error).split(";")[0].split("\n")[0] or type(error).__name__
 
 
-def _rate(lr: Any) -> float:
+def _rate(lr: Any, may_be_zero: bool = False) -> float:
+    """A rate; a scheduler may set zero, where it begins or ends there."""
     rate = finite_real(lr, "lr")
-    if not rate > 0.0:
+    if not (rate > 0.0 or (may_be_zero and rate == 0.0)):
         raise ValueError(f"expected a positive rate lr, got {lr!r}: pass 1.0 for full steps")
     return rate

@@ -19,7 +19,9 @@ CONVEX_DAMPING = 1e-6
 TOLERANCE = 1e-8
 """Backward error of the solves of a step."""
 
-_MOST = 1e12  # no damping is raised beyond this
+MOST = 1e12
+"""No damping is raised beyond this."""
+
 _LEAST = 1e-14
 
 
@@ -71,7 +73,7 @@ class Damping(ABC):
 
     def refused(self) -> None:
         """Raise λ, by 2, 4, 8, … as refusals follow each other."""
-        self.value = min(self.value * self._growth, _MOST)
+        self.value = min(self.value * self._growth, MOST)
         self._growth = min(2.0 * self._growth, 2.0**20)
 
     def state_dict(self) -> dict[str, float]:
@@ -136,7 +138,7 @@ class GainRatio(Damping):
     def accepted(self, ratio: float, backward_error: float) -> None:
         super().accepted(ratio, backward_error)
         rho = min(max(ratio, 0.0), 1.0)
-        self.value = min(max(self.value * max(1.0 / 3.0, 1.0 - (2.0 * rho - 1.0) ** 3), self.least), _MOST)
+        self.value = min(max(self.value * max(1.0 / 3.0, 1.0 - (2.0 * rho - 1.0) ** 3), self.least), MOST)
 
 
 class Searched(Damping):
@@ -169,11 +171,11 @@ class Searched(Damping):
 
     def accepted(self, ratio: float, backward_error: float) -> None:
         super().accepted(ratio, backward_error)
-        self.value = min(max(self.value, self.least), _MOST)
+        self.value = min(max(self.value, self.least), MOST)
 
     def refused(self) -> None:
         assert self.factor is not None
-        self.value = min(self.value * self.factor**2, _MOST)
+        self.value = min(self.value * self.factor**2, MOST)
 
 
 class DelayedGratification(Damping):
@@ -220,10 +222,10 @@ class DelayedGratification(Damping):
 
     def accepted(self, ratio: float, backward_error: float) -> None:
         super().accepted(ratio, backward_error)
-        self.value = min(max(self.value / self.lowered, self.least), _MOST)
+        self.value = min(max(self.value / self.lowered, self.least), MOST)
 
     def refused(self) -> None:
-        self.value = min(self.value * self.raised, _MOST)
+        self.value = min(self.value * self.raised, MOST)
 
 
 class JustConvex(Damping):
@@ -291,7 +293,7 @@ class ResidualMonitored(Damping):
     def accepted(self, ratio: float, backward_error: float) -> None:
         super().accepted(ratio, backward_error)
         solved = not math.isfinite(backward_error) or backward_error <= self.tolerance
-        self.value = max(self.value / 2.0, self.least) if solved else min(10.0 * self.value, _MOST)
+        self.value = max(self.value / 2.0, self.least) if solved else min(10.0 * self.value, MOST)
 
 
 def as_damping(damping: Damping | float | None, default: Damping) -> Damping:

@@ -145,6 +145,9 @@ class TrialOptimizer(CurvatureOptimizer):
         if not math.isfinite(loss):
             self.damping.refused()
             return StepRecord(number, loss, reason="the loss is not finite", damping=self.damping.value)
+        rates = self._rates()
+        if rates is not None and not bool(rates.any()):
+            return StepRecord(number, loss, loss, reason="all rates are zero", damping=self.damping.value)
         try:
             model = self._local_model(objective, tally)
             _require_same(loss, model.loss, objective)
@@ -155,7 +158,7 @@ class TrialOptimizer(CurvatureOptimizer):
         parameters = list(self.named_parameters().values())
         self._course.begin(loss, parameters)
         point = Point(objective, parameters)
-        rates, ratio, tried, reason = self._rates(), math.nan, self.damping.value, ""
+        ratio, tried, reason = math.nan, self.damping.value, ""
         try:
             for _ in range(self.max_trials):
                 tried = self.damping.value
