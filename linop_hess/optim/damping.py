@@ -20,7 +20,9 @@ CONVEX_DAMPING = 1e-6
 TOLERANCE = 1e-8
 """Backward error of the solves of a step."""
 
-_MOST = 1e12  # no damping is raised beyond this
+MOST = 1e12
+"""No damping is raised beyond this."""
+
 _LEAST = 1e-14
 
 
@@ -72,7 +74,7 @@ class Damping(ABC):
 
     def refused(self) -> None:
         """Raise λ, by 2, 4, 8, … as refusals follow each other."""
-        self.value = min(self.value * self._growth, _MOST)
+        self.value = min(self.value * self._growth, MOST)
         self._growth = min(2.0 * self._growth, 2.0**20)
 
     def state_dict(self) -> dict[str, float]:
@@ -148,7 +150,7 @@ class GainRatio(Damping):
     def accepted(self, ratio: float, backward_error: float) -> None:
         super().accepted(ratio, backward_error)
         rho = min(max(ratio, 0.0), 1.0)
-        self.value = min(max(self.value * max(1.0 / 3.0, 1.0 - (2.0 * rho - 1.0) ** 3), self.least), _MOST)
+        self.value = min(max(self.value * max(1.0 / 3.0, 1.0 - (2.0 * rho - 1.0) ** 3), self.least), MOST)
 
 
 class Searched(Damping):
@@ -181,11 +183,11 @@ class Searched(Damping):
 
     def accepted(self, ratio: float, backward_error: float) -> None:
         super().accepted(ratio, backward_error)
-        self.value = min(max(self.value, self.least), _MOST)
+        self.value = min(max(self.value, self.least), MOST)
 
     def refused(self) -> None:
         assert self.factor is not None
-        self.value = min(self.value * self.factor**2, _MOST)
+        self.value = min(self.value * self.factor**2, MOST)
 
 
 class DelayedGratification(Damping):
@@ -232,10 +234,10 @@ class DelayedGratification(Damping):
 
     def accepted(self, ratio: float, backward_error: float) -> None:
         super().accepted(ratio, backward_error)
-        self.value = min(max(self.value / self.lowered, self.least), _MOST)
+        self.value = min(max(self.value / self.lowered, self.least), MOST)
 
     def refused(self) -> None:
-        self.value = min(self.value * self.raised, _MOST)
+        self.value = min(self.value * self.raised, MOST)
 
 
 class JustConvex(Damping):
@@ -303,7 +305,7 @@ class ResidualMonitored(Damping):
     def accepted(self, ratio: float, backward_error: float) -> None:
         super().accepted(ratio, backward_error)
         solved = not math.isfinite(backward_error) or backward_error <= self.tolerance
-        self.value = max(self.value / 2.0, self.least) if solved else min(10.0 * self.value, _MOST)
+        self.value = max(self.value / 2.0, self.least) if solved else min(10.0 * self.value, MOST)
 
 
 def as_damping(damping: Damping | float | None, default: Damping) -> Damping:

@@ -17,7 +17,7 @@ from linop_hess.lq.inverse.inverse import Inverse
 from linop_hess.lq.inverse.solver import Solver
 from linop_hess.optim.absolute import AbsoluteInverse
 from linop_hess.optim.base import FAILURES, CurvatureOptimizer, first_line
-from linop_hess.optim.damping import TOLERANCE
+from linop_hess.optim.damping import MOST, TOLERANCE
 from linop_hess.optim.objective import Loss, Objective
 from linop_hess.optim.quadratic.averaged import DENSE_UP_TO, AveragedCurvature
 from linop_hess.optim.record import StepRecord, Tally
@@ -35,6 +35,7 @@ class PreconditionedSGD(CurvatureOptimizer):
 
     The curvature is that of a batch of its own, of any size, and is kept for several steps. A step whose loss or gradient is not finite
     is refused, and the damping of the next curvature doubled; so is a curvature that cannot be inverted, the last one staying in use.
+    Each one that can be halves it again, down to the given one.
     What makes it work (docs/training.md): curvature batches that are larger than those of the gradients, their mean over steps, and a
     bound on what a step changes by that curvature.
 
@@ -107,6 +108,7 @@ class PreconditionedSGD(CurvatureOptimizer):
         self.damping_value = finite_real(damping, "damping")
         if not self.damping_value > 0.0:
             raise ValueError(f"expected damping to be positive, got {damping!r}: pass a positive number")
+        self._given = self.damping_value
         self.clip = None if clip is None else finite_real(clip, "clip")
         if self.clip is not None and not self.clip > 0.0:
             raise ValueError(
@@ -162,7 +164,7 @@ class PreconditionedSGD(CurvatureOptimizer):
         loss, gradient, _ = objective.gradient(products=False)
         record = StepRecord(number, loss, loss, damping=self.damping_value)
         if not (math.isfinite(loss) and bool(torch.isfinite(gradient).all())):
-            self.damping_value *= 2.0
+            self.damping_value = min(2.0 * self.damping_value, MOST)
             return self._recorded(_refused(record, "the loss or its gradient is not finite"), tally)
         with torch.no_grad():
             reason = self._renewed(objective, tally) if self._is_due() else ""
@@ -172,7 +174,7 @@ class PreconditionedSGD(CurvatureOptimizer):
             direction = direction / len(self._inverses)
             if not bool(torch.isfinite(direction).all()):
                 self._forget()
-                self.damping_value *= 2.0
+                self.damping_value = min(2.0 * self.damping_value, MOST)
                 return self._recorded(_refused(record, "the preconditioned gradient is not finite"), tally)
             self._move(self._clipped(direction, gradient))
         return self._recorded(StepRecord(number, loss, accepted=True, damping=self.damping_value, reason=reason), tally)
@@ -197,8 +199,10 @@ class PreconditionedSGD(CurvatureOptimizer):
             with tally.factoring(self.kind):
                 self._inverses.append(self._inverse(objective))
         except (NotFiniteError, *FAILURES) as error:
-            self.damping_value *= 2.0
+            self.damping_value = min(2.0 * self.damping_value, MOST)
             return first_line(error)
+        # What was refused in between, as some bad batches, does not stay.
+        self.damping_value = max(self.damping_value / 2.0, min(self.damping_value, self._given))
         return ""
 
     def _inverse(self, objective: Objective) -> Preconditioner:

@@ -155,7 +155,7 @@ class TrialOptimizer(CurvatureOptimizer):
     def _tried(self, objective: Objective, loss: float, tally: Tally) -> StepRecord:
         number, rates = self._steps + 1, self._rates()
         if rates is not None and not bool(rates.any()):
-            return StepRecord(number, loss, loss, reason="the rate lr is zero", damping=self.damping.value)
+            return StepRecord(number, loss, loss, reason="all rates are zero", damping=self.damping.value)
         if not math.isfinite(loss):
             self.damping.refused()
             return StepRecord(number, loss, reason="the loss is not finite", damping=self.damping.value)

@@ -129,3 +129,33 @@ def test_closures_as_of_first_order_optimizers_are_told_what_is_too_much(kind):
         opt.step(closure)
     with pytest.raises(ValueError, match="depends? on"):
         opt.step(lambda: (model(x).detach(), y))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_schedule_may_begin_and_end_at_zero(kind):
+    model, x, y = chain()
+    opt = kind(model, nn.CrossEntropyLoss())
+    warm = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: (0.0, 0.5, 1.0, 0.0)[min(epoch, 3)])
+    damping = opt.damping.value if hasattr(opt, "damping") else opt.damping_value
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = []
+    for k in range(4):
+        losses.append(opt.step(x, y))
+        if k in (0, 3):
+            assert opt.last.accepted is (kind is PreconditionedSGD) or opt.last.reason == "all rates are zero"
+        warm.step()
+        if k == 0:
+            assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+            assert damping == (opt.damping.value if hasattr(opt, "damping") else opt.damping_value)
+    assert losses[0] == losses[1] and losses[2] < losses[1] and losses[3] < losses[2]
+
+
+def test_bad_batches_do_not_end_a_run():
+    """Each doubles the damping, to a bound; curvatures that are made halve it again."""
+    model, x, y = chain()
+    opt = PreconditionedSGD(model, nn.CrossEntropyLoss(), every=1)
+    for _ in range(1100):
+        opt.step(x * torch.nan, y)
+    assert 1e9 < opt.damping_value < torch.inf
+    losses = [opt.step(x, y) for _ in range(150)]
+    assert opt.damping_value == 0.1 and losses[-1] < 0.5 * losses[0]

@@ -36,7 +36,7 @@ def test_schedulers_and_rates_of_zero(kind, schedule):
         stays = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
         assert stays == (rate == 0.0 or not opt.last.accepted)
         if rate == 0.0 and kind in TRIALS:
-            assert opt.last.reason == "the rate lr is zero" and opt.last.factorizations == 0
+            assert opt.last.reason == "all rates are zero" and opt.last.factorizations == 0
         scheduler.step(*[loss] * isinstance(scheduler, ReduceLROnPlateau))
     assert any(record.accepted for record in opt.records)
 
