@@ -239,7 +239,8 @@ class Solver:
     def _columns_come(self, columns: int) -> None:
         """Factor in double precision once what solves in single take longer has come to as much as that, for another such time."""
         self._columns += columns
-        if self.problem.dtype != torch.float64 or METHODS[self.method].single is None or self.precision == "double":
+        method = METHODS.get(self.method)
+        if method is None or method.single is None or self.problem.dtype != torch.float64 or self.precision == "double":
             return
         if not self._ladder:  # single precision is all that was asked for
             return
