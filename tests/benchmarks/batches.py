@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import linop_hess as lh
 from linop_hess import lq
+from linop_hess._machine import machine as speed
 from linop_hess.errors import FactorizationError
 from linop_hess.lq.matrix.assembly import assemble
 
@@ -76,6 +77,8 @@ def row(name: str, gemm: float, which: str) -> list[str]:
     model = network(depth, width, steps, x, y)
     product, v = retained_hvp(model, LOSS, x, y), [torch.randn_like(p) for p in model.parameters()]
     unit = seconds(lambda: product(v), 9)
+    for dtype in (torch.float64, torch.float32):
+        speed(dtype)  # measured once a process, in a few tenths of a second
     linearized, lin = once(lambda: lh.linearize(model, LOSS, x, y))
     matrix = lin.H if which == "H" else lin.gauss_newton()
     analysis, g = matrix.analysis, lin.gradient_tensor
