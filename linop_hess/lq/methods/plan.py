@@ -155,7 +155,7 @@ def _in_single(
     found = {name: cost for name, cost in analysis.once(single_estimates).items() if not costs[name].why_not}
     if precision == "auto":
         more = further_columns(analysis, right_hand_sides)
-        found = {name: cost for name, cost in found.items() if cost.seconds + more < costs[name].seconds}
+        found = {name: cost for name, cost in found.items() if not more or cost.seconds + more < costs[name].seconds}
         least = min((costs[m].seconds for m in costs if METHODS[m].is_automatic and not costs[m].why_not), default=0.0)
         if method == "auto" and all(cost.seconds >= least for cost in found.values()):
             return {}  # none would be chosen, whatever the norm is
