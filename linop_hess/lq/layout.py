@@ -237,16 +237,23 @@ def _ascends(starts: np.ndarray) -> bool:
     return bool((np.diff(starts) > 0).all())
 
 
+def _is_permutation(places: np.ndarray) -> bool:
+    """Whether whole numbers are 0, 1, … in some order."""
+    if not places.size:
+        return True
+    if places.min() < 0 or places.max() >= places.size:
+        return False
+    seen = np.zeros(places.size, dtype=bool)
+    seen[places] = True
+    return bool(seen.all())
+
+
 def _permutation(places: np.ndarray | None, size: int) -> np.ndarray | None:
     """Check places, and tell whether there is anything to permute."""
     if places is None:
         return None
     found = np.asarray(places)
-    if (
-        found.shape != (size,)
-        or (size and found.dtype.kind not in "iu")
-        or not np.array_equal(np.sort(found), np.arange(size))
-    ):
+    if found.shape != (size,) or (size and found.dtype.kind not in "iu") or not _is_permutation(found):
         raise ValueError(
             f"expected places to be a permutation of 0..{size - 1}, one place for each control, got an array of shape {found.shape} "
             f"and dtype {found.dtype}: give each control, in the order of the chain, an index of its own"

@@ -197,7 +197,7 @@ def test_places_stay_with_the_problem():
     assert Problem.stacked([stage], places=np.array([0, 1])).places is None
 
 
-@pytest.mark.parametrize("places", [[0, 0], [1, 2], [0], [[0, 1]], [0.0, 1.0]])
+@pytest.mark.parametrize("places", [[0, 0], [1, 2], [-1, 0], [0], [[0, 1]], [0.0, 1.0]])
 def test_places_are_a_permutation(places):
     stage = DenseStage.plain(torch.ones(1, 1, 1), torch.ones(1, 1, 2), None, None, None)
     with pytest.raises(ValueError, match=r"expected places to be a permutation of 0\.\.1"):

@@ -103,7 +103,12 @@ class Operation:
 
     def are_distinct(self, position: int) -> bool:
         """Whether no element occurs twice in an argument of any node."""
-        ids = np.sort(self.ids[:, self.bounds[position]], axis=1)
+        ids, shape = self.ids[:, self.bounds[position]], self.flat[position].shape
+        if _ascend(ids) or _ascend(
+            ids.reshape(-1, *shape).T.reshape(ids.shape[1], -1).T
+        ):  # as weights do, transposed or not
+            return True
+        ids = np.sort(ids, axis=1)
         return bool((ids[:, 1:] != ids[:, :-1]).all())
 
     def stacked(self, position: int) -> Tensor:
@@ -228,3 +233,8 @@ def base_name(func: Any) -> str:
 def argument_names(func: Any) -> tuple[str, ...]:
     """The names in an operation's schema."""
     return tuple(a.name for a in func._schema.arguments)
+
+
+def _ascend(ids: np.ndarray) -> bool:
+    """Whether the entries of each row grow from one to the next."""
+    return bool((ids[:, 1:] > ids[:, :-1]).all())
