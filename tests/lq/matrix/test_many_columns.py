@@ -107,7 +107,7 @@ def test_factors_follow_in_double_once_single_has_cost_as_much(network, monkeypa
     monkeypatch.setattr(plan, "further_columns", lambda analysis, columns: 0.0)
     solver = lq.Solver(analysis, DAMPING, "dense", precision="auto")
     seconds = solver.plan.own_costs["dense"].seconds
-    monkeypatch.setattr(lq.inverse.solver, "further_columns", lambda analysis, columns: seconds * columns / 20)
+    monkeypatch.setattr(lq.inverse.solver, "further_columns", lambda analysis, columns: seconds * columns / 20.5)
     for k, precision in ((10, "single"), (10, "single"), (1, "double")):
         g = columns(network, k)
         solution = solver.solve(g)
