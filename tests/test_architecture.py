@@ -52,6 +52,7 @@ FLOORS = [
     "operators",
     "tables",
     "autograd",
+    "graph.recording",
     "graph.rules",
     "graph",
     "per_sample",

@@ -89,7 +89,7 @@ def in_primitives(function: Callable[..., Any]) -> Callable[..., Any]:
     return _INSTEAD.get(function, function)
 
 
-class _Primitive(TorchFunctionMode):
+class Primitives(TorchFunctionMode):
     """Operations whose second derivative torch has wrong, or not at all, written in primitive ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,7 +116,7 @@ _WITHOUT_FUSED = {
 
 
 class FusedOperation(BaseException):
-    """Where a run without `_Primitive` comes to an operation that this would have written in others. No model is to catch it."""
+    """Where a run without `Primitives` comes to an operation that this would have written in others. No model is to catch it."""
 
 
 # Beginnings of the names of what torch makes of those functions.
@@ -167,7 +167,7 @@ def twice_differentiable(
     with ExitStack() as stack:
         stack.enter_context(once_differentiable_graphs(device))
         if in_primitives:
-            stack.enter_context(_Primitive())
+            stack.enter_context(Primitives())
         if device.type in _WITHOUT_FUSED and model is not None and _has_recurrent_layers(model):
             stack.enter_context(_WITHOUT_FUSED[device.type].changed())
         try:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from linop_hess.autograd.calling import constant, takes_parameters
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.capture import Capture, capture, rounded_gradient, watched
 from linop_hess.graph.layers import known_layers, linearize_layers
 from linop_hess.graph.penalty import Penalty, without_penalty
 from linop_hess.graph.recorded import Graph, Structure, build_graph
+from linop_hess.graph.recording.capture import Capture, capture, rounded_gradient, watched
 from linop_hess.graph.rules.loss import LossParts, linearize_loss
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.lq.accuracy import ROUNDINGS, VERIFIED
@@ -81,12 +81,15 @@ class Known:
         Whether it is of this very model and loss, so that both have been seen to give the same value each time.
     in_primitives : bool
         Whether functions of torch's had to be written in others; see `capture`.
+    by_repeats : bool
+        Whether functions showed all that was computed.
     """
 
     layout: Layout
     structure: Structure | None
     again: bool = True
     in_primitives: bool = False
+    by_repeats: bool = True
 
 
 def build_chain(
@@ -149,7 +152,8 @@ def build_chain(
             pass
     structure = None if known is None else known.structure
     again = structure is not None and known is not None and known.again
-    seen = capture(*run, second.sharpness is not None, again, known is not None and known.in_primitives)
+    manner = (False, True) if known is None else (known.in_primitives, known.by_repeats)
+    seen = capture(*run, second.sharpness is not None, again, *manner)
     if layers is None:
         _has_surrogates(second, run)
     at = dict(zip(names, parameters, strict=True))
@@ -159,7 +163,7 @@ def build_chain(
     _compare_gradients(seen, graph.gradient, names, graph.terms, partial(rounded_gradient, *run))
     shape = tuple(names), shapes, graph.generic, graph.cuts, seen.looks_inside, graph.differenced
     chain = Chain(graph.problem, seen.loss, graph.gradient, *shape, samples)
-    return chain, Known(graph.problem.layout, graph.structure, in_primitives=seen.in_primitives)
+    return chain, Known(graph.problem.layout, graph.structure, True, seen.in_primitives, seen.by_repeats)
 
 
 def refuse_inside(chain: Chain) -> None:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.liveness import uses
-from linop_hess.graph.movement import Ids, Strided, places
+from linop_hess.graph.recording.movement import Ids, Strided, places
+from linop_hess.graph.recording.node import Node, signature_of
 from linop_hess.graph.rules.elementwise import Elementwise, ScaleShift
 from linop_hess.graph.rules.nonsmooth import Extremum, Pooling, SecondDerivatives
 from linop_hess.graph.rules.operation import CONSTANT, CONTROL, STATE, Operation, Placement, Rule, is_aten
 from linop_hess.graph.rules.primitive import Whole
 from linop_hess.graph.rules.products import Affine, BatchedProduct, Convolution
 from linop_hess.graph.rules.reductions import Along, Normalization, Reduction, Standardization
-from linop_hess.graph.trace import Node
 
 RULES: tuple[Rule, ...] = (
     Affine(),
@@ -155,10 +155,14 @@ class Footprint:
 def alike(nodes: Sequence[Node]) -> list[Alike]:
     """Nodes by their signatures, in the order of the first of each."""
     found: dict[Hashable, list[int]] = {}
+    same: dict[int, list[int]] = {}  # by the `id` of a signature, which is sooner told than what it equals
     for k, node in enumerate(nodes):
         if node.signature is None:
-            node.signature = _signature(node)
-        found.setdefault(node.signature, []).append(k)
+            node.signature = signature_of(node)
+        mine = same.get(id(node.signature))
+        if mine is None:
+            same[id(node.signature)] = mine = found.setdefault(node.signature, [])
+        mine.append(k)
     return [Alike(signature, np.array(mine), [nodes[k] for k in mine]) for signature, mine in found.items()]
 
 
@@ -307,32 +311,6 @@ def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return rows[:1], np.zeros(len(rows), dtype=np.int64)
     kinds, kind_of = np.unique(rows, axis=0, return_inverse=True)
     return kinds, kind_of.reshape(-1)
-
-
-# What most arguments are that are no tensors, told without asking torch.
-_NUMBERS = frozenset({int, float, bool, str, type(None)})
-
-
-def _signature(node: Node) -> Hashable:
-    active, flat = node.active, node.flat
-    parts: list[Hashable] = []
-    for i, a in enumerate(flat):
-        kind = type(a)
-        if kind in _NUMBERS:
-            parts.append((kind, a))
-        elif isinstance(a, Tensor):
-            parts.append(
-                (a.shape, a.dtype, a.device, _pattern(node.arguments[active.index(i)]) if i in active else None)
-            )
-        else:
-            parts.append(repr(a))
-    # Where in its storage an argument begins is no matter, so that the same slice of every step of a sequence is one pattern.
-    outputs = tuple((j, o.start - node.outputs[0][1].start, o.shape, o.stride, o.offset) for j, o in node.outputs)
-    return node.func, node.in_loss, tuple(parts), outputs
-
-
-def _pattern(ids: Ids) -> Hashable:
-    return ids.stride if isinstance(ids, Strided) else "each"
 
 
 def _stacked_ids(ids: Sequence[Ids]) -> np.ndarray:

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from linop_hess.graph.grouping import Alike
-from linop_hess.graph.movement import Ids, Strided, contiguous_strides
+from linop_hess.graph.recording.movement import Ids, Strided, contiguous_strides
+from linop_hess.graph.recording.node import Node, Trace
 from linop_hess.graph.rules.elementwise import is_elementwise, scale_shift
 from linop_hess.graph.rules.operation import argument_names, out_of_place
 from linop_hess.graph.rules.reductions import normalize, standardize
-from linop_hess.graph.trace import Node, Trace
 
 aten = torch.ops.aten
 

@@ -14,9 +14,9 @@ from linop_hess.errors import NotFiniteError
 from linop_hess.graph.grouping import Alike, Footprint, Group, alike, grouped, live_nodes, needed_of
 from linop_hess.graph.liveness import LiveCuts
 from linop_hess.graph.lowering import lower, may_be_split, split_late
+from linop_hess.graph.recording.node import Node, Trace
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.samples import state_order
-from linop_hess.graph.trace import Node, Trace
 from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Stack, schedule
 from linop_hess.lq.layout import Layout
 from linop_hess.lq.problem import Problem

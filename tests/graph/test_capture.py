@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from linop_hess.graph.capture import Capture, capture
 from linop_hess.graph.grouping import alike, live_nodes, needed_of
 from linop_hess.graph.lowering import may_be_split, split_late
+from linop_hess.graph.recording.capture import Capture, capture
 
 
 class Attending(nn.Module):

@@ -18,7 +18,7 @@ from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.build import AUTOGRAD
 from linop_hess.graph.lowering import opened
 from linop_hess.graph.penalty import without_penalty
-from linop_hess.graph.trace import Trace
+from linop_hess.graph.recording.node import Trace
 from tests.graph.case import drawn, labels, mlp, normal
 from tests.helpers import dense_hessian
 from tests.lq.problems import backward_error

@@ -15,7 +15,7 @@ from linop_hess._validate import checked_loss
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.autograd.output_jacobian import output_jacobian
 from linop_hess.errors import FactorizationError, NotFiniteError, UnsupportedModelError
-from linop_hess.graph.movement import draws
+from linop_hess.graph.recording.movement import draws
 from linop_hess.lq.accuracy import BACKWARD_ERROR, CONCAVE, ROUNDED
 from linop_hess.lq.pivots.inertia import Inertia
 from linop_hess.optim.objective import Objective, slope_by_output

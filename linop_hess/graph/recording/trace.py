@@ -11,8 +11,6 @@ What is active is autograd's own judgement: a tensor is active where it requires
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,8 +23,9 @@ from linop_hess.autograd.differentiate import FusedOperation
 from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.autograd.untouched import Memory
 from linop_hess.errors import UnsupportedModelError
-from linop_hess.graph.movement import (
+from linop_hess.graph.recording.movement import (
     AS_NEW,
+    RELABELS,
     RELABELS_IN_PLACE,
     Handling,
     Ids,
@@ -37,6 +36,7 @@ from linop_hess.graph.movement import (
     handling,
     moved_ids,
 )
+from linop_hess.graph.recording.node import Node, Trace, operation_name
 
 _FLOATS = (torch.float32, torch.float64)
 _DTYPES = (*_FLOATS, torch.float16, torch.bfloat16)
@@ -45,83 +45,6 @@ _DTYPES = (*_FLOATS, torch.float16, torch.bfloat16)
 # In place of the first id of a storage: that of a tensor which requires a gradient but depends on no parameter.
 _CONSTANT = 0
 _NONE = np.zeros(0, dtype=np.int64)
-
-
-@dataclass(slots=True)
-class Node:
-    """An operation that computed something that depends on a parameter.
-
-    Attributes
-    ----------
-    func : torch._ops.OpOverload
-    flat : list
-        Its arguments, flattened; tensors as they were when it was called.
-    spec : object
-        How to unflatten them (see `torch.utils._pytree`).
-    active : list of int
-        Positions in `flat` of the tensors that depend on parameters.
-    arguments : list of Strided or ndarray
-        Their element ids.
-    outputs : list of (int, Strided)
-        The outputs that have a derivative: their place among all outputs, and their ids.
-    path : str
-        Path of the module that ran it.
-    in_loss : bool
-        Whether the loss function ran it, and not the model.
-    operation : str
-        What it is called where `func` is a function of ours.
-    signature : hashable
-        As `grouping.alike` finds it, kept; None: not found yet.
-    """
-
-    func: Any
-    flat: list[Any]
-    spec: Any
-    active: list[int]
-    arguments: list[Ids]
-    outputs: list[tuple[int, Strided]]
-    path: str
-    in_loss: bool
-    operation: str = ""
-    signature: Any = field(default=None, init=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        """The operation, as ``"aten.addmm"``."""
-        return self.operation or operation_name(self.func)
-
-    @property
-    def title(self) -> str:
-        """The operation and where it is, for messages."""
-        return f"{self.name} in module {self.path!r}" if self.path else f"{self.name}"
-
-
-@cache
-def operation_name(func: Any) -> str:
-    """Name of an operation without its overload."""
-    return str(func).rsplit(".", 1)[0]
-
-
-@dataclass
-class Trace:
-    """All nodes of a run, in order.
-
-    Attributes
-    ----------
-    nodes : list of Node
-    parameters : int
-        Number N of parameter entries; they have the ids 1..N.
-    ids : int
-        The largest id.
-    """
-
-    nodes: list[Node] = field(default_factory=list)
-    parameters: int = 0
-    ids: int = 0
-
-    def dtypes(self) -> set[torch.dtype]:
-        """Dtypes of all arguments that depend on parameters."""
-        return {node.flat[i].dtype for node in self.nodes for i in node.active}
 
 
 class Recorder(TorchDispatchMode):
@@ -137,6 +60,19 @@ class Recorder(TorchDispatchMode):
         Whether selections that have a surrogate, as maxima, are operations; else they move entries.
     in_primitives : bool
         Whether it runs with functions of torch's written in others where that is needed; else it ends with `FusedOperation` there.
+
+    Attributes
+    ----------
+    trace : Trace
+    path : list of str
+        The paths of the modules that run, the innermost last.
+    in_loss : bool
+        Whether the loss function runs, and not the model.
+    memory : Memory
+    others : int
+        How many operations neither were recorded as a node nor gave views alone.
+    written : list of Tensor
+        What was written into, or got another shape, in place.
 
     Notes
     -----
@@ -156,6 +92,8 @@ class Recorder(TorchDispatchMode):
         self._selections_compute, self._in_primitives = selections_compute, in_primitives
         self.path: list[str] = [""]
         self.in_loss = False
+        self.others = 0
+        self.written: list[Tensor] = []
         self._ids: dict[int, int | Tensor] = {}  # by storage: the first of consecutive ids, or the id of each entry
         self._known: dict[
             int, Strided
@@ -189,14 +127,33 @@ class Recorder(TorchDispatchMode):
             return Strided(base, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten().numpy().copy()
 
+    def find(self, tensor: Tensor) -> Strided | None:
+        """Element ids of a tensor that requires a gradient, which then stays alive; None where they are not consecutive."""
+        known = self._known.get(id(tensor))
+        ids = self._ids_of(tensor) if known is None else known
+        self._alive.append(tensor)
+        return ids if isinstance(ids, Strided) else None
+
+    def keep(self, tensor: Tensor) -> None:
+        """Keep a tensor alive, and so its `id` its own."""
+        self._alive.append(tensor)
+
+    def note(self, tensor: Tensor, ids: Strided) -> None:
+        """Note the ids of a tensor in a storage of its own."""
+        self._ids[self.memory.note_one(tensor)] = ids.start
+        self._known[id(tensor)] = ids
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _ZEROS_WITHOUT_MEMORY:  # tangents of constants in forward mode
             func = torch.ops.aten.zeros.default
         how = handling(func)
         if how.only:
+            if how is not RELABELS:
+                self.others += 1
             if how is RELABELS_IN_PLACE:
                 self._known.clear()
+                self.written.append(args[0])
             out = func(*args, **kwargs)
             return self.memory.note(out) if how is AS_NEW else out
         if how.fused and not self._in_primitives:
@@ -227,6 +184,9 @@ class Recorder(TorchDispatchMode):
                 f"expected a model and a loss that give the same value each time, got the random operation "
                 f"{self._where(func)}: call model.eval(), or remove it"
             )
+        if not active or how.writes or how.moves or not torch.is_grad_enabled():
+            self.others += 1
+        self.written += [flat[i] for i in how.writes if i < len(flat) and isinstance(flat[i], Tensor)]
         if not active:
             return self._constant(func, how, flat, args, kwargs)
         if is_complex:

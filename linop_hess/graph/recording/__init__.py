@@ -1,0 +1,1 @@
+"""One run of a model and a loss, recorded operation by operation."""

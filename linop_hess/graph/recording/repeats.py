@@ -1,0 +1,387 @@
+"""Calls of torch's functions like one that was looked into: recorded as that was, and not looked into again.
+
+Below autograd each operation takes a detour through Python, of four fifths of what a recorded run takes. A `TorchFunctionMode` sees what
+Python calls, for a quarter of that. Here the first call of a function on arguments of some shapes, strides and dtypes runs within the
+`Recorder`. Where that noted a single operation, of views of the arguments, or none and the result is a view of one, the call becomes a
+template; one like it is carried out alone, and noted as the template says. All other calls run within the recorder each time.
+
+What no function shows is not missed. Autograd numbers its nodes as it makes them, so one made between two calls shows in the next, and what
+was written into in place has a version of its own: then all is recorded anew, within the recorder alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from linop_hess.autograd.differentiate import Primitives
+from linop_hess.graph.recording.movement import Ids, Strided, contiguous_strides
+from linop_hess.graph.recording.node import Node, signature_of
+from linop_hess.graph.recording.trace import Recorder
+
+
+class Escaped(BaseException):
+    """Where something was computed that no function shows. No model is to catch it."""
+
+
+def _named(names: str, *owners: Any) -> set[Any]:
+    return {getattr(owner, name) for name in names.split() for owner in owners if hasattr(owner, name)}
+
+
+# Functions that compute the same from the same, change nothing, and choose what they are made of by shapes, strides and dtypes alone.
+_PURE = frozenset(
+    _named(
+        "linear tanh relu sigmoid softplus logsigmoid gelu silu elu selu celu mish leaky_relu relu6 hardtanh softmax log_softmax "
+        "layer_norm group_norm rms_norm conv1d conv2d conv3d avg_pool1d avg_pool2d",
+        functional,
+    )
+    | _named(
+        "add sub mul div rsub true_divide neg pow square sqrt rsqrt reciprocal abs exp expm1 log log1p sin cos tan atan asinh tanh sigmoid "
+        "relu erf softmax log_softmax logsumexp sum mean matmul mm bmm mv dot addmm addcmul einsum layer_norm t transpose permute "
+        "unsqueeze squeeze flatten reshape view expand movedim swapaxes unflatten __rsub__ __rdiv__ __rtruediv__ __pow__ __rpow__",
+        torch,
+        Tensor,
+    )
+)
+
+# Those that compute nothing.
+_ASKED = frozenset(
+    {
+        *_named("size dim ndimension stride numel nelement is_contiguous is_floating_point is_complex element_size __len__", Tensor),
+        *(of.__get__ for of in _named("shape dtype device ndim requires_grad is_leaf layout", Tensor)),
+        torch._C._set_grad_enabled,
+    }
+)  # fmt: skip
+
+# Names of those that change a tensor and carry out no operation.
+_CHANGES = frozenset({"__set__", "requires_grad_"})
+
+_SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+_SEQUENCES = frozenset({tuple, list, torch.Size})
+_TENSORS = frozenset({Tensor, nn.Parameter})
+
+# Of torch's: the number of the next node of a graph; transforms and dispatch modes in force.
+_next_node: Any = getattr(torch._C._autograd, "_get_sequence_nr", None)
+_transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+
+@dataclass(slots=True)
+class _View:
+    """A view of an operand, `offset` counted from where that begins."""
+
+    operand: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    is_whole: bool = False
+    is_transposed: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view, detached."""
+        tensor = tensor.detach()
+        if self.is_whole:
+            return tensor
+        if self.is_transposed:
+            return tensor.t()
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
+
+    def ids(self, ids: Strided | None) -> Strided:
+        """Its element ids, from those of the operand, which depends on parameters."""
+        assert ids is not None
+        return ids if self.is_whole else Strided(ids.start, self.shape, self.stride, ids.offset + self.offset)
+
+
+@dataclass(slots=True)
+class _Template:
+    """What a call is recorded as.
+
+    Attributes
+    ----------
+    node : Node or None
+        Starts of its outputs count from the last id before; None: the result is a view of an argument.
+    tensors : list of (int, _View, bool)
+        The tensors in `node.flat`: where, which they are, and whether they depend on parameters.
+    ids : int
+        How many ids are new.
+    result : Strided or _View
+        The result in terms of new ids, or of an operand.
+    layout : int
+        Of the result; see `Repeats._layout`.
+    dtype : torch.dtype
+    """
+
+    node: Node | None
+    tensors: list[tuple[int, _View, bool]]
+    ids: int
+    result: Strided | _View
+    layout: int
+    dtype: torch.dtype
+
+    def note(self, recorder: Recorder, operands: Sequence[Tensor], ids: Sequence[Strided | None]) -> Strided:
+        """Record it, of other operands; give the ids of the result."""
+        result, trace = self.result, recorder.trace
+        if isinstance(result, _View):
+            return result.ids(ids[result.operand])
+        before = trace.ids
+        trace.nodes.append(self.made(before, recorder, operands, ids))
+        trace.ids = before + self.ids
+        return Strided(before + result.start, result.shape, result.stride, result.offset)
+
+    def made(self, before: int, recorder: Recorder, operands: Sequence[Tensor], ids: Sequence[Strided | None]) -> Node:
+        """The node, of other operands and with ids that follow `before`."""
+        like = self.node
+        assert like is not None
+        flat = like.flat.copy()
+        arguments: list[Ids] = []
+        for i, view, is_active in self.tensors:
+            held = view.of(operands[view.operand])
+            if is_active:
+                arguments.append(view.ids(ids[view.operand]))
+            else:
+                held = recorder.memory.kept(held)
+            flat[i] = held
+        outputs = [(j, Strided(before + o.start, o.shape, o.stride, o.offset)) for j, o in like.outputs]
+        node = Node(like.func, flat, like.spec, like.active, arguments, outputs, recorder.path[-1], like.in_loss)
+        node.signature = like.signature
+        return node
+
+
+class Repeats(TorchFunctionMode):
+    """Record what runs inside as a recorder does, and end with `Escaped` where that would miss something.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        Which notes all; it has noted nothing yet.
+    leaves : sequence of Tensor
+        The parameters that it was given.
+    """
+
+    def __init__(self, recorder: Recorder, leaves: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._templates: dict[tuple[Any, ...], _Template | None] = {}
+        self._layouts: dict[tuple[Any, ...], int] = {}
+        self._leaves: dict[int, tuple[Strided, int]] = {}
+        self._seen: dict[int, tuple[Strided, int]] = {}  # by `id`, until something is written or relabelled in place
+        self._new: list[tuple[Tensor, Strided]] = []  # not known to the recorder yet
+        self._versions: dict[int, int] = {}  # by storage that was written into: as it is known to be
+        self._modes, self._node = _modes(), _next_node()
+        start = 1
+        of_shape: dict[Any, tuple[tuple[int, ...], tuple[int, ...], int, int]] = {}
+        for leaf in leaves:
+            known = of_shape.get(key := (leaf.shape, leaf.dtype))
+            if known is None:
+                shape = tuple(leaf.shape)
+                known = shape, contiguous_strides(shape), leaf.numel(), self._layout(leaf, True)
+                of_shape[key] = known
+            shape, stride, count, layout = known
+            if count:
+                self._leaves[id(leaf)] = Strided(start, shape, stride, 0), layout
+                start += count
+
+    @staticmethod
+    def can_see() -> bool:
+        """Whether functions show here what they are: where no mode outside makes others of them."""
+        outside = _get_current_function_mode_stack()
+        return _next_node is not None and all(isinstance(mode, (Primitives, DeviceContext)) for mode in outside)
+
+    def __enter__(self) -> Repeats:
+        self._node = _next_node()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if exception[0] is None:
+            self._require_shown()
+            self._tell()
+
+    def require_unchanged(self) -> None:
+        """Raise unless all that is held of arguments is as it was when it was recorded.
+
+        Raises
+        ------
+        Escaped
+        """
+        for node in self._recorder.trace.nodes:
+            for a in node.flat:
+                if isinstance(a, Tensor) and not a.is_inference() and a._version:
+                    if a._version != self._versions.get(a.untyped_storage().data_ptr()):
+                        raise Escaped
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._require_shown()
+        if func in _ASKED:
+            return func(*args, **(kwargs or {}))
+        if func not in _PURE or not torch.is_grad_enabled():
+            return self._looked_into(func, args, kwargs)
+        key: list[Any] = [func, self._recorder.in_loss]
+        operands: list[Tensor] = []
+        ids: list[Strided | None] = []
+        seen, leaves = self._seen, self._leaves
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            kind = type(a)
+            if kind in _TENSORS:
+                known = seen.get(id(a)) or leaves.get(id(a)) or self._found(a)
+                if known is None:
+                    return self._looked_into(func, args, kwargs)
+                ids.append(known[0])
+                operands.append(a)
+                key.append(known[1])
+            elif kind in _SCALARS:
+                key += (kind, a)
+            elif kind in _SEQUENCES and all(type(b) is int for b in a):
+                key.append(tuple(a))
+            else:
+                return self._looked_into(func, args, kwargs)
+        if kwargs:
+            key.append(tuple(kwargs))
+        if len(operands) > 1:
+            which = [id(a) for a in operands]
+            if len(set(which)) < len(which):
+                key.append(tuple(map(which.index, which)))
+        call = tuple(key)
+        template = self._templates.get(call)
+        if template is None:
+            is_new = call not in self._templates
+            return self._looked_into(func, args, kwargs, call if is_new else None, operands, ids)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        self._node = _next_node()
+        if out.dtype is not template.dtype:  # within autocast
+            raise Escaped
+        mine = template.note(self._recorder, operands, ids)
+        if template.node is not None:
+            self._new.append((out, mine))
+        self._recorder.keep(out)
+        seen[id(out)] = mine, template.layout
+        return out
+
+    def _require_shown(self) -> None:
+        """Raise where a graph grew since the last call, or where functions may show what is not carried out."""
+        if _next_node() != self._node or _modes() != self._modes or _transform() is not None:
+            raise Escaped
+
+    def _tell(self) -> None:
+        """Tell the recorder what it has not noted itself."""
+        for out, ids in self._new:
+            self._recorder.note(out, ids)
+        self._new.clear()
+
+    def _layout(self, tensor: Tensor, is_active: bool) -> int:
+        """A number for the shape, strides and dtype of a tensor, and whether it depends on parameters."""
+        key = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, is_active
+        return self._layouts.setdefault(key, len(self._layouts))
+
+    def _found(self, tensor: Tensor) -> tuple[Strided | None, int] | None:
+        """Ids, of a constant None, and layout of an operand; None where it must be looked into."""
+        if tensor.layout != torch.strided or not tensor.numel():
+            return None
+        if not tensor.requires_grad:
+            return None, self._layout(tensor, False)
+        ids = self._recorder.find(tensor)
+        if ids is None:
+            self._tell()
+            ids = self._recorder.find(tensor)
+        if ids is None:
+            return None
+        self._seen[id(tensor)] = known = ids, self._layout(tensor, True)
+        return known
+
+    def _looked_into(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        call: tuple[Any, ...] | None = None,
+        operands: Sequence[Tensor] = (),
+        ids: Sequence[Strided | None] = (),
+    ) -> Any:
+        """Carry a function out within the recorder; make a template of it where it is told what the call is."""
+        recorder = self._recorder
+        self._tell()
+        trace, others = recorder.trace, recorder.others
+        nodes, before = len(trace.nodes), trace.ids
+        try:
+            with recorder:
+                out = func(*args, **(kwargs or {}))
+        finally:
+            self._node = _next_node()
+            for tensor in recorder.written:
+                if not tensor.is_inference():
+                    self._versions[tensor.untyped_storage().data_ptr()] = tensor._version
+            recorder.written.clear()
+            if recorder.others != others or getattr(func, "__name__", "") in _CHANGES:
+                self._seen.clear()
+                self._leaves.pop(id(args[0]) if args else 0, None)  # it may be a constant from now on
+        if call is not None:
+            is_simple = recorder.others == others and len(trace.nodes) <= nodes + 1
+            self._templates[call] = (
+                self._template(out, trace.nodes[nodes:], before, operands, ids) if is_simple else None
+            )
+        return out
+
+    def _template(
+        self, out: Any, nodes: Sequence[Node], before: int, operands: Sequence[Tensor], ids: Sequence[Strided | None]
+    ) -> _Template | None:
+        """A template of what was recorded; None where it may depend on more than the operands."""
+        if type(out) is not Tensor or not out.requires_grad or not out.numel():
+            return None
+        bases: dict[int, tuple[int, Tensor]] = {}
+        for j, a in enumerate(operands):
+            held = a.detach() if ids[j] is not None else self._recorder.memory.kept(a.detach())
+            known = bases.setdefault(held.untyped_storage().data_ptr(), (j, held))
+            if operands[known[0]] is not a:
+                return None  # two in one storage
+        found, layout, count = self._recorder.find(out), self._layout(out, True), self._recorder.trace.ids - before
+        if found is None:
+            return None
+        if not nodes:
+            view = _view_of(out, bases)
+            if view is None or ids[view.operand] is None or view.ids(ids[view.operand]) != found:
+                return None
+            return _Template(None, [], 0, view, layout, out.dtype)
+        node, tensors = nodes[0], []
+        for i, a in enumerate(node.flat):
+            if isinstance(a, Tensor):
+                view, is_active = _view_of(a, bases), i in node.active
+                if view is None or is_active != (ids[view.operand] is not None):
+                    return None
+                tensors.append((i, view, is_active))
+        new = sum(math.prod(o.shape) for _, o in node.outputs)
+        if new != count or found.start <= before:
+            return None
+        flat = [None if isinstance(a, Tensor) else a for a in node.flat]
+        like = replace(node, flat=flat, outputs=[(j, replace(o, start=o.start - before)) for j, o in node.outputs])
+        like.signature = signature_of(node)
+        template = _Template(like, tensors, count, replace(found, start=found.start - before), layout, out.dtype)
+        again = template.made(before, self._recorder, operands, ids)
+        is_same = again == replace(node, flat=again.flat) and all(map(_are_same, again.flat, node.flat))
+        return template if is_same else None
+
+
+def _view_of(tensor: Tensor, bases: dict[int, tuple[int, Tensor]]) -> _View | None:
+    """Which view of which operand a tensor is; `bases` are by their storages."""
+    if (key := tensor.untyped_storage().data_ptr()) not in bases:
+        return None
+    j, base = bases[key]
+    shape, stride, offset = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset() - base.storage_offset())
+    is_whole = (shape, stride, offset) == (tuple(base.shape), base.stride(), 0)
+    is_transposed = base.ndim == 2 and (shape, stride, offset) == (tuple(base.shape[::-1]), base.stride()[::-1], 0)
+    return _View(j, shape, stride, offset, is_whole, is_transposed)
+
+
+def _are_same(mine: Any, theirs: Any) -> bool:
+    """Whether two arguments are the same number, or tensors of the same entries in memory."""
+    if not isinstance(mine, Tensor):
+        return bool(mine == theirs)
+    where = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in (mine, theirs)]
+    return where[0] == where[1]
