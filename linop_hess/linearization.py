@@ -19,7 +19,7 @@ from linop_hess.autograd.calling import (
     refuse_empty,
     refuse_sparse,
 )
-from linop_hess.autograd.snapshot import select_parameters
+from linop_hess.autograd.snapshot import Contents, select_parameters
 from linop_hess.autograd.untouched import exclusively, untouched_randomness, without_collector
 from linop_hess.curvature import ChainCurvature, HasHessian
 from linop_hess.graph.build import Chain, Known, build_chain, refuse_inside
@@ -164,7 +164,7 @@ def linearize(
     processes = Processes.of(group)
     with exclusively(model, loss_fn):
         with processes.together("linearize"):
-            several, second, module, names = _checked(
+            several, second, contents, names = _checked(
                 model, loss_fn, inputs, targets, params, (nonsmooth, sharpness, differentiation)
             )
             if not (several or processes.are_several) and (reduction is not None or weight_fn is not None):
@@ -177,15 +177,15 @@ def linearize(
                     "matrix is compared with one; leave it out"
                 )
         if several or group is not None:
-            batches = inputs if several else [(inputs, targets)]
+            module, batches = contents.model, inputs if several else [(inputs, targets)]
             return StreamedLinearization(
                 module, loss_fn, batches, names, second, reduction=reduction, weight_fn=weight_fn, processes=processes
             )
-        return _of_one_batch(module, loss_fn, inputs, targets, names, verify, second)
+        return _of_one_batch(contents, loss_fn, inputs, targets, names, verify, second)
 
 
 def _of_one_batch(
-    model: nn.Module,
+    contents: Contents,
     loss_fn: Callable[..., Tensor],
     inputs: Any,
     targets: Any,
@@ -195,11 +195,12 @@ def _of_one_batch(
     known: Known | None = None,
 ) -> Linearization:
     verify = None if verify is None else true_or_false(verify, "verify")
-    parameter = model.get_parameter(names[0])
+    model, parameter = contents.model, contents.parameters[names[0]]
     device = parameter.device
     with explained(inputs, parameter), untouched_randomness(device), plain_arithmetic(device), without_collector():
-        chain, found = build_chain(model, loss_fn, inputs, targets, names, second, known)
-    lin = Linearization(chain, Reference(model, loss_fn, inputs, targets, chain.names, second, bool(chain.differenced)))
+        chain, found = build_chain(model, loss_fn, inputs, targets, names, second, known, contents)
+    reference = Reference(model, loss_fn, inputs, targets, chain.names, second, bool(chain.differenced), contents)
+    lin = Linearization(chain, reference)
     lin._known = found
     # What is left to differences has been compared with those of other steps, and the same operations are verified once.
     is_seen = known is not None and known.again and found.structure is known.structure
@@ -215,7 +216,7 @@ def _checked(
     targets: Any,
     params: Any,
     how: tuple[Nonsmooth, float | None, Differentiation],
-) -> tuple[bool, SecondDerivatives, nn.Module, tuple[str, ...]]:
+) -> tuple[bool, SecondDerivatives, Contents, tuple[str, ...]]:
     """Whether there are several batches, how to differentiate, the model as a module, and the names of the chosen parameters."""
     several = are_batches(inputs, targets)
     second = SecondDerivatives.of(*how)
@@ -225,16 +226,17 @@ def _checked(
         raise TypeError(
             "expected names of the model's parameters in params, got a mapping: pass its keys, or a plain function as model"
         )
+    contents = Contents.of(model)
     if several:
-        names = select_parameters(model, params)
+        names = select_parameters(model, params, contents)
         _require_callable(loss_fn)
-        return several, second, model, tuple(names)
-    return several, second, model, _names(model, loss_fn, inputs, targets, params)
+        return several, second, contents, tuple(names)
+    return several, second, contents, _names(contents, loss_fn, inputs, targets, params)
 
 
-def _names(model: nn.Module, loss_fn: Any, inputs: Any, targets: Any, params: Any) -> tuple[str, ...]:
+def _names(contents: Contents, loss_fn: Any, inputs: Any, targets: Any, params: Any) -> tuple[str, ...]:
     """The names of the chosen parameters, of data and a loss that are usable."""
-    names = select_parameters(model, params)
+    names = select_parameters(contents.model, params, contents)
     _require_callable(loss_fn)
     for what, value in (("inputs", inputs), ("targets", targets)):
         refuse_sparse(value, what)
@@ -265,9 +267,10 @@ def linearize_again(
         As `linearize`.
     """
     with exclusively(model, loss_fn):
-        names = _names(model, loss_fn, inputs, targets, names)
+        contents = Contents.of(model)
+        names = _names(contents, loss_fn, inputs, targets, names)
         known = None if told is None else told.of(model, loss_fn, names, second, (inputs, targets))
-        return _of_one_batch(model, loss_fn, inputs, targets, names, verify, second, known)
+        return _of_one_batch(contents, loss_fn, inputs, targets, names, verify, second, known)
 
 
 class Linearization(Named, HasHessian, HasPieces, Storable, SampleGradients, Verified):

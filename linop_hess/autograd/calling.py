@@ -116,8 +116,8 @@ def call_loss(loss_fn: Callable[..., Any], output: Any, target: Any, params: Map
     return loss_fn(output, target, dict(params)) if takes_parameters(loss_fn) else loss_fn(output, target)
 
 
-def refuse_unusable_model(model: nn.Module) -> None:
-    """Raise where a model is wrapped in what has no second derivatives or no copy, or has no data.
+def refuse_unusable_model(modules: Mapping[str, nn.Module]) -> None:
+    """Raise where a model, its modules given by path, is wrapped in what has no second derivatives or no copy, or has no data.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def refuse_unusable_model(model: nn.Module) -> None:
     """
     plain: set[type] = set()
     local: set[type] = set()  # kinds of tensor of which a process has all
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if type(module) not in plain:
             where = f"model.{path}" if path else "model"
             instead = _instead_of(module, where)
@@ -138,7 +138,7 @@ def refuse_unusable_model(model: nn.Module) -> None:
                 )
             plain.add(type(module))
         for own in (module._parameters, module._buffers):
-            for key, tensor in own.items():
+            for key, tensor in own.items() if own else ():
                 if tensor is None:
                     continue
                 if type(tensor) not in local:

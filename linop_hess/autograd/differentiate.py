@@ -7,7 +7,7 @@ Double backward (`autograd.grad` of a gradient) is the one route that agrees wit
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -140,7 +140,10 @@ def is_fused(func: Any) -> bool:
 
 @contextmanager
 def twice_differentiable(
-    what: str, device: torch.device, model: nn.Module | None = None, in_primitives: bool = True
+    what: str,
+    device: torch.device,
+    model: nn.Module | Collection[nn.Module] | None = None,
+    in_primitives: bool = True,
 ) -> Iterator[None]:
     """Record graphs that can be differentiated twice, in full precision, whatever is switched on outside.
 
@@ -153,8 +156,8 @@ def twice_differentiable(
         What is recorded, for the message.
     device : torch.device
         Where it runs.
-    model : torch.nn.Module, optional
-        Looked through for recurrent layers.
+    model : torch.nn.Module or collection of torch.nn.Module, optional
+        It, or all its modules: looked through for recurrent layers.
     in_primitives : bool
         Whether to write operations in others; else who runs it must raise `FusedOperation` for those that `is_fused` tells. Every call
         of a function of torch's takes a third longer with it, and few models have one.
@@ -182,8 +185,9 @@ def twice_differentiable(
             raise
 
 
-def _has_recurrent_layers(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.RNNBase) for module in model.modules())
+def _has_recurrent_layers(model: nn.Module | Collection[nn.Module]) -> bool:
+    modules = model.modules() if isinstance(model, nn.Module) else model
+    return any(issubclass(kind, nn.RNNBase) for kind in set(map(type, modules)))
 
 
 @contextmanager

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,12 +15,74 @@ from torch.nn.parameter import UninitializedParameter
 
 from linop_hess._validate import require_dtype
 from linop_hess.autograd.calling import refuse_unusable_model
-from linop_hess.autograd.untouched import as_a_function
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators.parameters import matching, patterns_of
 
 
-def select_parameters(model: Any, params: str | Iterable[str] | None) -> list[str]:
+@dataclass(frozen=True)
+class Contents:
+    """What a model consists of, found in one walk through it.
+
+    Attributes
+    ----------
+    model : nn.Module
+    modules : dict of str to nn.Module
+        By path, each once, as `named_modules` has them.
+    """
+
+    model: nn.Module
+    modules: dict[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Contents:
+        """Look through a model."""
+        return cls(model, dict(model.named_modules()))
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """As `named_parameters` has them."""
+        if type(self.model).named_parameters is not nn.Module.named_parameters:
+            return dict(self.model.named_parameters())
+        return _each_once((path, module._parameters) for path, module in self.modules.items() if module._parameters)
+
+    @cached_property
+    def buffers(self) -> dict[str, Tensor]:
+        """As `named_buffers` has them."""
+        if type(self.model).named_buffers is not nn.Module.named_buffers:
+            return dict(self.model.named_buffers())
+        return _each_once((path, module._buffers) for path, module in self.modules.items() if module._buffers)
+
+    @cached_property
+    def places(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """Where modules hold parameters and buffers, tied ones in each place."""
+        return [
+            (own, key, tensor)
+            for module in self.modules.values()
+            for own in (module._parameters, module._buffers)
+            if own
+            for key, tensor in own.items()
+            if tensor is not None
+        ]
+
+    def has_all(self) -> bool:
+        """Whether the model still has no other modules."""
+        inside = chain.from_iterable(module._modules.values() for module in self.modules.values())
+        known = set(map(id, self.modules.values()))
+        return all(module is None or id(module) in known for module in inside)
+
+
+def _each_once(held: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Tensors that modules hold, by path and name; of tied ones the first."""
+    named, seen = {}, set()
+    for path, own in held:
+        for key, tensor in own.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                named[f"{path}.{key}" if path else key] = tensor
+    return named
+
+
+def select_parameters(model: Any, params: str | Iterable[str] | None, contents: Contents | None = None) -> list[str]:
     """Return the names of the parameters to differentiate by, in the order of `model.named_parameters()`.
 
     Parameters
@@ -26,6 +91,8 @@ def select_parameters(model: Any, params: str | Iterable[str] | None) -> list[st
     params : str or iterable of str, optional
         A name, a glob pattern (``*`` matches dots too) or several to restrict to; by default every parameter that requires a
         gradient. A frozen parameter may not be named, and a pattern passes it over.
+    contents : Contents, optional
+        The model's, where they are known.
 
     Returns
     -------
@@ -45,8 +112,9 @@ def select_parameters(model: Any, params: str | Iterable[str] | None) -> list[st
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}: wrap it in one")
-    refuse_unusable_model(model)
-    named = dict(model.named_parameters())
+    contents = Contents.of(model) if contents is None else contents
+    refuse_unusable_model(contents.modules)
+    named = contents.parameters
     chosen = _chosen_names(named, params)
     if not chosen:
         frozen = f"{len(named)}, all frozen: call model.requires_grad_(True)"
@@ -77,6 +145,24 @@ def select_parameters(model: Any, params: str | Iterable[str] | None) -> list[st
                 f"{parameter.device}: move the model with .to(device)"
             )
     return chosen
+
+
+def more_than_functions(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules that have what `as_a_function` takes off."""
+    of_class = {kind for kind in set(map(type, modules)) if hasattr(kind, "sparse")}
+    may_be = [m for m in modules if "sparse" in vars(m) or type(m) in of_class]  # nn.Module takes its time to say no
+    sparse = {id(m) for m in may_be if getattr(m, "sparse", None) is True}
+    return [m for m in modules if m._backward_hooks or m._backward_pre_hooks or id(m) in sparse]
+
+
+def as_a_function(module: nn.Module) -> None:
+    """Take off a module what changes gradients and no loss: backward hooks, and sparse gradients, which have no second derivative."""
+    if module._backward_hooks:
+        module._backward_hooks.clear()
+    if module._backward_pre_hooks:
+        module._backward_pre_hooks.clear()
+    if more_than_functions([module]):
+        module.sparse = False  # type: ignore[assignment]
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

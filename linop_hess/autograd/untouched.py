@@ -7,20 +7,14 @@ import gc
 import inspect
 import random
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
-from operator import is_, is_not
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-_CONTAINERS = (dict, list, set)
-# What most attributes of modules are, and no tensors, which is sooner told by the type than by asking torch.
-_OFTEN = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, list})
 
 
 class ProcessWide:
@@ -197,111 +191,6 @@ def _collect(value: Any, modules: dict[int, nn.Module], seen: set[int]) -> None:
         inside.extend(getattr(value, "__dict__", {}).values())
     for one in inside:
         _collect(one, modules, seen)
-
-
-class StandIns:
-    """Other tensors in the places of a model's parameters and buffers, tied ones replaced by one; no backward hooks.
-
-    Other tensors that modules hold as attributes are replaced by copies. As a context, as often as needed: on leaving, modules have all
-    that they had before, the attributes that they set while they ran and the lists, dicts and sets that they changed among it. What
-    objects of other classes hold is not followed.
-
-    Parameters
-    ----------
-    model : nn.Module
-    others : mapping of int to Tensor
-        By the `id` of the parameter or buffer.
-    """
-
-    def __init__(self, model: nn.Module, others: Mapping[int, Tensor]) -> None:
-        modules = list(model.modules())
-        self._before = _Attributes(modules)
-        self._functions = list(filter(_is_no_function, modules))
-        self._tensors = [  # that are attributes by themselves
-            (vars(module), key, value)
-            for module in modules
-            for key, value in vars(module).items()
-            if type(value) not in _OFTEN and isinstance(value, Tensor) and not value.requires_grad
-        ]
-        self._places: list[tuple[dict[str, Any], str, Tensor]] = [
-            (own, key, others[id(tensor)])
-            for module in modules
-            for own in (module._parameters, module._buffers)
-            if own
-            for key, tensor in own.items()
-            if id(tensor) in others
-        ]
-
-    def __enter__(self) -> StandIns:
-        copies: dict[int, Tensor] = {}
-        for attributes, key, value in self._tensors:
-            if id(value) not in copies:
-                copies[id(value)] = value.detach().clone()
-            attributes[key] = copies[id(value)]
-        for own, key, tensor in self._places:
-            own[key] = tensor
-        for module in self._functions:
-            as_a_function(module)
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._before.restore()
-
-
-def _is_no_function(module: nn.Module) -> bool:
-    """Whether a module has what `as_a_function` takes off."""
-    return bool(module._backward_hooks or module._backward_pre_hooks or _has_sparse_gradients(module))
-
-
-def _has_sparse_gradients(module: nn.Module) -> bool:
-    has_it = "sparse" in vars(module) or hasattr(type(module), "sparse")  # nn.Module takes its time to say no
-    return has_it and getattr(module, "sparse", None) is True
-
-
-def as_a_function(module: nn.Module) -> None:
-    """Take off a module what changes gradients and no loss: backward hooks, and sparse gradients, which have no second derivative."""
-    if module._backward_hooks:
-        module._backward_hooks.clear()
-    if module._backward_pre_hooks:
-        module._backward_pre_hooks.clear()
-    if _has_sparse_gradients(module):
-        module.sparse = False  # type: ignore[assignment]
-
-
-class _Attributes:
-    """Attributes of modules, and the contents of those that are containers."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._contents: list[tuple[Any, Any]] = []
-        self._empty: list[Any] = []  # most of a module's, its hooks
-        for module in modules:
-            self._keep(vars(module))
-
-    def _keep(self, value: Any) -> None:
-        copy = dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else set(value)
-        self._contents.append((value, copy))
-        for inner in copy.values() if isinstance(copy, dict) else copy:
-            if isinstance(inner, _CONTAINERS):
-                if inner:
-                    self._keep(inner)
-                else:
-                    self._empty.append(inner)
-
-    def restore(self) -> None:
-        for value in filter(None, self._empty):
-            value.clear()
-        for value, before in self._contents:
-            if isinstance(value, dict):
-                same = len(value) == len(before) and all(map(is_, value.values(), before.values()))
-                if not same or any(map(is_not, value, before)) and list(value) != list(before):
-                    value.clear()
-                    value.update(before)
-            elif isinstance(value, list):
-                if len(value) != len(before) or any(a is not b for a, b in zip(value, before, strict=True)):
-                    value[:] = before
-            elif value != before:
-                value.clear()
-                value.update(before)
 
 
 class Memory:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linop_hess.autograd.calling import constant, takes_parameters
+from linop_hess.autograd.snapshot import Contents
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.layers import known_layers, linearize_layers
 from linop_hess.graph.penalty import Penalty, without_penalty
@@ -100,6 +101,7 @@ def build_chain(
     names: Sequence[str],
     second: SecondDerivatives = AUTOGRAD,
     known: Known | None = None,
+    contents: Contents | None = None,
 ) -> tuple[Chain, Known]:
     """Linearize a model at its current parameters.
 
@@ -117,6 +119,8 @@ def build_chain(
         Where those come from that autograd does not have, or that kinks hide.
     known : Known, optional
         Of an earlier one. What numbers do not change is taken from it where the model still does the same on data of the same shapes.
+    contents : Contents, optional
+        The model's, where they are known.
 
     Returns
     -------
@@ -134,7 +138,8 @@ def build_chain(
     MemoryError
         If derivatives or states do not fit in memory.
     """
-    named = dict(model.named_parameters())
+    contents = Contents.of(model) if contents is None else contents
+    named = contents.parameters
     parameters = [named[name] for name in names]
     shapes = tuple(tuple(p.shape) for p in parameters)
     layers = None if takes_parameters(loss_fn) else known_layers(model, inputs, names)
@@ -153,13 +158,13 @@ def build_chain(
     structure = None if known is None else known.structure
     again = structure is not None and known is not None and known.again
     manner = (False, True) if known is None else (known.in_primitives, known.by_repeats)
-    seen = capture(*run, second.sharpness is not None, again, *manner)
+    seen = capture(*run, second.sharpness is not None, again, *manner, contents)
     if layers is None:
         _has_surrogates(second, run)
     at = dict(zip(names, parameters, strict=True))
     graph, samples = _recorded(seen, loss_fn, targets, at, second, structure, again)
     if again and graph.structure is not structure:  # it does something else, of which nothing is known
-        return build_chain(*run, second)
+        return build_chain(*run, second, contents=contents)
     _compare_gradients(seen, graph.gradient, names, graph.terms, partial(rounded_gradient, *run))
     shape = tuple(names), shapes, graph.generic, graph.cuts, seen.looks_inside, graph.differenced
     chain = Chain(graph.problem, seen.loss, graph.gradient, *shape, samples)

@@ -17,9 +17,11 @@ from torch.utils import _pytree as pytree
 from linop_hess.autograd.calling import as_data, as_module, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.autograd.hessian import Hessian
-from linop_hess.autograd.untouched import StandIns, exclusively, untouched_randomness
+from linop_hess.autograd.snapshot import Contents
+from linop_hess.autograd.untouched import exclusively, untouched_randomness
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.build import Chain, Known
+from linop_hess.graph.recording.stand_ins import StandIns
 from linop_hess.graph.rules.elementwise import scale_shift
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.rules.reductions import normalize
@@ -46,6 +48,8 @@ class Reference:
         At kinks; and whether differences of the gradient may be compared with.
     differenced : bool
         Whether they must be; else they are where double backward has no derivative.
+    contents : Contents, optional
+        The model's, where they are known.
     """
 
     def __init__(
@@ -57,16 +61,16 @@ class Reference:
         names: Any,
         second: SecondDerivatives,
         differenced: bool = False,
+        contents: Contents | None = None,
     ) -> None:
         self.second, self._finite = second, differenced
         self.model, self.loss_fn, self.inputs, self.targets, self.names = model, loss_fn, inputs, targets, names
-        self.versions = self._versions()
+        self.versions = self._versions(Contents.of(model) if contents is None else contents)
 
-    def _versions(self) -> list[tuple[int, ...]]:
+    def _versions(self, contents: Contents) -> list[Any]:
         data = [t for t in pytree.tree_leaves((self.inputs, self.targets)) if isinstance(t, Tensor)]
-        modules = list(self.model.modules())
-        own = [t for m in modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
-        return [(_place(t), _version(t)) for t in [*own, *data]] + [(m.training,) for m in modules]
+        own = [t for _, _, t in contents.places]
+        return [*((_place(t), _version(t)) for t in [*own, *data]), *(m.training for m in contents.modules.values())]
 
     def hessian(self) -> Hessian:
         """Return the Hessian by double backward, or by differences where autograd has none and they were asked for.
@@ -76,7 +80,7 @@ class Reference:
         RuntimeError
             If the model changed since.
         """
-        if self._versions() != self.versions:
+        if self._versions(Contents.of(self.model)) != self.versions:
             raise RuntimeError(
                 "expected the model and data of linearize() to compare with, got some that changed since linearize(): the "
                 "linearization is still right for what they were; verify before changing them"
@@ -116,7 +120,7 @@ class Reference:
         device = next(iter(params.values())).device
         inputs, targets = as_data(data, copy=True)
         twice = nullcontext() if self._finite else twice_differentiable("the model", device, self.model)
-        with twice, StandIns(self.model, stand_ins):
+        with twice, StandIns(Contents.of(self.model), stand_ins):
             # Not checked here: what is read of it would count as a branch.
             return cast(Tensor, call_loss(self.loss_fn, call_model(self.model, inputs), targets, params))
 

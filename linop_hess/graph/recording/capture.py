@@ -17,6 +17,7 @@ from linop_hess.autograd.calling import call_model
 from linop_hess.autograd.differentiate import FusedOperation, twice_differentiable
 from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.rounding import Rounded
+from linop_hess.autograd.snapshot import Contents
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.recording.movement import Strided
 from linop_hess.graph.recording.node import Trace
@@ -79,6 +80,7 @@ def capture(
     again: bool = False,
     in_primitives: bool = False,
     by_repeats: bool = True,
+    contents: Contents | None = None,
 ) -> Capture:
     """Record loss_fn(model(inputs), targets).
 
@@ -97,6 +99,8 @@ def capture(
         Whether it is known that functions of torch's must be written in others; else it is found on the way, and run anew.
     by_repeats : bool
         Whether functions may show all that is computed, which is found on the way too; else each operation is looked at by itself.
+    contents : Contents, optional
+        The model's, where they are known.
 
     Raises
     ------
@@ -107,10 +111,11 @@ def capture(
     TypeError
         If it is no tensor.
     """
+    contents = Contents.of(model) if contents is None else contents
     while True:
-        own = Private(model, loss_fn, inputs, targets, names)
+        own = Private(contents, loss_fn, inputs, targets, names)
         try:
-            return _captured(own, model, loss_fn, selections_compute, again, in_primitives, by_repeats)
+            return _captured(own, contents, loss_fn, selections_compute, again, in_primitives, by_repeats)
         except FusedOperation:
             in_primitives = True
         except (Escaped, Exception):  # what is wrong with a model is told as the recorder alone sees it
@@ -121,14 +126,14 @@ def capture(
 
 def _captured(
     own: Private,
-    model: nn.Module,
+    contents: Contents,
     loss_fn: Callable[..., Tensor],
     selections_compute: bool,
     again: bool,
     in_primitives: bool,
     by_repeats: bool,
 ) -> Capture:
-    leaves, (own_inputs, own_targets) = list(own.leaves.values()), own.data()
+    model, leaves, (own_inputs, own_targets) = contents.model, list(own.leaves.values()), own.data()
     ours = [t for t in tree_leaves((own_inputs, own_targets)) if isinstance(t, Tensor)]
     recorder = Recorder(leaves, [*ours, *own.constants], selections_compute, in_primitives)
     between: list[Any] = []
@@ -156,9 +161,9 @@ def _captured(
         kept = [t.detach().clone() for t in _floating(output)]
         return [*kept, checked_loss(own.loss(output, own_targets))]
 
-    twice = twice_differentiable("the model", leaves[0].device, model, in_primitives)
+    twice = twice_differentiable("the model", leaves[0].device, contents.modules.values(), in_primitives)
     with twice, recorder.memory.restored():
-        with own.standing_in(), module_paths(model, recorder.path):
+        with own.standing_in(), module_paths(contents.modules, recorder.path):
             value = recorded()
         loss_ids = recorder.ids_of(value)
         if not loss_ids.any():
@@ -209,7 +214,7 @@ def watched(
     names : sequence of str
         The parameters whose kinks count.
     """
-    own = Private(model, loss_fn, inputs, targets, names)
+    own = Private(Contents.of(model), loss_fn, inputs, targets, names)
     watch = KinkWatch(list(own.leaves.values()), model)
     own_inputs, own_targets = own.data()
     with twice_differentiable("the model", next(iter(own.leaves.values())).device, model), own.standing_in():
@@ -222,7 +227,7 @@ def rounded_gradient(
     model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str], seed: int
 ) -> Tensor:
     """Gradient of loss_fn(model(inputs), targets), flat, by autograd with the results of all operations moved by a few ulp."""
-    own = Private(model, loss_fn, inputs, targets, names)
+    own = Private(Contents.of(model), loss_fn, inputs, targets, names)
     leaves, (own_inputs, own_targets) = list(own.leaves.values()), own.data()
     with twice_differentiable("the model", leaves[0].device, model), own.standing_in(), Rounded(seed):
         value = own.loss(call_model(model, own_inputs), own_targets)

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from linop_hess.autograd.calling import as_data, call_loss
-from linop_hess.autograd.untouched import StandIns
+from linop_hess.autograd.snapshot import Contents
 from linop_hess.errors import UnsupportedModelError
+from linop_hess.graph.recording.stand_ins import StandIns
 
 
 class Private:
@@ -29,19 +31,17 @@ class Private:
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
+        self, contents: Contents, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str]
     ) -> None:
-        named, self._buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        self._model, self._loss_fn, self._data = model, loss_fn, (inputs, targets)
+        named, self._buffers = contents.parameters, contents.buffers
+        self._contents, self._loss_fn, self._data = contents, loss_fn, (inputs, targets)
         self.leaves = dict(zip(names, _leaves([named[name] for name in names]), strict=True))
         others = {name: p.detach().clone() for name, p in named.items() if name not in self.leaves}
         self._copies = {name: b.detach().clone() for name, b in self._buffers.items()}
         self.constants = [*others.values(), *self._copies.values()]
         self._stand_ins = {id(named[name]): tensor for name, tensor in {**self.leaves, **others}.items()}
         self._stand_ins |= {id(self._buffers[name]): copy for name, copy in self._copies.items()}
-        self._places = {name: id(named[name]) for name in names}
-        of_loss = [StandIns(loss_fn, {})] if isinstance(loss_fn, nn.Module) else []
-        self._standing = [*of_loss, StandIns(model, self._stand_ins)]
+        self._standing = [*_of_loss(loss_fn), StandIns(contents, self._stand_ins)]
 
     def data(self) -> tuple[Any, Any]:
         """Copies of inputs and targets, new ones each time."""
@@ -63,9 +63,8 @@ class Private:
         """The copies, or constants, in the places of the model's own, and all that model and loss had put back afterwards."""
         standing = self._standing
         if constants is not None:
-            replaced = {self._places[name]: tensor for name, tensor in constants.items()}
-            of_loss = [StandIns(loss_fn, {})] if isinstance(loss_fn, nn.Module) else []
-            standing = [*of_loss, StandIns(self._model, {**self._stand_ins, **replaced})]
+            replaced = {id(self._contents.parameters[name]): tensor for name, tensor in constants.items()}
+            standing = [*_of_loss(loss_fn), StandIns(self._contents, {**self._stand_ins, **replaced})]
         with ExitStack() as stack:
             for stand_ins in standing:
                 stack.enter_context(stand_ins)
@@ -79,7 +78,8 @@ class Private:
         UnsupportedModelError
             Naming them.
         """
-        before, now = self._buffers, {**self._copies, **dict(self._model.named_buffers())}
+        contents = self._contents if self._contents.has_all() else Contents.of(self._contents.model)
+        before, now = self._buffers, {**self._copies, **replace(contents).buffers}
         changed = [
             name
             for name, b in now.items()
@@ -92,6 +92,11 @@ class Private:
                 f"expected a model that leaves its buffers alone, got one whose forward pass changes {', '.join(changed[:5])}: "
                 "call model.eval() first"
             )
+
+
+def _of_loss(loss_fn: Any) -> list[StandIns]:
+    """What puts back the attributes of a loss that is a module."""
+    return [StandIns(Contents.of(loss_fn), {})] if isinstance(loss_fn, nn.Module) else []
 
 
 def _leaves(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -145,9 +150,9 @@ def _noting_forward(named: Sequence[tuple[str, nn.Module]], path: list[str]) -> 
 
 
 @contextmanager
-def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
+def module_paths(modules: Mapping[str, nn.Module], path: list[str]) -> Iterator[None]:
     """Keep the path of the module that runs in this thread on top of `path`."""
-    named = list(model.named_modules())
+    named = list(modules.items())
     if not any(module._forward_pre_hooks or module._forward_hooks for _, module in named):
         with _noting_forward(named, path):
             yield

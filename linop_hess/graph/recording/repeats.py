@@ -212,11 +212,13 @@ class Repeats(TorchFunctionMode):
         ------
         Escaped
         """
-        for node in self._recorder.trace.nodes:
-            for a in node.flat:
-                if isinstance(a, Tensor) and not a.is_inference() and a._version:
-                    if a._version != self._versions.get(a.untyped_storage().data_ptr()):
-                        raise Escaped
+        nodes = self._recorder.trace.nodes
+        try:
+            written = [a for node in nodes for a in node.flat if isinstance(a, Tensor) and a._version]
+        except RuntimeError as error:  # those of inference mode have no version
+            raise Escaped from error
+        if any(a._version != self._versions.get(a.untyped_storage().data_ptr()) for a in written):
+            raise Escaped
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._require_shown()
