@@ -17,9 +17,9 @@ from linop_hess.graph.recording.stand_ins import StandIns
 class Holding(nn.Module):
     """Holds some of everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, sparse: bool = False) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Embedding(3, 2, sparse=True))
+        self.inner = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Embedding(3, 2, sparse=sparse))
         self.tied = self.inner[0]
         self.weight = self.inner[0].weight
         self.table = torch.arange(3.0)
@@ -64,6 +64,7 @@ CHANGES: list[Callable[[Holding], Any]] = [
     lambda model: None,
     lambda model: setattr(model, "last", "other"),
     lambda model: setattr(model, "new", 1),
+    lambda model: setattr(model.inner[2], "new", 1),
     lambda model: delattr(model, "steps"),
     lambda model: model.steps.append(3),
     lambda model: model.steps[1].append(3),
@@ -88,10 +89,12 @@ CHANGES: list[Callable[[Holding], Any]] = [
 ]
 
 
+@pytest.mark.parametrize("is_function", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
-def test_all_is_put_back(change: Callable[[Holding], Any]) -> None:
-    model = Holding()
-    model.inner[0].register_full_backward_hook(lambda *_: None)
+def test_all_is_put_back(change: Callable[[Holding], Any], is_function: bool) -> None:
+    model = Holding(sparse=not is_function)
+    if not is_function:
+        model.inner[0].register_full_backward_hook(lambda *_: None)
     contents, table = Contents.of(model), model.table.clone()
     others = {id(t): t.detach().clone() for t in [*contents.parameters.values(), *contents.buffers.values()]}
     before, stand_ins = described(model), StandIns(contents, others)
