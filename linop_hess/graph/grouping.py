@@ -15,6 +15,7 @@ from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.liveness import uses
 from linop_hess.graph.recording.movement import Ids, Strided, places
 from linop_hess.graph.recording.node import Node, signature_of
+from linop_hess.graph.recording.template import Flats, Template, template_of
 from linop_hess.graph.rules.elementwise import Elementwise, ScaleShift
 from linop_hess.graph.rules.nonsmooth import Extremum, Pooling, SecondDerivatives
 from linop_hess.graph.rules.operation import CONSTANT, CONTROL, STATE, Operation, Placement, Rule, is_aten
@@ -86,7 +87,7 @@ class Group:
         """The group without the numbers of its nodes, which `with_arguments` gives it again, or others, and without its outputs."""
         return replace(self.with_arguments([]), outputs=self.outputs[:0].copy())
 
-    def with_arguments(self, flats: list[list[Any]]) -> Group:
+    def with_arguments(self, flats: Sequence[list[Any]]) -> Group:
         """The group of nodes that are like its own, with their arguments."""
         return replace(self, op=replace(self.op, flats=flats))
 
@@ -108,14 +109,40 @@ class Alike:
     nodes: list[Node]
 
     @cached_property
+    def _template(self) -> Template | None:
+        return template_of(self.nodes)
+
+    @cached_property
+    def _starts(self) -> list[np.ndarray]:
+        """Where in the ids each argument begins, (K,), of those that are of templates."""
+        template, first = self._template, self.nodes[0]
+        if template is None:
+            return []
+        views = [template.tensors[i] for i in first.active]
+        mine = [[node.ids[view.operand] for node in self.nodes] for view in views]  # type: ignore[attr-defined]
+        return [
+            np.array([i.start + i.offset for i in ids]) + view.offset for ids, view in zip(mine, views, strict=True)
+        ]
+
+    @cached_property
     def arguments(self) -> list[np.ndarray]:
         """Element ids of each argument that depends on parameters, (K, entries)."""
-        return [_stacked_ids([node.arguments[j] for node in self.nodes]) for j in range(len(self.nodes[0].active))]
+        template, active = self._template, self.nodes[0].active
+        if template is None:
+            return [_stacked_ids([node.arguments[j] for node in self.nodes]) for j in range(len(active))]
+        views = [template.tensors[i] for i in active]
+        return [s[:, None] + places(v.shape, v.stride, 0) for s, v in zip(self._starts, views, strict=True)]
 
     @cached_property
     def outputs(self) -> list[np.ndarray]:
         """Element ids of each output, (K, entries)."""
-        return [_stacked_ids([node.outputs[j][1] for node in self.nodes]) for j in range(len(self.nodes[0].outputs))]
+        template = self._template
+        if template is None or template.node is None:
+            return [
+                _stacked_ids([node.outputs[j][1] for node in self.nodes]) for j in range(len(self.nodes[0].outputs))
+            ]
+        before = np.array([node.before for node in self.nodes])  # type: ignore[attr-defined]
+        return [before[:, None] + output.ids() for _, output in template.node.outputs]
 
     def of(self, chosen: np.ndarray) -> Alike:
         """Some of the nodes."""
@@ -124,12 +151,15 @@ class Alike:
     def print(self) -> Footprint:
         """All of the nodes but their numbers, apart from constants that are no floats: these may say what is moved where."""
         first = self.nodes[0]
-        read = [_places_read([node.arguments[j] for node in self.nodes]) for j in range(len(first.active))]
-        written = np.array([output.start for node in self.nodes for _, output in node.outputs])
+        if self._template is None:
+            read = [_places_read([node.arguments[j] for node in self.nodes]) for j in range(len(first.active))]
+        else:
+            read = self._starts
+        written = [output[:, 0] for output in self.outputs]
         names = [(node.path, node.operation, node.spec) for node in self.nodes]
         fixed = [i for i, a in enumerate(first.flat) if isinstance(a, Tensor) and not a.is_floating_point()]
         constants = [node.flat[i] for i in fixed if i not in first.active for node in self.nodes]
-        return Footprint(self.signature, names, [self.members, written, *read], constants)
+        return Footprint(self.signature, names, [self.members, *written, *read], constants)
 
 
 @dataclass(frozen=True)
@@ -255,7 +285,7 @@ def grouped(sets: Sequence[Alike], parameters: int, target: np.ndarray, second: 
             first = chosen[int(which[0])]
             op = Operation(
                 first.func,
-                [chosen[int(k)].flat for k in which],
+                Flats([chosen[k] for k in which.tolist()]),
                 first.spec,
                 tuple(first.active),
                 tuple(j for j, _ in first.outputs),
@@ -272,7 +302,7 @@ def grouped(sets: Sequence[Alike], parameters: int, target: np.ndarray, second: 
                     rule,
                     outputs[which],
                     first.in_loss,
-                    tuple(chosen[int(k)].path for k in which),
+                    tuple(chosen[k].path for k in which.tolist()),
                     f"{first.name} (by differences)" if op.by_differences else first.name,
                 )
             )

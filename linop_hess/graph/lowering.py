@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -249,8 +248,8 @@ def _summed(
     each = Strided(trace.ids + 1, shape, contiguous_strides(shape), 0)
     trace.ids += value.numel()
     active, ids = [k for k, _ in places], [one for _, one in places]
-    first = replace(node, func=func, flat=list(args), spec=None, active=active, arguments=ids, outputs=[(0, each)])
-    return [first, replace(node, func=reduce, flat=[value], spec=None, active=[0], arguments=[each])]
+    first = node.but(func=func, flat=list(args), spec=None, active=active, arguments=ids, outputs=[(0, each)])
+    return [first, node.but(func=reduce, flat=[value], spec=None, active=[0], arguments=[each])]
 
 
 _PARTS: dict[Any, Callable[[Trace, Node], list[Node]]] = {

@@ -191,7 +191,7 @@ def _cut(
                 active.append(i)
                 arguments.append(np.where(gone, 0, mine) if gone.any() else argument)
         if active:
-            kept.append(replace(node, active=active, arguments=arguments))
+            kept.append(node.but(active=active, arguments=arguments))
         else:
             constant[node.outputs[0][1].ids()] = True
     return kept, np.unique(np.concatenate(terms)), constant

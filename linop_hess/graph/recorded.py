@@ -15,6 +15,7 @@ from linop_hess.graph.grouping import Alike, Footprint, Group, alike, grouped, l
 from linop_hess.graph.liveness import LiveCuts
 from linop_hess.graph.lowering import lower, may_be_split, split_late
 from linop_hess.graph.recording.node import Node, Trace
+from linop_hess.graph.recording.template import Flats
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.samples import state_order
 from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Stack, schedule
@@ -134,7 +135,7 @@ class Structure:
         nodes = [lowered[k] for k in self.kept]
         if self.splits:
             nodes = split_late(nodes, ids)
-        return [group.with_arguments([nodes[k].flat for k in group.nodes.tolist()]) for group in self.groups]
+        return [group.with_arguments(Flats([nodes[k] for k in group.nodes.tolist()])) for group in self.groups]
 
 
 def build_graph(

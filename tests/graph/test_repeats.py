@@ -165,6 +165,21 @@ def other_data(x: Tensor) -> Tensor:
     return y.tanh() * torch.arange(8.0, dtype=y.dtype).view(2, 4) + z
 
 
+def relabelled(x: Tensor) -> Tensor:
+    y = x * 2.0
+    z = y.tanh()  # holds y as it is now
+    y.t_()
+    return y.tanh().t() * z
+
+
+GROWING = torch.ones(4, dtype=torch.float64)
+
+
+def grown(x: Tensor) -> Tensor:
+    GROWING.mul_(2.0)  # and put back after the run
+    return torch.tanh(x + GROWING)
+
+
 OUTSIDE = torch.linspace(0.5, 1.0, 4, dtype=torch.float64)
 
 
@@ -193,6 +208,8 @@ class TestWhatFunctionsShow:
             overwritten,
             written_views,
             other_data,
+            relabelled,
+            grown,
             within(SineForTanh, torch.tanh),
             within(torch.no_grad, lambda x: x.sin()),
         ],

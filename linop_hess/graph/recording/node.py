@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -60,6 +60,14 @@ class Node:
     def title(self) -> str:
         """The operation and where it is, for messages."""
         return f"{self.name} in module {self.path!r}" if self.path else f"{self.name}"
+
+    def but(self, **changes: Any) -> Node:
+        """A node of its own, with some parts changed."""
+        return replace(self, **changes)
+
+    def made(self) -> list[Any]:
+        """Its arguments, before what they are is changed in place."""
+        return self.flat
 
 
 @cache

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from linop_hess.autograd.differentiate import Primitives
-from linop_hess.graph.recording.movement import Ids, Strided, contiguous_strides
+from linop_hess.graph.recording.movement import Strided, contiguous_strides
 from linop_hess.graph.recording.node import Node, signature_of
+from linop_hess.graph.recording.template import Repeat, Template, View
 from linop_hess.graph.recording.trace import Recorder
 
 
@@ -74,87 +75,6 @@ _transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
-@dataclass(slots=True)
-class _View:
-    """A view of an operand, `offset` counted from where that begins."""
-
-    operand: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    is_whole: bool = False
-    is_transposed: bool = False
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The view, detached."""
-        tensor = tensor.detach()
-        if self.is_whole:
-            return tensor
-        if self.is_transposed:
-            return tensor.t()
-        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
-
-    def ids(self, ids: Strided | None) -> Strided:
-        """Its element ids, from those of the operand, which depends on parameters."""
-        assert ids is not None
-        return ids if self.is_whole else Strided(ids.start, self.shape, self.stride, ids.offset + self.offset)
-
-
-@dataclass(slots=True)
-class _Template:
-    """What a call is recorded as.
-
-    Attributes
-    ----------
-    node : Node or None
-        Starts of its outputs count from the last id before; None: the result is a view of an argument.
-    tensors : list of (int, _View, bool)
-        The tensors in `node.flat`: where, which they are, and whether they depend on parameters.
-    ids : int
-        How many ids are new.
-    result : Strided or _View
-        The result in terms of new ids, or of an operand.
-    layout : int
-        Of the result; see `Repeats._layout`.
-    dtype : torch.dtype
-    """
-
-    node: Node | None
-    tensors: list[tuple[int, _View, bool]]
-    ids: int
-    result: Strided | _View
-    layout: int
-    dtype: torch.dtype
-
-    def note(self, recorder: Recorder, operands: Sequence[Tensor], ids: Sequence[Strided | None]) -> Strided:
-        """Record it, of other operands; give the ids of the result."""
-        result, trace = self.result, recorder.trace
-        if isinstance(result, _View):
-            return result.ids(ids[result.operand])
-        before = trace.ids
-        trace.nodes.append(self.made(before, recorder, operands, ids))
-        trace.ids = before + self.ids
-        return Strided(before + result.start, result.shape, result.stride, result.offset)
-
-    def made(self, before: int, recorder: Recorder, operands: Sequence[Tensor], ids: Sequence[Strided | None]) -> Node:
-        """The node, of other operands and with ids that follow `before`."""
-        like = self.node
-        assert like is not None
-        flat = like.flat.copy()
-        arguments: list[Ids] = []
-        for i, view, is_active in self.tensors:
-            held = view.of(operands[view.operand])
-            if is_active:
-                arguments.append(view.ids(ids[view.operand]))
-            else:
-                held = recorder.memory.kept(held)
-            flat[i] = held
-        outputs = [(j, Strided(before + o.start, o.shape, o.stride, o.offset)) for j, o in like.outputs]
-        node = Node(like.func, flat, like.spec, like.active, arguments, outputs, recorder.path[-1], like.in_loss)
-        node.signature = like.signature
-        return node
-
-
 class Repeats(TorchFunctionMode):
     """Record what runs inside as a recorder does, and end with `Escaped` where that would miss something.
 
@@ -169,7 +89,7 @@ class Repeats(TorchFunctionMode):
     def __init__(self, recorder: Recorder, leaves: Sequence[Tensor]) -> None:
         super().__init__()
         self._recorder = recorder
-        self._templates: dict[tuple[Any, ...], _Template | None] = {}
+        self._templates: dict[tuple[Any, ...], Template | None] = {}
         self._layouts: dict[tuple[Any, ...], int] = {}
         self._leaves: dict[int, tuple[Strided, int]] = {}
         self._seen: dict[int, tuple[Strided, int]] = {}  # by `id`, until something is written or relabelled in place
@@ -214,7 +134,8 @@ class Repeats(TorchFunctionMode):
         """
         nodes = self._recorder.trace.nodes
         try:
-            written = [a for node in nodes for a in node.flat if isinstance(a, Tensor) and a._version]
+            held = (node.operands if type(node) is Repeat and not node.is_made else node.flat for node in nodes)
+            written = [a for flat in held for a in flat if isinstance(a, Tensor) and a._version]
         except RuntimeError as error:  # those of inference mode have no version
             raise Escaped from error
         if any(a._version != self._versions.get(a.untyped_storage().data_ptr()) for a in written):
@@ -260,10 +181,17 @@ class Repeats(TorchFunctionMode):
         self._node = _next_node()
         if out.dtype is not template.dtype:  # within autocast
             raise Escaped
-        mine = template.note(self._recorder, operands, ids)
-        if template.node is not None:
+        result, recorder = template.result, self._recorder
+        if isinstance(result, View):
+            mine = result.ids(ids[result.operand])
+        else:
+            trace = recorder.trace
+            before = trace.ids
+            trace.nodes.append(template.repeated(before, recorder.path[-1], operands, ids, recorder.memory))
+            trace.ids = before + template.ids
+            mine = Strided(before + result.start, result.shape, result.stride, result.offset)
             self._new.append((out, mine))
-        self._recorder.keep(out)
+        recorder.keep(out)
         seen[id(out)] = mine, template.layout
         return out
 
@@ -312,6 +240,9 @@ class Repeats(TorchFunctionMode):
         self._tell()
         trace, others = recorder.trace, recorder.others
         nodes, before = len(trace.nodes), trace.ids
+        is_change = getattr(func, "__name__", "") in _CHANGES
+        if is_change:
+            recorder.list_readers()
         try:
             with recorder:
                 out = func(*args, **(kwargs or {}))
@@ -321,56 +252,67 @@ class Repeats(TorchFunctionMode):
                 if not tensor.is_inference():
                     self._versions[tensor.untyped_storage().data_ptr()] = tensor._version
             recorder.written.clear()
-            if recorder.others != others or getattr(func, "__name__", "") in _CHANGES:
+            if recorder.others != others or is_change:
                 self._seen.clear()
                 self._leaves.pop(id(args[0]) if args else 0, None)  # it may be a constant from now on
         if call is not None:
             is_simple = recorder.others == others and len(trace.nodes) <= nodes + 1
-            self._templates[call] = (
-                self._template(out, trace.nodes[nodes:], before, operands, ids) if is_simple else None
-            )
+            template = self._template(out, trace.nodes[nodes:], before, operands, ids) if is_simple else None
+            self._templates[call] = template
+            if template is not None and template.node is not None:
+                path = trace.nodes[-1].path
+                trace.nodes[-1] = template.repeated(before, path, list(operands), list(ids), recorder.memory)
         return out
 
     def _template(
-        self, out: Any, nodes: Sequence[Node], before: int, operands: Sequence[Tensor], ids: Sequence[Strided | None]
-    ) -> _Template | None:
+        self,
+        out: Any,
+        nodes: Sequence[Node],
+        before: int,
+        operands: Sequence[Tensor],
+        ids: Sequence[Strided | None],
+    ) -> Template | None:
         """A template of what was recorded; None where it may depend on more than the operands."""
         if type(out) is not Tensor or not out.requires_grad or not out.numel():
             return None
+        memory = self._recorder.memory
         bases: dict[int, tuple[int, Tensor]] = {}
         for j, a in enumerate(operands):
-            held = a.detach() if ids[j] is not None else self._recorder.memory.kept(a.detach())
+            held = a.detach() if ids[j] is not None else memory.kept(a.detach())
             known = bases.setdefault(held.untyped_storage().data_ptr(), (j, held))
             if operands[known[0]] is not a:
                 return None  # two in one storage
         found, layout, count = self._recorder.find(out), self._layout(out, True), self._recorder.trace.ids - before
         if found is None:
             return None
+        constants = [j for j, of in enumerate(ids) if of is None]
         if not nodes:
             view = _view_of(out, bases)
             if view is None or ids[view.operand] is None or view.ids(ids[view.operand]) != found:
                 return None
-            return _Template(None, [], 0, view, layout, out.dtype)
-        node, tensors = nodes[0], []
+            return Template(None, {}, constants, 0, view, layout, out.dtype)
+        node, tensors = nodes[0], {}
         for i, a in enumerate(node.flat):
             if isinstance(a, Tensor):
-                view, is_active = _view_of(a, bases), i in node.active
-                if view is None or is_active != (ids[view.operand] is not None):
+                view = _view_of(a, bases)
+                if view is None or (i in node.active) != (ids[view.operand] is not None):
                     return None
-                tensors.append((i, view, is_active))
-        new = sum(math.prod(o.shape) for _, o in node.outputs)
-        if new != count or found.start <= before:
+                tensors[i] = view
+        if sum(math.prod(o.shape) for _, o in node.outputs) != count or found.start <= before:
             return None
         flat = [None if isinstance(a, Tensor) else a for a in node.flat]
-        like = replace(node, flat=flat, outputs=[(j, replace(o, start=o.start - before)) for j, o in node.outputs])
+        like = node.but(
+            flat=flat, arguments=[], outputs=[(j, replace(o, start=o.start - before)) for j, o in node.outputs]
+        )
         like.signature = signature_of(node)
-        template = _Template(like, tensors, count, replace(found, start=found.start - before), layout, out.dtype)
-        again = template.made(before, self._recorder, operands, ids)
-        is_same = again == replace(node, flat=again.flat) and all(map(_are_same, again.flat, node.flat))
+        result = replace(found, start=found.start - before)
+        template = Template(like, tensors, constants, count, result, layout, out.dtype)
+        again = template.repeated(before, node.path, list(operands), list(ids), memory)
+        is_same = again.but() == node.but(flat=again.flat) and all(map(_are_same, again.flat, node.flat))
         return template if is_same else None
 
 
-def _view_of(tensor: Tensor, bases: dict[int, tuple[int, Tensor]]) -> _View | None:
+def _view_of(tensor: Tensor, bases: dict[int, tuple[int, Tensor]]) -> View | None:
     """Which view of which operand a tensor is; `bases` are by their storages."""
     if (key := tensor.untyped_storage().data_ptr()) not in bases:
         return None
@@ -378,7 +320,7 @@ def _view_of(tensor: Tensor, bases: dict[int, tuple[int, Tensor]]) -> _View | No
     shape, stride, offset = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset() - base.storage_offset())
     is_whole = (shape, stride, offset) == (tuple(base.shape), base.stride(), 0)
     is_transposed = base.ndim == 2 and (shape, stride, offset) == (tuple(base.shape[::-1]), base.stride()[::-1], 0)
-    return _View(j, shape, stride, offset, is_whole, is_transposed)
+    return View(j, shape, stride, offset, is_whole, is_transposed)
 
 
 def _are_same(mine: Any, theirs: Any) -> bool:

@@ -152,6 +152,7 @@ class Recorder(TorchDispatchMode):
             if how is not RELABELS:
                 self.others += 1
             if how is RELABELS_IN_PLACE:
+                self.list_readers()
                 self._known.clear()
                 self.written.append(args[0])
             out = func(*args, **kwargs)
@@ -283,14 +284,14 @@ class Recorder(TorchDispatchMode):
         for i in how.writes:
             if i < len(flat) and isinstance(flat[i], Tensor) and flat[i].numel():
                 self.memory.before_writing(flat[i])
-                self._list_readers()
+                self.list_readers()
                 for node, k in self._read.pop(flat[i].untyped_storage().data_ptr(), ()):
                     node.flat[k] = node.flat[k].clone()
 
-    def _list_readers(self) -> None:
+    def list_readers(self) -> None:
         """Note of the nodes since the last time which storages they hold tensors of."""
         for node in self.trace.nodes[self._listed :]:
-            for k, a in enumerate(node.flat):
+            for k, a in enumerate(node.made()):
                 if isinstance(a, Tensor) and a.numel():
                     self._read.setdefault(a.untyped_storage().data_ptr(), []).append((node, k))
         self._listed = len(self.trace.nodes)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
+from linop_hess.graph.recording.template import Flats
 from linop_hess.lq.stages.base import Stage
 
 CONSTANT, STATE, CONTROL = 0, 1, 2
@@ -115,6 +116,8 @@ class Operation:
         """The argument of all nodes, shape (K, *shape), in memory of its own: what a model was given may change later."""
         if self.count == 1:
             return self.flat[position][None].clone()
+        if isinstance(self.flats, Flats):
+            return self.flats.stacked(position)
         return torch.stack([flat[position] for flat in self.flats])
 
     @cached_property
