@@ -172,14 +172,6 @@ def relabelled(x: Tensor) -> Tensor:
     return y.tanh().t() * z
 
 
-GROWING = torch.ones(4, dtype=torch.float64)
-
-
-def grown(x: Tensor) -> Tensor:
-    GROWING.mul_(2.0)  # and put back after the run
-    return torch.tanh(x + GROWING)
-
-
 OUTSIDE = torch.linspace(0.5, 1.0, 4, dtype=torch.float64)
 
 
@@ -209,7 +201,6 @@ class TestWhatFunctionsShow:
             written_views,
             other_data,
             relabelled,
-            grown,
             within(SineForTanh, torch.tanh),
             within(torch.no_grad, lambda x: x.sin()),
         ],
@@ -219,6 +210,14 @@ class TestWhatFunctionsShow:
             both(between, True)
         else:
             both(lambda x: between(x) * x, True)
+
+    def test_what_is_put_back_after_the_run_is_held_as_it_was(self) -> None:
+        growing = torch.ones(4, dtype=torch.float64)
+        model, x = Layers(lambda x: torch.tanh(x + growing.mul_(1.5))), torch.ones(2, 4).double()
+        run = model, functional.mse_loss, x, x, [name for name, _ in model.named_parameters()]
+        mine = capture(*run)
+        require_same(mine, capture(*run, by_repeats=False))
+        assert mine.by_repeats and bool((growing == 1.0).all())
 
     def test_is_a_template_from_the_second_time_on(self) -> None:
         with mock.patch.object(Repeats, "_looked_into", autospec=True, side_effect=Repeats._looked_into) as looked:
