@@ -224,11 +224,14 @@ class Memory:
             self._made.add(key)
         return key
 
-    def kept(self, tensor: Tensor) -> Tensor:
-        """Return a tensor that nobody else changes: a copy where it is not of the run; the same tensor is copied once."""
+    def kept(self, tensor: Tensor, of: Tensor) -> Tensor:
+        """Return a tensor that nobody else changes: a copy where it is not of the run; the same tensor is copied once.
+
+        `of` is what it was detached from, which counts its changes.
+        """
         if not tensor.numel() or _address(tensor) in self._made:
             return tensor
-        version = 0 if tensor.is_inference() else tensor._version
+        version = 0 if of.is_inference() else of._version
         key = _address(tensor), tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, version
         if key not in self._copies:
             self._copies[key] = tensor, tensor.clone()

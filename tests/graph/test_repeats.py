@@ -217,6 +217,8 @@ class TestWhatFunctionsShow:
         run = model, functional.mse_loss, x, x, [name for name, _ in model.named_parameters()]
         mine = capture(*run)
         require_same(mine, capture(*run, by_repeats=False))
+        held = [node.flat[1] for node in mine.trace.nodes if node.name == "aten.add"]
+        assert [float(constant[0]) for constant in held] == [1.5, 1.5**2, 1.5**3]
         assert mine.by_repeats and bool((growing == 1.0).all())
 
     def test_is_a_template_from_the_second_time_on(self) -> None:

@@ -278,7 +278,7 @@ class Repeats(TorchFunctionMode):
         memory = self._recorder.memory
         bases: dict[int, tuple[int, Tensor]] = {}
         for j, a in enumerate(operands):
-            held = a.detach() if ids[j] is not None else memory.kept(a.detach())
+            held = a.detach() if ids[j] is not None else memory.kept(a.detach(), a)
             known = bases.setdefault(held.untyped_storage().data_ptr(), (j, held))
             if operands[known[0]] is not a:
                 return None  # two in one storage

@@ -83,7 +83,7 @@ class Template:
     ) -> Repeat:
         """A call like it, whose ids follow `before`; of constants that are not of the run it has copies."""
         for j in self.constants:
-            operands[j] = memory.kept(operands[j].detach())
+            operands[j] = memory.kept(operands[j].detach(), operands[j])
         return Repeat(self, operands, ids, before, path)
 
 

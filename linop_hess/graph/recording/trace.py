@@ -224,10 +224,10 @@ class Recorder(TorchDispatchMode):
             for i in active:
                 held[i] = held[i].detach()
             for i in constants:
-                held[i] = self.memory.kept(held[i].detach())
+                held[i] = self.memory.kept(flat[i].detach(), flat[i])
         else:
             for i in constants:
-                held[i] = self.memory.kept(held[i])
+                held[i] = self.memory.kept(held[i], flat[i])
         outputs = [(j, self._new(o, key)) for j, o, key in fresh]
         self.trace.nodes.append(Node(func, held, spec, active, arguments, outputs, self.path[-1], self.in_loss))
         return out
