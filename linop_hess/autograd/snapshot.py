@@ -123,28 +123,33 @@ def select_parameters(model: Any, params: str | Iterable[str] | None, contents: 
             "params that name none: name one, or leave params out" if params is not None else frozen if named else none
         )
         raise ValueError(f"expected at least one trainable parameter, got {came}")
-    for name in chosen:
-        if isinstance(named[name], UninitializedParameter):
+    _require_alike({name: named[name] for name in chosen})
+    return chosen
+
+
+def _require_alike(chosen: dict[str, nn.Parameter]) -> None:
+    """Raise unless parameters have shapes, and are of one usable dtype on one device."""
+    kinds = {(type(p), p.dtype, p.device) for p in chosen.values()}
+    first_name, first = next(iter(chosen.items()))
+    one_for_all = len(kinds) == 1 and type(first) is nn.Parameter
+    looked_at = {first_name: first} if one_for_all else chosen
+    for name, parameter in looked_at.items():
+        if isinstance(parameter, UninitializedParameter):
             raise ValueError(
                 f"expected parameters with shapes, got {name!r}, which has no shape yet: run the model once"
             )
-    first, usable = named[chosen[0]], set()
-    for name in chosen:
-        parameter = named[name]
-        if parameter.dtype not in usable:
-            require_dtype(parameter.dtype, f"parameter {name!r}")
-            usable.add(parameter.dtype)
+    for name, parameter in looked_at.items():
+        require_dtype(parameter.dtype, f"parameter {name!r}")
         if parameter.dtype != first.dtype:
             raise TypeError(
-                f"expected parameters of one dtype, got {chosen[0]!r} in {first.dtype} and {name!r} in {parameter.dtype}: "
+                f"expected parameters of one dtype, got {first_name!r} in {first.dtype} and {name!r} in {parameter.dtype}: "
                 "convert the model with .float() or .double()"
             )
         if parameter.device != first.device:
             raise ValueError(
-                f"expected parameters on one device, got {chosen[0]!r} on {first.device} and {name!r} on "
+                f"expected parameters on one device, got {first_name!r} on {first.device} and {name!r} on "
                 f"{parameter.device}: move the model with .to(device)"
             )
-    return chosen
 
 
 def more_than_functions(modules: Sequence[nn.Module]) -> list[nn.Module]:

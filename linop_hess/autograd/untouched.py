@@ -7,7 +7,7 @@ import gc
 import inspect
 import random
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -206,6 +206,10 @@ class Memory:
         self._made = {_address(tensor) for tensor in private}
         self._copies: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self._overwritten: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def note_all(self, addresses: Iterable[int]) -> None:
+        """Note that storages are of the run."""
+        self._made.update(addresses)
 
     def note(self, out: Any) -> Any:
         """Note that what an operation gave is of the run, and return it."""

@@ -69,8 +69,12 @@ class Reference:
 
     def _versions(self, contents: Contents) -> list[Any]:
         data = [t for t in pytree.tree_leaves((self.inputs, self.targets)) if isinstance(t, Tensor)]
-        own = [t for _, _, t in contents.places]
-        return [*((_place(t), _version(t)) for t in [*own, *data]), *(m.training for m in contents.modules.values())]
+        tensors = [*(t for _, _, t in contents.places), *data]
+        try:
+            versions = [(t.data_ptr(), t._version) for t in tensors]
+        except RuntimeError:  # some have no place or no version
+            versions = [(_place(t), _version(t)) for t in tensors]
+        return [*versions, *(m.training for m in contents.modules.values())]
 
     def hessian(self) -> Hessian:
         """Return the Hessian by double backward, or by differences where autograd has none and they were asked for.

@@ -184,7 +184,7 @@ def _captured(
         ids,
         int(loss_ids[0]),
         float(value.detach()),
-        [g.detach() for g in gradient],
+        [g.detach() if g.requires_grad else g for g in gradient],
         _first_beyond(recorder.trace, given)[0],
         partial(own.loss_of_output, loss_fn),
         in_primitives,

@@ -35,11 +35,11 @@ class View:
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
 
     def of_all(self, tensors: list[Tensor]) -> Tensor:
-        """The views of some tensors, stacked, in memory of their own."""
+        """The views of some tensors, stacked, in memory of its own, which may lie in another order."""
         if self.is_whole or self.is_transposed:
             with torch.no_grad():
                 stacked = torch.stack(tensors)
-            return stacked if self.is_whole else stacked.mT.contiguous()
+            return stacked if self.is_whole else stacked.mT
         return torch.stack([self.of(tensor) for tensor in tensors])
 
     def ids(self, ids: Strided | None) -> Strided:

@@ -11,6 +11,7 @@ What is active is autograd's own judgement: a tensor is active where it requires
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -101,16 +102,17 @@ class Recorder(TorchDispatchMode):
         self._alive: list[
             Tensor
         ] = []  # a storage's address stays its own only while it lives, as does the `id` of a tensor
-        self._leaves = {parameter.untyped_storage().data_ptr() for parameter in parameters if parameter.numel()}
+        keys = [parameter.untyped_storage().data_ptr() for parameter in parameters]
+        sizes = [parameter.numel() for parameter in parameters]
+        starts = accumulate(sizes, initial=1)
+        self._ids.update((key, start) for key, start, size in zip(keys, starts, sizes, strict=False) if size)
+        self._leaves = set(self._ids)
         self._read: dict[int, list[tuple[Node, int]]] = {}  # by storage: the nodes that hold a tensor of it,
         self._listed = 0  # as far as this many
-        self.memory = Memory([*parameters, *private])
-        for parameter in parameters:
-            self._alive.append(parameter)
-            if parameter.numel():
-                self._ids[parameter.untyped_storage().data_ptr()] = self.trace.ids + 1
-            self.trace.ids += parameter.numel()
-        self.trace.parameters = self.trace.ids
+        self.memory = Memory(private)
+        self.memory.note_all(keys)
+        self._alive += parameters
+        self.trace.parameters = self.trace.ids = sum(sizes)
 
     def ids_of(self, tensor: Tensor) -> np.ndarray:
         """Element ids of a tensor, flat, in row-major order; zeros where it depends on no parameter."""
