@@ -25,7 +25,7 @@ from linop_hess.lq import stages
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stacked import compact
 from linop_hess.lq.stages.base import Stage
-from linop_hess.tables import Cuts, StageLabel
+from linop_hess.tables import Cuts, StageLabel, StageLabels
 
 FORMAT = 1
 """Number of the form of the file; it rises when old files can no longer be read."""
@@ -39,7 +39,7 @@ def _below(kind: Any) -> Iterator[type]:
         yield from _below(sub)
 
 
-_PARTS = (Chain, Problem, Cuts, LiveCuts, StageLabel, stages.Wiring, stages.Arrangement, stages.Features)
+_PARTS = (Chain, Problem, Cuts, LiveCuts, StageLabel, StageLabels, stages.Wiring, stages.Arrangement, stages.Features)
 KINDS: dict[str, Callable[..., Any]] = {kind.__name__: kind for kind in (*_PARTS, *_below(Stage))}
 """The classes that a file may name."""
 

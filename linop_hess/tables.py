@@ -51,6 +51,40 @@ class StageLabel:
         return f"{self.path}: {self.operation}" if self.path else self.operation
 
 
+@dataclass(frozen=True, eq=False)
+class StageLabels(Sequence[StageLabel]):
+    """The labels of stages, each made when it is asked for.
+
+    Attributes
+    ----------
+    of : ndarray of int, shape (L, 2)
+        Of each stage its kind, and the place of its path among the kind's.
+    kinds : list of (str, str)
+        Operation and origin of the derivatives of each kind.
+    paths : list of tuple of str
+        Those of each kind.
+    """
+
+    of: np.ndarray
+    kinds: list[tuple[str, str]]
+    paths: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    @overload
+    def __getitem__(self, l: int) -> StageLabel: ...
+    @overload
+    def __getitem__(self, l: slice) -> list[StageLabel]: ...
+    def __getitem__(self, l: int | slice) -> StageLabel | list[StageLabel]:
+        """Label of stage l (0-based), or those of a slice."""
+        if isinstance(l, slice):
+            return [self[k] for k in range(*l.indices(len(self)))]
+        kind, place = self.of[l].tolist()
+        operation, derivatives = self.kinds[kind]
+        return StageLabel(self.paths[kind][place], operation, derivatives)
+
+
 @dataclass(frozen=True, slots=True)
 class StageRow:
     """A stage of a chain.

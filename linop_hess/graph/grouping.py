@@ -120,9 +120,7 @@ class Alike:
             return []
         views = [template.tensors[i] for i in first.active]
         mine = [[node.ids[view.operand] for node in self.nodes] for view in views]  # type: ignore[attr-defined]
-        return [
-            np.array([i.start + i.offset for i in ids]) + view.offset for ids, view in zip(mine, views, strict=True)
-        ]
+        return [np.array(ids) + view.offset for ids, view in zip(mine, views, strict=True)]
 
     @cached_property
     def arguments(self) -> list[np.ndarray]:

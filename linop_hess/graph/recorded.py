@@ -25,7 +25,7 @@ from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.injection import IdleStage, InjectionStage
 from linop_hess.lq.stages.objective import ObjectiveStage
 from linop_hess.lq.stages.wired import WiredStage
-from linop_hess.tables import DIFFERENCES, DOUBLE_BACKWARD, RULE, StageLabel
+from linop_hess.tables import DIFFERENCES, DOUBLE_BACKWARD, RULE, StageLabels
 
 
 @dataclass(frozen=True)
@@ -316,24 +316,22 @@ def _stage(stack: Stack, makers: Sequence[Stage], objective: ObjectiveStage | No
     return inner if stack.wiring is None else WiredStage(inner, stack.wiring)
 
 
-def _labels(groups: Sequence[Group], what: np.ndarray) -> list[StageLabel]:
+def _labels(groups: Sequence[Group], what: np.ndarray) -> StageLabels:
     """What each event is in the model, from its group and its position there."""
-    kinds = {
-        IDLE: StageLabel("", "parameters that nothing reads"),
-        INJECTION: StageLabel("", "shared parameters"),
-        OBJECTIVE: StageLabel("", "loss", DOUBLE_BACKWARD),
-    }
-    labels = []
-    for g, k in what.tolist():
-        if g < 0:
-            labels.append(kinds[g])
-        else:
-            group = groups[g]
-            path = group.paths[k] or ("loss" if group.in_loss else "<model>")
-            way = DOUBLE_BACKWARD if group.rule.is_generic else RULE
-            way = DIFFERENCES if group.op.by_differences else way
-            labels.append(StageLabel(path, group.name.removeprefix("aten."), way))
-    return labels
+    kinds = [(group.name.removeprefix("aten."), _origin(group)) for group in groups]
+    paths = [tuple(path or ("loss" if group.in_loss else "<model>") for path in group.paths) for group in groups]
+    kinds += [("shared parameters", RULE), ("parameters that nothing reads", RULE), ("loss", DOUBLE_BACKWARD)]
+    paths += [("",)] * 3
+    return StageLabels(
+        np.where(what < 0, len(groups) - 1 - what, what), kinds, paths
+    )  # those are INJECTION, IDLE and OBJECTIVE
+
+
+def _origin(group: Group) -> str:
+    """Where the second derivatives of a group come from."""
+    if group.op.by_differences:
+        return DIFFERENCES
+    return DOUBLE_BACKWARD if group.rule.is_generic else RULE
 
 
 def _require_finite(problem: Problem) -> None:

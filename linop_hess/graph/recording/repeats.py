@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from linop_hess.autograd.differentiate import Primitives
-from linop_hess.graph.recording.movement import Strided, contiguous_strides
+from linop_hess.graph.recording.movement import Ids, Strided
 from linop_hess.graph.recording.node import Node, signature_of
 from linop_hess.graph.recording.template import Repeat, Template, View
 from linop_hess.graph.recording.trace import Recorder
@@ -91,23 +91,22 @@ class Repeats(TorchFunctionMode):
         self._recorder = recorder
         self._templates: dict[tuple[Any, ...], Template | None] = {}
         self._layouts: dict[tuple[Any, ...], int] = {}
-        self._leaves: dict[int, tuple[Strided, int]] = {}
-        self._seen: dict[int, tuple[Strided, int]] = {}  # by `id`, until something is written or relabelled in place
+        # By `id` the first element id, and the layout, of tensors that depend on parameters; of other than leaves until something is
+        # written or relabelled in place.
+        self._leaves: dict[int, tuple[int, int]] = {}
+        self._seen: dict[int, tuple[int, int]] = {}
         self._new: list[tuple[Tensor, Strided]] = []  # not known to the recorder yet
         self._versions: dict[int, int] = {}  # by storage that was written into: as it is known to be
         self._modes, self._node = _modes(), _next_node()
         start = 1
-        of_shape: dict[Any, tuple[tuple[int, ...], tuple[int, ...], int, int]] = {}
+        of_shape: dict[Any, tuple[int, int]] = {}
         for leaf in leaves:
             known = of_shape.get(key := (leaf.shape, leaf.dtype))
             if known is None:
-                shape = tuple(leaf.shape)
-                known = shape, contiguous_strides(shape), leaf.numel(), self._layout(leaf, True)
-                of_shape[key] = known
-            shape, stride, count, layout = known
-            if count:
-                self._leaves[id(leaf)] = Strided(start, shape, stride, 0), layout
-                start += count
+                of_shape[key] = known = leaf.numel(), self._layout(leaf, True)
+            if known[0]:
+                self._leaves[id(leaf)] = start, known[1]
+                start += known[0]
 
     @staticmethod
     def can_see() -> bool:
@@ -149,7 +148,7 @@ class Repeats(TorchFunctionMode):
             return self._looked_into(func, args, kwargs)
         key: list[Any] = [func, self._recorder.in_loss]
         operands: list[Tensor] = []
-        ids: list[Strided | None] = []
+        ids: list[int] = []
         seen, leaves = self._seen, self._leaves
         for a in (*args, *kwargs.values()) if kwargs else args:
             kind = type(a)
@@ -183,16 +182,17 @@ class Repeats(TorchFunctionMode):
             raise Escaped
         result, recorder = template.result, self._recorder
         if isinstance(result, View):
-            mine = result.ids(ids[result.operand])
+            first = ids[result.operand] + result.offset
         else:
             trace = recorder.trace
             before = trace.ids
             trace.nodes.append(template.repeated(before, recorder.path[-1], operands, ids, recorder.memory))
             trace.ids = before + template.ids
             mine = Strided(before + result.start, result.shape, result.stride, result.offset)
+            first = mine.start + mine.offset
             self._new.append((out, mine))
         recorder.keep(out)
-        seen[id(out)] = mine, template.layout
+        seen[id(out)] = first, template.layout
         return out
 
     def _require_shown(self) -> None:
@@ -211,19 +211,19 @@ class Repeats(TorchFunctionMode):
         key = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, is_active
         return self._layouts.setdefault(key, len(self._layouts))
 
-    def _found(self, tensor: Tensor) -> tuple[Strided | None, int] | None:
-        """Ids, of a constant None, and layout of an operand; None where it must be looked into."""
+    def _found(self, tensor: Tensor) -> tuple[int, int] | None:
+        """The first element id, of a constant 0, and the layout of an operand; None where it must be looked into."""
         if tensor.layout != torch.strided or not tensor.numel():
             return None
         if not tensor.requires_grad:
-            return None, self._layout(tensor, False)
+            return 0, self._layout(tensor, False)
         ids = self._recorder.find(tensor)
         if ids is None:
             self._tell()
             ids = self._recorder.find(tensor)
         if ids is None:
             return None
-        self._seen[id(tensor)] = known = ids, self._layout(tensor, True)
+        self._seen[id(tensor)] = known = ids.start + ids.offset, self._layout(tensor, True)
         return known
 
     def _looked_into(
@@ -233,7 +233,7 @@ class Repeats(TorchFunctionMode):
         kwargs: Any,
         call: tuple[Any, ...] | None = None,
         operands: Sequence[Tensor] = (),
-        ids: Sequence[Strided | None] = (),
+        ids: Sequence[int] = (),
     ) -> Any:
         """Carry a function out within the recorder; make a template of it where it is told what the call is."""
         recorder = self._recorder
@@ -270,7 +270,7 @@ class Repeats(TorchFunctionMode):
         nodes: Sequence[Node],
         before: int,
         operands: Sequence[Tensor],
-        ids: Sequence[Strided | None],
+        ids: Sequence[int],
     ) -> Template | None:
         """A template of what was recorded; None where it may depend on more than the operands."""
         if type(out) is not Tensor or not out.requires_grad or not out.numel():
@@ -278,24 +278,24 @@ class Repeats(TorchFunctionMode):
         memory = self._recorder.memory
         bases: dict[int, tuple[int, Tensor]] = {}
         for j, a in enumerate(operands):
-            held = a.detach() if ids[j] is not None else memory.kept(a.detach(), a)
+            held = a.detach() if ids[j] else memory.kept(a.detach(), a)
             known = bases.setdefault(held.untyped_storage().data_ptr(), (j, held))
             if operands[known[0]] is not a:
                 return None  # two in one storage
         found, layout, count = self._recorder.find(out), self._layout(out, True), self._recorder.trace.ids - before
         if found is None:
             return None
-        constants = [j for j, of in enumerate(ids) if of is None]
+        constants = [j for j, first in enumerate(ids) if not first]
         if not nodes:
             view = _view_of(out, bases)
-            if view is None or ids[view.operand] is None or view.ids(ids[view.operand]) != found:
+            if view is None or not ids[view.operand] or ids[view.operand] + view.offset != found.start + found.offset:
                 return None
             return Template(None, {}, constants, 0, view, layout, out.dtype)
         node, tensors = nodes[0], {}
         for i, a in enumerate(node.flat):
             if isinstance(a, Tensor):
                 view = _view_of(a, bases)
-                if view is None or (i in node.active) != (ids[view.operand] is not None):
+                if view is None or (i in node.active) != bool(ids[view.operand]):
                     return None
                 tensors[i] = view
         if sum(math.prod(o.shape) for _, o in node.outputs) != count or found.start <= before:
@@ -308,7 +308,9 @@ class Repeats(TorchFunctionMode):
         result = replace(found, start=found.start - before)
         template = Template(like, tensors, constants, count, result, layout, out.dtype)
         again = template.repeated(before, node.path, list(operands), list(ids), memory)
-        is_same = again.but() == node.but(flat=again.flat) and all(map(_are_same, again.flat, node.flat))
+        is_same = again.but(flat=[], arguments=[]) == node.but(flat=[], arguments=[])
+        is_same = is_same and all(map(_are_same, again.flat, node.flat))
+        is_same = is_same and all(map(_are_same_ids, again.arguments, node.arguments))
         return template if is_same else None
 
 
@@ -329,3 +331,11 @@ def _are_same(mine: Any, theirs: Any) -> bool:
         return bool(mine == theirs)
     where = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in (mine, theirs)]
     return where[0] == where[1]
+
+
+def _are_same_ids(mine: Ids, theirs: Ids) -> bool:
+    """Whether element ids are those of the same view of the same storage."""
+    if not (isinstance(mine, Strided) and isinstance(theirs, Strided)):
+        return False
+    first = mine.start + mine.offset == theirs.start + theirs.offset
+    return first and (mine.shape, mine.stride) == (theirs.shape, theirs.stride)

@@ -42,10 +42,9 @@ class View:
             return stacked if self.is_whole else stacked.mT
         return torch.stack([self.of(tensor) for tensor in tensors])
 
-    def ids(self, ids: Strided | None) -> Strided:
-        """Its element ids, from those of the operand, which depends on parameters."""
-        assert ids is not None
-        return ids if self.is_whole else Strided(ids.start, self.shape, self.stride, ids.offset + self.offset)
+    def ids(self, first: int) -> Strided:
+        """Its element ids, from the first of the operand's."""
+        return Strided(first + self.offset, self.shape, self.stride, 0)
 
 
 @dataclass(slots=True)
@@ -78,9 +77,7 @@ class Template:
     layout: int
     dtype: torch.dtype
 
-    def repeated(
-        self, before: int, path: str, operands: list[Tensor], ids: list[Strided | None], memory: Memory
-    ) -> Repeat:
+    def repeated(self, before: int, path: str, operands: list[Tensor], ids: list[int], memory: Memory) -> Repeat:
         """A call like it, whose ids follow `before`; of constants that are not of the run it has copies."""
         for j in self.constants:
             operands[j] = memory.kept(operands[j].detach(), operands[j])
@@ -94,8 +91,8 @@ class Repeat(Node):
     ----------
     template : Template
     operands : list of Tensor
-    ids : list of Strided or None
-        Theirs; None of constants.
+    ids : list of int
+        The first element id of each; 0 of constants.
     before : int
         The last id before.
     path : str
@@ -104,9 +101,7 @@ class Repeat(Node):
 
     __slots__ = ("before", "ids", "is_made", "operands", "template")
 
-    def __init__(
-        self, template: Template, operands: list[Tensor], ids: list[Strided | None], before: int, path: str
-    ) -> None:
+    def __init__(self, template: Template, operands: list[Tensor], ids: list[int], before: int, path: str) -> None:
         like = template.node
         assert like is not None
         self.template, self.operands, self.ids, self.before, self.path = template, operands, ids, before, path
