@@ -15,7 +15,7 @@ from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.liveness import uses
 from linop_hess.graph.recording.movement import Ids, Strided, places
 from linop_hess.graph.recording.node import Node, signature_of
-from linop_hess.graph.recording.template import Flats, Template, template_of
+from linop_hess.graph.recording.template import Flats, Repeat, repeats_of
 from linop_hess.graph.rules.elementwise import Elementwise, ScaleShift
 from linop_hess.graph.rules.nonsmooth import Extremum, Pooling, SecondDerivatives
 from linop_hess.graph.rules.operation import CONSTANT, CONTROL, STATE, Operation, Placement, Rule, is_aten
@@ -109,38 +109,33 @@ class Alike:
     nodes: list[Node]
 
     @cached_property
-    def _template(self) -> Template | None:
-        return template_of(self.nodes)
+    def _repeats(self) -> list[Repeat]:
+        return repeats_of(self.nodes)
 
     @cached_property
     def _starts(self) -> list[np.ndarray]:
-        """Where in the ids each argument begins, (K,), of those that are of templates."""
-        template, first = self._template, self.nodes[0]
-        if template is None:
-            return []
-        views = [template.tensors[i] for i in first.active]
-        mine = [[node.ids[view.operand] for node in self.nodes] for view in views]  # type: ignore[attr-defined]
-        return [np.array(ids) + view.offset for ids, view in zip(mine, views, strict=True)]
+        """Where in the ids each argument of repeats begins, (K,)."""
+        views = [self._repeats[0].pattern.tensors[i] for i in self._repeats[0].active]
+        return [np.array([node.ids[view.operand] for node in self._repeats]) + view.offset for view in views]
 
     @cached_property
     def arguments(self) -> list[np.ndarray]:
         """Element ids of each argument that depends on parameters, (K, entries)."""
-        template, active = self._template, self.nodes[0].active
-        if template is None:
+        active = self.nodes[0].active
+        if not self._repeats:
             return [_stacked_ids([node.arguments[j] for node in self.nodes]) for j in range(len(active))]
-        views = [template.tensors[i] for i in active]
+        views = [self._repeats[0].pattern.tensors[i] for i in active]
         return [s[:, None] + places(v.shape, v.stride, 0) for s, v in zip(self._starts, views, strict=True)]
 
     @cached_property
     def outputs(self) -> list[np.ndarray]:
         """Element ids of each output, (K, entries)."""
-        template = self._template
-        if template is None or template.node is None:
+        if not self._repeats:
             return [
                 _stacked_ids([node.outputs[j][1] for node in self.nodes]) for j in range(len(self.nodes[0].outputs))
             ]
-        before = np.array([node.before for node in self.nodes])  # type: ignore[attr-defined]
-        return [before[:, None] + output.ids() for _, output in template.node.outputs]
+        before = np.array([node.before for node in self._repeats])
+        return [before[:, None] + output.ids() for _, output in self._repeats[0].pattern.node.outputs]
 
     def of(self, chosen: np.ndarray) -> Alike:
         """Some of the nodes."""
@@ -149,10 +144,10 @@ class Alike:
     def print(self) -> Footprint:
         """All of the nodes but their numbers, apart from constants that are no floats: these may say what is moved where."""
         first = self.nodes[0]
-        if self._template is None:
-            read = [_places_read([node.arguments[j] for node in self.nodes]) for j in range(len(first.active))]
-        else:
+        if self._repeats:
             read = self._starts
+        else:
+            read = [_places_read([node.arguments[j] for node in self.nodes]) for j in range(len(first.active))]
         written = [output[:, 0] for output in self.outputs]
         names = [(node.path, node.operation, node.spec) for node in self.nodes]
         fixed = [i for i, a in enumerate(first.flat) if isinstance(a, Tensor) and not a.is_floating_point()]

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_unflatten
 
 from linop_hess.graph.grouping import Alike
+from linop_hess.graph.norms import layer_norms
 from linop_hess.graph.recording.movement import Ids, Strided, contiguous_strides
 from linop_hess.graph.recording.node import Node, Trace
 from linop_hess.graph.rules.elementwise import is_elementwise, scale_shift
-from linop_hess.graph.rules.operation import argument_names, out_of_place
+from linop_hess.graph.rules.operation import named_arguments, out_of_place
 from linop_hess.graph.rules.reductions import normalize, standardize
 
 aten = torch.ops.aten
@@ -46,13 +46,17 @@ def lower(trace: Trace, sets: Sequence[Alike]) -> list[Node]:
         side_outputs = [ids for (j, _), ids in zip(one.nodes[0].outputs, one.outputs, strict=True) if j > 0]
         if side_outputs:
             whole.update(one.members[np.any(read[np.concatenate(side_outputs, 1)], axis=1)].tolist())
+    together: dict[int, list[Node]] = {}
+    for one in fused:
+        if one.nodes[0].func is aten.native_layer_norm.default and whole.isdisjoint(one.members.tolist()):
+            together.update(zip(one.members.tolist(), layer_norms(trace, one.nodes), strict=False))
     nodes: list[Node] = []
     for k, node in enumerate(trace.nodes):
         parts = _PARTS.get(node.func)
         if parts is None or k in whole:
             nodes.append(node)
         else:
-            nodes += parts(trace, node) or [node]
+            nodes += together.get(k) or parts(trace, node) or [node]
     return nodes
 
 
@@ -88,12 +92,6 @@ def _then_affine(
         ids[id(value)] = first.outputs[0][1]
     second = _derived(trace, node, scale_shift, (value, weight, bias), ids, node.outputs[0][1])
     return [first, second] if first.active else [second]
-
-
-def named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any]:
-    """The flattened arguments of an operation by their names in its schema, those that were given."""
-    args, kwargs = tree_unflatten(list(flat), spec) if spec is not None else (flat, {})
-    return {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
 
 
 def _reader(node: Node) -> tuple[Callable[..., Any], dict[int, Ids]]:

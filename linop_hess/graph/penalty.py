@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_unflatten
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.grouping import live_nodes
-from linop_hess.graph.lowering import LOSSES, named_arguments, opened
+from linop_hess.graph.lowering import LOSSES, opened
 from linop_hess.graph.recording.movement import Ids, Strided
 from linop_hess.graph.recording.node import Node, Trace
 from linop_hess.graph.rules.elementwise import is_elementwise
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
-from linop_hess.graph.rules.operation import base_name, out_of_place
+from linop_hess.graph.rules.operation import base_name, named_arguments, out_of_place
 from linop_hess.graph.rules.primitive import in_double
 
 _LINEAR = frozenset({"add", "sub", "rsub", "neg", "sum", "mean"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -18,8 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import linop_hess as lh
 from linop_hess.autograd.calling import as_module
 from linop_hess.errors import UnsupportedModelError
+from linop_hess.graph.grouping import alike
+from linop_hess.graph.lowering import lower
 from linop_hess.graph.recording.capture import Capture, capture
 from linop_hess.graph.recording.movement import Strided
+from linop_hess.graph.recording.node import Node
 from linop_hess.graph.recording.repeats import Repeats
 from tests.graph import oracle
 from tests.graph.case import Case
@@ -38,8 +41,13 @@ def require_same(mine: Capture, theirs: Capture) -> None:
     assert np.array_equal(mine.output_ids, theirs.output_ids) and mine.looks_inside == theirs.looks_inside
     assert all(map(torch.equal, mine.gradient, theirs.gradient))
     assert (mine.trace.ids, mine.trace.parameters) == (theirs.trace.ids, theirs.trace.parameters)
-    assert [node.name for node in mine.trace.nodes] == [node.name for node in theirs.trace.nodes]
-    for one, other in zip(mine.trace.nodes, theirs.trace.nodes, strict=True):
+    require_same_nodes(mine.trace.nodes, theirs.trace.nodes)
+
+
+def require_same_nodes(mine: Sequence[Node], theirs: Sequence[Node]) -> None:
+    """All of their nodes."""
+    assert [node.name for node in mine] == [node.name for node in theirs]
+    for one, other in zip(mine, theirs, strict=True):
         assert (one.func, one.spec, one.active) == (other.func, other.spec, other.active)
         assert (one.path, one.in_loss, one.operation) == (other.path, other.in_loss, other.operation)
         assert one.outputs == other.outputs
@@ -332,3 +340,41 @@ class TestWhatNoFunctionShows:
         with mock.patch.object(Repeats, "__enter__", side_effect=AssertionError):
             again = lin.again()
         assert np.array_equal(again.gradient, lin.gradient)
+
+
+class Norms(nn.Module):
+    """Layer norms of one kind, one after the other."""
+
+    def __init__(self, norm: Callable[[], nn.LayerNorm], frozen: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 4)
+        self.norms = nn.ModuleList(norm() for _ in range(3))
+        for name, parameter in self.norms.named_parameters():
+            nn.init.normal_(parameter).requires_grad_(not frozen or frozen not in name)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        for norm in self.norms:
+            x = norm(x.sin() * 2.0)
+        return x
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4)])
+@pytest.mark.parametrize("affine, bias", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("frozen", ["", "weight", "bias"])
+def test_layer_norms_are_lowered_together_as_one_by_one(
+    shape: tuple[int, ...], affine: bool, bias: bool, frozen: str
+) -> None:
+    model = Norms(lambda: nn.LayerNorm(shape, elementwise_affine=affine, bias=bias), frozen)
+    x = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    run = model, functional.mse_loss, x, x.sin()
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    mine, theirs = (capture(*run, names, by_repeats=by_repeats).trace for by_repeats in (True, False))
+    together, apart = (lower(trace, alike(trace.nodes)) for trace in (mine, theirs))
+    require_same_nodes(together, apart)
+    assert (mine.ids == theirs.ids or not affine) and {type(node) for node in apart} == {Node}
+    assert sum(type(node) is not Node for node in together) >= len(together) - 3
+    assert [one.signature for one in alike(together)] == [one.signature for one in alike(apart)]
+    lh.linearize(*run).verify()

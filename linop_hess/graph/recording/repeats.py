@@ -25,7 +25,7 @@ from torch.utils._device import DeviceContext
 from linop_hess.autograd.differentiate import Primitives
 from linop_hess.graph.recording.movement import Ids, Strided
 from linop_hess.graph.recording.node import Node, signature_of
-from linop_hess.graph.recording.template import Repeat, Template, View
+from linop_hess.graph.recording.template import Pattern, Repeat, Template, View
 from linop_hess.graph.recording.trace import Recorder
 
 
@@ -259,7 +259,7 @@ class Repeats(TorchFunctionMode):
             is_simple = recorder.others == others and len(trace.nodes) <= nodes + 1
             template = self._template(out, trace.nodes[nodes:], before, operands, ids) if is_simple else None
             self._templates[call] = template
-            if template is not None and template.node is not None:
+            if template is not None and template.pattern is not None:
                 path = trace.nodes[-1].path
                 trace.nodes[-1] = template.repeated(before, path, list(operands), list(ids), recorder.memory)
         return out
@@ -290,7 +290,7 @@ class Repeats(TorchFunctionMode):
             view = _view_of(out, bases)
             if view is None or not ids[view.operand] or ids[view.operand] + view.offset != found.start + found.offset:
                 return None
-            return Template(None, {}, constants, 0, view, layout, out.dtype)
+            return Template(None, constants, 0, view, layout, out.dtype)
         node, tensors = nodes[0], {}
         for i, a in enumerate(node.flat):
             if isinstance(a, Tensor):
@@ -306,7 +306,7 @@ class Repeats(TorchFunctionMode):
         )
         like.signature = signature_of(node)
         result = replace(found, start=found.start - before)
-        template = Template(like, tensors, constants, count, result, layout, out.dtype)
+        template = Template(Pattern(like, tensors), constants, count, result, layout, out.dtype)
         again = template.repeated(before, node.path, list(operands), list(ids), memory)
         is_same = again.but(flat=[], arguments=[]) == node.but(flat=[], arguments=[])
         is_same = is_same and all(map(_are_same, again.flat, node.flat))

@@ -48,15 +48,29 @@ class View:
 
 
 @dataclass(slots=True)
+class Pattern:
+    """What nodes have in common that are the same operation on tensors of the same shapes and strides.
+
+    Attributes
+    ----------
+    node : Node
+        Without tensors and ids of arguments; starts of its outputs count from the last id before.
+    tensors : dict of int to View
+        By its place in `node.flat` each tensor there.
+    """
+
+    node: Node
+    tensors: dict[int, View]
+
+
+@dataclass(slots=True)
 class Template:
     """What a call is recorded as.
 
     Attributes
     ----------
-    node : Node or None
-        Without tensors; starts of its outputs count from the last id before. None: the result is a view of an argument.
-    tensors : dict of int to View
-        By its place in `node.flat` each tensor there.
+    pattern : Pattern or None
+        None: the result is a view of an argument.
     constants : list of int
         The operands that depend on no parameter.
     ids : int
@@ -69,8 +83,7 @@ class Template:
         Of the result.
     """
 
-    node: Node | None
-    tensors: dict[int, View]
+    pattern: Pattern | None
     constants: list[int]
     ids: int
     result: Strided | View
@@ -79,17 +92,18 @@ class Template:
 
     def repeated(self, before: int, path: str, operands: list[Tensor], ids: list[int], memory: Memory) -> Repeat:
         """A call like it, whose ids follow `before`; of constants that are not of the run it has copies."""
+        assert self.pattern is not None
         for j in self.constants:
             operands[j] = memory.kept(operands[j].detach(), operands[j])
-        return Repeat(self, operands, ids, before, path)
+        return Repeat(self.pattern, operands, ids, before, path)
 
 
 class Repeat(Node):
-    """A node by a template; its arguments and ids are made when they are asked for, which must be before what they are is changed in place.
+    """A node by a pattern; its arguments and ids are made when they are asked for, which must be before what they are is changed in place.
 
     Parameters
     ----------
-    template : Template
+    pattern : Pattern
     operands : list of Tensor
     ids : list of int
         The first element id of each; 0 of constants.
@@ -99,25 +113,23 @@ class Repeat(Node):
         Path of the module that ran it.
     """
 
-    __slots__ = ("before", "ids", "is_made", "operands", "template")
+    __slots__ = ("before", "ids", "is_made", "operands", "pattern")
 
-    def __init__(self, template: Template, operands: list[Tensor], ids: list[int], before: int, path: str) -> None:
-        like = template.node
-        assert like is not None
-        self.template, self.operands, self.ids, self.before, self.path = template, operands, ids, before, path
+    def __init__(self, pattern: Pattern, operands: list[Tensor], ids: list[int], before: int, path: str) -> None:
+        like = pattern.node
+        self.pattern, self.operands, self.ids, self.before, self.path = pattern, operands, ids, before, path
         self.func, self.spec, self.active, self.in_loss = like.func, like.spec, like.active, like.in_loss
         self.operation, self.signature, self.is_made = like.operation, like.signature, False
 
     def __getattr__(self, name: str) -> Any:
         made: Any
-        template, like = self.template, self.template.node
-        assert like is not None
+        like, tensors = self.pattern.node, self.pattern.tensors
         if name == "flat":
             made = like.flat.copy()
-            for i, view in template.tensors.items():
+            for i, view in tensors.items():
                 made[i] = view.of(self.operands[view.operand])
         elif name == "arguments":
-            views = (template.tensors[i] for i in self.active)
+            views = [tensors[i] for i in self.active]
             made = [view.ids(self.ids[view.operand]) for view in views]
         elif name == "outputs":
             made = [(j, replace(o, start=self.before + o.start)) for j, o in like.outputs]
@@ -132,18 +144,19 @@ class Repeat(Node):
         return Node(**{**given, **changes})
 
     def made(self) -> list[Any]:
+        """Its arguments, before what they are is changed in place."""
         self.is_made = True
         return self.flat
 
 
-def template_of(nodes: Sequence[Node]) -> Template | None:
-    """The template that all of some nodes repeat; None where there is none, or arguments of some were made while others could change."""
-    first = nodes[0]
+def repeats_of(nodes: Sequence[Node]) -> list[Repeat]:
+    """Nodes as repeats of one pattern; none where they are not, or arguments of some were made while others could change."""
+    first = nodes[0] if nodes else None
     if not isinstance(first, Repeat):
-        return None
-    template = first.template
-    same = (type(node) is Repeat and node.template is template and not node.is_made for node in nodes)
-    return template if all(same) else None
+        return []
+    pattern = first.pattern
+    repeats = [node for node in nodes if isinstance(node, Repeat) and node.pattern is pattern and not node.is_made]
+    return repeats if len(repeats) == len(nodes) else []
 
 
 class Flats(Sequence[list[Any]]):
@@ -164,8 +177,8 @@ class Flats(Sequence[list[Any]]):
 
     def stacked(self, position: int) -> Tensor:
         """The tensors there, (K, *shape), in memory of their own."""
-        template = template_of(self._nodes)
-        if template is None:
+        repeats = repeats_of(self._nodes)
+        if not repeats:
             return torch.stack([node.flat[position] for node in self._nodes])
-        view = template.tensors[position]
-        return view.of_all([node.operands[view.operand] for node in self._nodes])  # type: ignore[attr-defined]
+        view = repeats[0].pattern.tensors[position]
+        return view.of_all([node.operands[view.operand] for node in repeats])

@@ -241,3 +241,9 @@ def argument_names(func: Any) -> tuple[str, ...]:
 def _ascend(ids: np.ndarray) -> bool:
     """Whether the entries of each row grow from one to the next."""
     return bool((ids[:, 1:] > ids[:, :-1]).all())
+
+
+def named_arguments(func: Any, flat: Sequence[Any], spec: Any) -> dict[str, Any]:
+    """The flattened arguments of an operation by their names in its schema, those that were given."""
+    args, kwargs = tree_unflatten(list(flat), spec) if spec is not None else (flat, {})
+    return {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
