@@ -173,6 +173,13 @@ def other_data(x: Tensor) -> Tensor:
     return y.tanh() * torch.arange(8.0, dtype=y.dtype).view(2, 4) + z
 
 
+def by_itself(x: Tensor) -> Tensor:
+    """Functions of one tensor twice, and of two alike."""
+    y, b = x.t() @ x, x.sum(0)
+    z = 2.0 * y
+    return x @ sum(functional.linear(*of) for of in ((y, y, b), (y, z, b), (y, y), (z, y), (z, z, b)))
+
+
 def relabelled(x: Tensor) -> Tensor:
     y = x * 2.0
     z = y.tanh()  # holds y as it is now
@@ -197,6 +204,7 @@ class TestWhatFunctionsShow:
             lambda x: x @ (x.t() @ x) @ x.t().flatten().view(2, 4).mT @ x,
             lambda x: x * OUTSIDE + OUTSIDE.view(2, 2)[:, :1].expand(2, 4),
             lambda x: torch.nn.functional.relu(x * 1.0, inplace=True) + functional.silu(x),
+            by_itself,
             lambda x: torch.mul(x, 2.0) + torch.mul(x.detach(), x),
             lambda x: functional.layer_norm(x, (4,)) + functional.softmax(x, dim=1) * functional.softmax(x, dim=0),
             lambda x: x.sum(1, keepdim=True) * x.mean(0) - x.sum() / 7,

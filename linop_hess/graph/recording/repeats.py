@@ -67,7 +67,6 @@ _CHANGES = frozenset({"__set__", "requires_grad_"})
 
 _SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 _SEQUENCES = frozenset({tuple, list, torch.Size})
-_TENSORS = frozenset({Tensor, nn.Parameter})
 
 # Of torch's: the number of the next node of a graph; transforms and dispatch modes in force.
 _next_node: Any = getattr(torch._C._autograd, "_get_sequence_nr", None)
@@ -95,7 +94,8 @@ class Repeats(TorchFunctionMode):
         # written or relabelled in place.
         self._leaves: dict[int, tuple[int, int]] = {}
         self._seen: dict[int, tuple[int, int]] = {}
-        self._new: list[tuple[Tensor, Strided]] = []  # not known to the recorder yet
+        # Results that the recorder does not know of yet, with the last id before each, and their ids counted from it.
+        self._new: list[tuple[Tensor, int, Strided]] = []
         self._versions: dict[int, int] = {}  # by storage that was written into: as it is known to be
         self._modes, self._node = _modes(), _next_node()
         start = 1
@@ -121,7 +121,8 @@ class Repeats(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         if exception[0] is None:
-            self._require_shown()
+            if _next_node() != self._node:
+                raise Escaped
             self._tell()
 
     def require_unchanged(self) -> None:
@@ -141,24 +142,24 @@ class Repeats(TorchFunctionMode):
             raise Escaped
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._require_shown()
-        if func in _ASKED:
-            return func(*args, **(kwargs or {}))
+        if _next_node() != self._node or _modes() != self._modes or _transform() is not None:
+            raise Escaped
         if func not in _PURE or not torch.is_grad_enabled():
-            return self._looked_into(func, args, kwargs)
-        key: list[Any] = [func, self._recorder.in_loss]
+            return func(*args, **(kwargs or {})) if func in _ASKED else self._looked_into(func, args, kwargs)
+        recorder, seen, leaves = self._recorder, self._seen, self._leaves
+        key: list[Any] = [func, recorder.in_loss]
         operands: list[Tensor] = []
         ids: list[int] = []
-        seen, leaves = self._seen, self._leaves
         for a in (*args, *kwargs.values()) if kwargs else args:
             kind = type(a)
-            if kind in _TENSORS:
+            if kind is Tensor or kind is nn.Parameter:
                 known = seen.get(id(a)) or leaves.get(id(a)) or self._found(a)
                 if known is None:
                     return self._looked_into(func, args, kwargs)
-                ids.append(known[0])
+                first, layout = known
+                ids.append(first)
                 operands.append(a)
-                key.append(known[1])
+                key.append(layout)
             elif kind in _SCALARS:
                 key += (kind, a)
             elif kind in _SEQUENCES and all(type(b) is int for b in a):
@@ -166,11 +167,13 @@ class Repeats(TorchFunctionMode):
             else:
                 return self._looked_into(func, args, kwargs)
         if kwargs:
-            key.append(tuple(kwargs))
-        if len(operands) > 1:
-            which = [id(a) for a in operands]
-            if len(set(which)) < len(which):
-                key.append(tuple(map(which.index, which)))
+            key.append(("names", *kwargs))
+        if len(operands) == 2:
+            if operands[0] is operands[1]:
+                key.append("same")
+        elif len(operands) > 2 and len(set(map(id, operands))) < len(operands):
+            which = list(map(id, operands))
+            key.append(("same", *map(which.index, which)))
         call = tuple(key)
         template = self._templates.get(call)
         if template is None:
@@ -180,30 +183,23 @@ class Repeats(TorchFunctionMode):
         self._node = _next_node()
         if out.dtype is not template.dtype:  # within autocast
             raise Escaped
-        result, recorder = template.result, self._recorder
+        result, trace = template.result, recorder.trace
         if isinstance(result, View):
             first = ids[result.operand] + result.offset
         else:
-            trace = recorder.trace
             before = trace.ids
             trace.nodes.append(template.repeated(before, recorder.path[-1], operands, ids, recorder.memory))
             trace.ids = before + template.ids
-            mine = Strided(before + result.start, result.shape, result.stride, result.offset)
-            first = mine.start + mine.offset
-            self._new.append((out, mine))
+            first = before + result.start + result.offset
+            self._new.append((out, before, result))
         recorder.keep(out)
         seen[id(out)] = first, template.layout
         return out
 
-    def _require_shown(self) -> None:
-        """Raise where a graph grew since the last call, or where functions may show what is not carried out."""
-        if _next_node() != self._node or _modes() != self._modes or _transform() is not None:
-            raise Escaped
-
     def _tell(self) -> None:
         """Tell the recorder what it has not noted itself."""
-        for out, ids in self._new:
-            self._recorder.note(out, ids)
+        for out, before, new in self._new:
+            self._recorder.note(out, Strided(before + new.start, new.shape, new.stride, new.offset))
         self._new.clear()
 
     def _layout(self, tensor: Tensor, is_active: bool) -> int:
