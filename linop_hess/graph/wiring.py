@@ -140,8 +140,10 @@ def schedule(
     ends = np.array([end] * has_objective + [-1] * bool(idle.size), dtype=np.int64)
     times = np.unique(np.concatenate([first[injected], np.arange(1, 2 * nodes, 2), ends]))
 
+    events_before = np.searchsorted(times, np.arange(-1, end + 3))  # by time, the first −1
+
     def event_of(time: np.ndarray) -> np.ndarray:
-        return np.searchsorted(times, time)
+        return np.asarray(events_before[time + 1])
 
     used = last >= 0
     last[used] = event_of(last[used])
