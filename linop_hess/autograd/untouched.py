@@ -6,6 +6,7 @@ import functools
 import gc
 import inspect
 import random
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -88,6 +89,20 @@ _WITHOUT_COLLECTOR = ProcessWide(_switch_collector_off, lambda was: gc.enable() 
 def without_collector() -> AbstractContextManager[None]:
     """No garbage collection meanwhile, for work that makes many objects and needs them all: each pass would look at all of them."""
     return _WITHOUT_COLLECTOR.changed()
+
+
+def _compile_nothing() -> Any:
+    """Have compiled functions run as they are written; nothing where none can be, as without what compiles them."""
+    stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
+    return None if stance is None else stance("force_eager")
+
+
+_WITHOUT_COMPILER = ProcessWide(_compile_nothing, lambda was: None if was is None else was.__exit__(None, None, None))
+
+
+def without_compiler() -> AbstractContextManager[None]:
+    """No compiled functions meanwhile, which would hide what they compute, or compile what records it."""
+    return _WITHOUT_COMPILER.changed()
 
 
 class _Holders:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,12 +19,21 @@ from linop_hess.autograd.differentiate import FusedOperation, twice_differentiab
 from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.rounding import Rounded
 from linop_hess.autograd.snapshot import Contents
+from linop_hess.autograd.untouched import Memory, without_compiler
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.recording.movement import Strided
 from linop_hess.graph.recording.node import Trace
 from linop_hess.graph.recording.private import Private, module_paths
-from linop_hess.graph.recording.repeats import Escaped, Repeats
+from linop_hess.graph.recording.repeats import Repeats
 from linop_hess.graph.recording.trace import Recorder
+
+
+class _NotAllSeen(Exception):
+    """Where functions did not show all that was computed, of which this is the output and the loss."""
+
+    def __init__(self, output: Any, loss: Tensor) -> None:
+        super().__init__()
+        self.values = _values(output, loss)
 
 
 @dataclass(frozen=True)
@@ -113,60 +122,54 @@ def capture(
         If it is no tensor.
     """
     contents = Contents.of(model) if contents is None else contents
+    values = None
     while True:
         own = Private(contents, loss_fn, inputs, targets, names)
+        run = own, contents, in_primitives
         try:
-            return _captured(own, contents, loss_fn, selections_compute, again, in_primitives, by_repeats)
+            seen, found, memory = _captured(*run, partial(own.loss_of_output, loss_fn), selections_compute, by_repeats)
+            break
         except FusedOperation:
-            in_primitives = True
-        except (Escaped, Exception):  # what is wrong with a model is told as the recorder alone sees it
+            in_primitives, values = True, None
+        except _NotAllSeen as other:  # it serves as the other run
+            by_repeats, values = False, other.values
+        except Exception:  # what is wrong with a model is told as the recorder alone sees it
             if not by_repeats:
                 raise
-            by_repeats = False
+            by_repeats, values = False, None
+    if not again and not _are_equal(found, _once_more(*run, memory) if values is None else values):
+        raise UnsupportedModelError(
+            "expected a model and a loss that give the same value each time, got two values for the same input: call "
+            "model.eval(), or remove the randomness"
+        )
+    return seen
 
 
 def _captured(
     own: Private,
     contents: Contents,
-    loss_fn: Callable[..., Tensor],
-    selections_compute: bool,
-    again: bool,
     in_primitives: bool,
+    loss_of_output: Callable[[Any, Any], Tensor],
+    selections_compute: bool,
     by_repeats: bool,
-) -> Capture:
-    model, leaves, (own_inputs, own_targets) = contents.model, list(own.leaves.values()), own.data()
+) -> tuple[Capture, list[Tensor], Memory]:
+    """A recorded run, its output and loss, and what it overwrote of others' memory."""
+    leaves, (own_inputs, own_targets) = list(own.leaves.values()), own.data()
     ours = [t for t in tree_leaves((own_inputs, own_targets)) if isinstance(t, Tensor)]
     recorder = Recorder(leaves, [*ours, *own.constants], selections_compute, in_primitives)
-    between: list[Any] = []
-
-    def recorded() -> Tensor:
-        repeats = Repeats(recorder, leaves) if by_repeats and Repeats.can_see() else None
-        mode = repeats or recorder
-        with mode:
-            output = call_model(model, own_inputs)
-        own.require_unchanged()
-        tensors = _floating(output)
-        ids = np.concatenate([recorder.ids_of(t) for t in tensors] or [np.zeros(0, dtype=np.int64)])
-        kept = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, output)
-        between.extend((kept, ids))
-        recorder.in_loss = True
-        with mode:
-            value = checked_loss(own.loss(output, own_targets))
-        if repeats is not None:
-            repeats.require_unchanged()
-        return value
-
-    def once_more() -> list[Tensor]:
-        own_inputs, own_targets = own.data()
-        with own.standing_in():
-            output = call_model(model, own_inputs)
-            kept = [t.detach().clone() for t in _floating(output)]
-            return [*kept, checked_loss(own.loss(output, own_targets))]
-
-    twice = twice_differentiable("the model", leaves[0].device, contents.modules.values(), in_primitives)
-    with twice, recorder.memory.restored():
+    repeats = Repeats(recorder, leaves) if by_repeats and Repeats.can_see() else None
+    with _plainly(contents, leaves[0].device, in_primitives), recorder.memory.restored():
         with own.standing_in(), module_paths(contents.modules, recorder.path):
-            value = recorded()
+            with repeats or recorder:
+                output = call_model(contents.model, own_inputs)
+            own.require_unchanged()
+            ids = np.concatenate([np.zeros(0, dtype=np.int64), *map(recorder.ids_of, _floating(output))])
+            kept = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, output)
+            recorder.in_loss = True
+            with repeats or recorder:
+                value = checked_loss(own.loss(output, own_targets))
+            if repeats is not None and not repeats.saw_all():
+                raise _NotAllSeen(kept, value)
         loss_ids = recorder.ids_of(value)
         if not loss_ids.any():
             raise ValueError(
@@ -174,12 +177,8 @@ def _captured(
                 "without detach() or .item()"
             )
         gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        recorder.memory.restore()
-        kept, ids = between
-        if not again:
-            _require_equal([*_floating(kept), value], once_more)
     given = np.append(ids, np.arange(1, recorder.trace.parameters + 1))
-    return Capture(
+    seen = Capture(
         recorder.trace,
         kept,
         ids,
@@ -187,22 +186,32 @@ def _captured(
         float(value.detach()),
         [g.detach() if g.requires_grad else g for g in gradient],
         _first_beyond(recorder.trace, given)[0],
-        partial(own.loss_of_output, loss_fn),
+        loss_of_output,
         in_primitives,
         by_repeats,
     )
+    return seen, _values(kept, value), recorder.memory
 
 
-def _require_equal(first: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> None:
-    """Raise unless another run gives the same values: one without a graph, sooner done, or else, as some have other kernels, with one."""
-    with suppress(Exception), torch.no_grad():
-        if _are_equal(first, again()):
-            return
-    if not _are_equal(first, again()):
-        raise UnsupportedModelError(
-            "expected a model and a loss that give the same value each time, got two values for the same input: call "
-            "model.eval(), or remove the randomness"
-        )
+def _once_more(own: Private, contents: Contents, in_primitives: bool, memory: Memory) -> list[Tensor]:
+    """Output and loss of another run, which overwrites the same memory."""
+    inputs, targets = own.data()
+    with _plainly(contents, next(iter(own.leaves.values())).device, in_primitives), memory.restored():
+        with own.standing_in():
+            output = call_model(contents.model, inputs)
+            kept = [t.detach().clone() for t in _floating(output)]
+            return _values(kept, checked_loss(own.loss(output, targets)))
+
+
+@contextmanager
+def _plainly(contents: Contents, device: torch.device, in_primitives: bool) -> Iterator[None]:
+    """Twice differentiable, and nothing compiled."""
+    with twice_differentiable("the model", device, contents.modules.values(), in_primitives), without_compiler():
+        yield
+
+
+def _values(output: Any, loss: Tensor) -> list[Tensor]:
+    return [*_floating(output), loss.detach()]
 
 
 def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

@@ -5,8 +5,12 @@ Python calls, for a quarter of that. Here the first call of a function on argume
 `Recorder`. Where that noted a single operation, of views of the arguments, or none and the result is a view of one, the call becomes a
 template; one like it is carried out alone, and noted as the template says. All other calls run within the recorder each time.
 
-What no function shows is not missed. Autograd numbers its nodes as it makes them, so one made between two calls shows in the next, and what
-was written into in place has a version of its own: then all is recorded anew, within the recorder alone.
+Autograd numbers its nodes as it makes them, so one made between two calls, which no function shows, shows in the next; and what was
+written into in place has a version of its own. Then nothing more is noted, and all is recorded anew, within the recorder alone. Where few
+calls are like one before, the recorder does the rest of the run alone.
+
+What no function shows and autograd does not count goes unseen: writes, as TorchScript does them, into tensors of others that are no
+parameters, buffers, attributes or data. They are not undone, and make two runs differ.
 """
 
 from __future__ import annotations
@@ -26,11 +30,7 @@ from linop_hess.autograd.differentiate import Primitives
 from linop_hess.graph.recording.movement import Ids, Strided
 from linop_hess.graph.recording.node import Node, signature_of
 from linop_hess.graph.recording.template import Pattern, Repeat, Template, View
-from linop_hess.graph.recording.trace import Recorder
-
-
-class Escaped(BaseException):
-    """Where something was computed that no function shows. No model is to catch it."""
+from linop_hess.graph.recording.trace import Recorder, Saving
 
 
 def _named(names: str, *owners: Any) -> set[Any]:
@@ -73,9 +73,16 @@ _next_node: Any = getattr(torch._C._autograd, "_get_sequence_nr", None)
 _transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
+# In place of that number: no call is looked for among those before.
+_NEVER = -1
+
+# By so many calls more than those that are like one before, each at 20 µs, others may be looked into one by one; and what it takes to make
+# a template, in such calls.
+_PATIENCE, _TEMPLATE = 250, 3
+
 
 class Repeats(TorchFunctionMode):
-    """Record what runs inside as a recorder does, and end with `Escaped` where that would miss something.
+    """Record what runs inside as a recorder does, or find that something was computed that no function shows.
 
     Parameters
     ----------
@@ -98,6 +105,8 @@ class Repeats(TorchFunctionMode):
         self._new: list[tuple[Tensor, int, Strided]] = []
         self._versions: dict[int, int] = {}  # by storage that was written into: as it is known to be
         self._modes, self._node = _modes(), _next_node()
+        self._is_alone = self._has_missed = False
+        self._spent = 0  # as `_PATIENCE` counts it
         start = 1
         of_shape: dict[Any, tuple[int, int]] = {}
         for leaf in leaves:
@@ -115,35 +124,37 @@ class Repeats(TorchFunctionMode):
         return _next_node is not None and all(isinstance(mode, (Primitives, DeviceContext)) for mode in outside)
 
     def __enter__(self) -> Repeats:
-        self._node = _next_node()
+        if self._is_alone:
+            self._recorder.__enter__()
+        elif not self._has_missed:
+            self._node = _next_node()
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        if exception[0] is None:
-            if _next_node() != self._node:
-                raise Escaped
+        if self._is_alone:
+            self._recorder.__exit__(*exception)
+        elif _next_node() != self._node:
+            self._miss()
+        else:
             self._tell()
 
-    def require_unchanged(self) -> None:
-        """Raise unless all that is held of arguments is as it was when it was recorded.
-
-        Raises
-        ------
-        Escaped
-        """
+    def saw_all(self) -> bool:
+        """Whether functions showed all that was computed, and all that is held of arguments is as it was when it was recorded."""
+        if self._has_missed:
+            return False
+        self._count_versions()
         nodes = self._recorder.trace.nodes
         try:
             held = (node.operands if type(node) is Repeat and not node.is_made else node.flat for node in nodes)
             written = [a for flat in held for a in flat if isinstance(a, Tensor) and a._version]
-        except RuntimeError as error:  # those of inference mode have no version
-            raise Escaped from error
-        if any(a._version != self._versions.get(a.untyped_storage().data_ptr()) for a in written):
-            raise Escaped
+        except RuntimeError:  # those of inference mode have no version
+            return False
+        return all(a._version == self._versions.get(a.untyped_storage().data_ptr()) for a in written)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _next_node() != self._node or _modes() != self._modes or _transform() is not None:
-            raise Escaped
+            return self._not_looked_for(func, args, kwargs)
         if func not in _PURE or not torch.is_grad_enabled():
             return func(*args, **(kwargs or {})) if func in _ASKED else self._looked_into(func, args, kwargs)
         recorder, seen, leaves = self._recorder, self._seen, self._leaves
@@ -182,7 +193,8 @@ class Repeats(TorchFunctionMode):
         out = func(*args, **kwargs) if kwargs else func(*args)
         self._node = _next_node()
         if out.dtype is not template.dtype:  # within autocast
-            raise Escaped
+            self._miss()
+            return out
         result, trace = template.result, recorder.trace
         if isinstance(result, View):
             first = ids[result.operand] + result.offset
@@ -194,7 +206,26 @@ class Repeats(TorchFunctionMode):
             self._new.append((out, before, result))
         recorder.keep(out)
         seen[id(out)] = first, template.layout
+        self._spent -= 1
         return out
+
+    def _not_looked_for(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Carry a function out where the recorder does all alone, or something was missed."""
+        if self._is_alone:
+            return func(*args, **(kwargs or {}))
+        self._miss()
+        with Saving(self._recorder.memory):
+            return func(*args, **(kwargs or {}))
+
+    def _miss(self) -> None:
+        """Note nothing from now on."""
+        self._tell()
+        self._has_missed, self._node = True, _NEVER
+
+    def _go_on_alone(self) -> None:
+        """Leave the rest of the run to the recorder."""
+        self._is_alone, self._node = True, _NEVER
+        self._recorder.__enter__()
 
     def _tell(self) -> None:
         """Tell the recorder what it has not noted itself."""
@@ -217,7 +248,7 @@ class Repeats(TorchFunctionMode):
         if ids is None:
             self._tell()
             ids = self._recorder.find(tensor)
-        if ids is None:
+        if ids is None or (ids.shape, ids.stride) != (tensor.shape, tensor.stride()):  # its data are others now
             return None
         self._seen[id(tensor)] = known = ids.start + ids.offset, self._layout(tensor, True)
         return known
@@ -244,11 +275,8 @@ class Repeats(TorchFunctionMode):
                 out = func(*args, **(kwargs or {}))
         finally:
             self._node = _next_node()
-            for tensor in recorder.written:
-                if not tensor.is_inference():
-                    self._versions[tensor.untyped_storage().data_ptr()] = tensor._version
-            recorder.written.clear()
-            if recorder.others != others or is_change:
+            if recorder.written or is_change:
+                self._count_versions()
                 self._seen.clear()
                 self._leaves.pop(id(args[0]) if args else 0, None)  # it may be a constant from now on
         if call is not None:
@@ -258,7 +286,18 @@ class Repeats(TorchFunctionMode):
             if template is not None and template.pattern is not None:
                 path = trace.nodes[-1].path
                 trace.nodes[-1] = template.repeated(before, path, list(operands), list(ids), recorder.memory)
+            self._spent += _TEMPLATE
+        self._spent += 1
+        if self._spent > _PATIENCE:
+            self._go_on_alone()
         return out
+
+    def _count_versions(self) -> None:
+        """Note the versions of what the recorder saw written into."""
+        for tensor in self._recorder.written:
+            if not tensor.is_inference():
+                self._versions[tensor.untyped_storage().data_ptr()] = tensor._version
+        self._recorder.written.clear()
 
     def _template(
         self,

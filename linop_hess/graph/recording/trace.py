@@ -99,10 +99,10 @@ class Recorder(TorchDispatchMode):
         self._known: dict[
             int, Strided
         ] = {}  # by `id`: element ids of outputs, until something is written or relabelled in place
-        self._alive: list[
-            Tensor
-        ] = []  # a storage's address stays its own only while it lives, as does the `id` of a tensor
-        keys = [parameter.untyped_storage().data_ptr() for parameter in parameters]
+        # A storage's address stays its own only while it lives, as does the `id` of a tensor, which may get another storage meanwhile.
+        self._alive: list[Tensor | torch.UntypedStorage] = []
+        storages = [parameter.untyped_storage() for parameter in parameters]
+        keys = [storage.data_ptr() for storage in storages]
         sizes = [parameter.numel() for parameter in parameters]
         starts = accumulate(sizes, initial=1)
         self._ids.update((key, start) for key, start, size in zip(keys, starts, sizes, strict=False) if size)
@@ -111,7 +111,7 @@ class Recorder(TorchDispatchMode):
         self._listed = 0  # as far as this many
         self.memory = Memory(private)
         self.memory.note_all(keys)
-        self._alive += parameters
+        self._alive += [*parameters, *storages]
         self.trace.parameters = self.trace.ids = sum(sizes)
 
     def ids_of(self, tensor: Tensor) -> np.ndarray:
@@ -142,6 +142,7 @@ class Recorder(TorchDispatchMode):
 
     def note(self, tensor: Tensor, ids: Strided) -> None:
         """Note the ids of a tensor in a storage of its own."""
+        self._alive.append(tensor.untyped_storage())
         self._ids[self.memory.note_one(tensor)] = ids.start
         self._known[id(tensor)] = ids
 
@@ -261,8 +262,9 @@ class Recorder(TorchDispatchMode):
         )
 
     def _set_constant(self, tensor: Tensor) -> None:
-        self._ids.setdefault(tensor.untyped_storage().data_ptr(), _CONSTANT)
-        self._alive.append(tensor)
+        storage = tensor.untyped_storage()
+        self._ids.setdefault(storage.data_ptr(), _CONSTANT)
+        self._alive.append(storage)
 
     def _constant(self, func: Any, how: Handling, flat: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """Run what depends on no parameter; what it writes into depends on none any more."""
@@ -318,9 +320,10 @@ class Recorder(TorchDispatchMode):
 
     def _new(self, output: Tensor, key: int) -> Strided:
         """Give an output new ids; `key` is the address of its storage."""
-        entries = output.untyped_storage().nbytes() // output.element_size()
+        storage = output.untyped_storage()
+        entries = storage.nbytes() // output.element_size()
         start = self.trace.ids + 1
-        self._alive.append(output)
+        self._alive += (output, storage)
         shape, stride, offset = output.shape, output.stride(), int(output.storage_offset())
         is_new = key not in self._ids
         if is_new and output.is_contiguous() or output.numel() == entries:
@@ -349,8 +352,30 @@ class Recorder(TorchDispatchMode):
             if first:
                 buffer += torch.arange(first, first + entries, device="cpu")
             self._ids[key] = buffer
-            self._alive.append(tensor)
+            self._alive.append(storage)
         buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
+
+
+class Saving(TorchDispatchMode):
+    """Save what is written into, where it is not of a run; record nothing.
+
+    Parameters
+    ----------
+    memory : Memory
+        Of the run.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        writes = handling(func).writes
+        for target in [args[i] for i in writes if i < len(args)] + list(kwargs.values()) * bool(writes):
+            if isinstance(target, Tensor) and target.numel():
+                self._memory.before_writing(target)
+        return self._memory.note(func(*args, **kwargs))
 
 
 _ZEROS_WITHOUT_MEMORY = torch.ops.aten._efficientzerotensor.default
