@@ -6,6 +6,7 @@ Double backward (`autograd.grad` of a gradient) is the one route that agrees wit
 
 from __future__ import annotations
 
+import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,17 @@ _NOT_TWICE = (
     "create_graph",
     "no autograd formula",
 )
+
+
+# The same of one without a derivative in forward mode.
+_NOT_FORWARD = ("forward AD", "forward mode AD")
+
+
+def _inside(error: BaseException) -> str:
+    """In which module an error was raised, as far as the calls on the way tell."""
+    frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [module for module in frames if isinstance(module, nn.Module)]
+    return f" in a {type(modules[-1]).__name__}" if modules else ""
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -176,6 +188,12 @@ def twice_differentiable(
         try:
             yield
         except RuntimeError as error:
+            if any(hint in str(error) for hint in _NOT_FORWARD):
+                raise UnsupportedModelError(
+                    f"expected {what} to differentiate inside by operations that have a derivative in forward mode, got one without"
+                    f"{_inside(error)} ({str(error).partition(chr(10))[0]}): use reverse mode there (torch.func.jacrev, or "
+                    "torch.autograd.grad with create_graph=True), or write the operation in plain ones"
+                ) from error
             if any(hint in str(error) for hint in _NOT_TWICE):
                 raise UnsupportedModelError(
                     f"expected {what} to be twice differentiable, got an operation without a second derivative "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from linop_hess._validate import checked_loss
+from linop_hess.autograd.backward_graph import PrimitiveNorms, require_same_loss
 from linop_hess.autograd.calling import call_model
-from linop_hess.autograd.differentiate import FusedOperation, twice_differentiable
+from linop_hess.autograd.differentiate import (
+    FusedOperation,
+    once_differentiable_graphs,
+    twice_differentiable,
+)
 from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.rounding import Rounded
 from linop_hess.autograd.snapshot import Contents
@@ -52,6 +57,8 @@ class Capture:
         Whether functions of torch's had to be written in others.
     by_repeats : bool
         Whether functions showed all that was computed; see `Repeats`.
+    norms : bool
+        Whether norms had to be written in others too, as they are differentiated inside.
     """
 
     trace: Trace
@@ -64,6 +71,7 @@ class Capture:
     loss_of_output: Callable[[Any, Any], Tensor]
     in_primitives: bool
     by_repeats: bool
+    norms: bool
 
     def reads_output_alone(self, trace: Trace) -> bool:
         """Whether the loss of a trace, this run's or what is left of it, depends on the parameters through the output alone."""
@@ -81,6 +89,7 @@ def capture(
     again: bool = False,
     in_primitives: bool = False,
     by_repeats: bool = True,
+    norms: bool = False,
     contents: Contents | None = None,
 ) -> Capture:
     """Record loss_fn(model(inputs), targets).
@@ -100,6 +109,8 @@ def capture(
         Whether it is known that functions of torch's must be written in others; else it is found on the way, and run anew.
     by_repeats : bool
         Whether functions may show all that is computed, which is found on the way too; else each operation is looked at by itself.
+    norms : bool
+        Whether it is known that norms must be written in others too, since model or loss differentiate them.
     contents : Contents, optional
         The model's, where they are known.
 
@@ -116,9 +127,11 @@ def capture(
     while True:
         own = Private(contents, loss_fn, inputs, targets, names)
         try:
-            return _captured(own, contents, loss_fn, selections_compute, again, in_primitives, by_repeats)
+            return _captured(own, contents, loss_fn, selections_compute, again, in_primitives, by_repeats, norms)
         except FusedOperation:
             in_primitives = True
+        except _DifferentiatedNorm:
+            norms = True
         except (Escaped, Exception):  # what is wrong with a model is told as the recorder alone sees it
             if not by_repeats:
                 raise
@@ -133,6 +146,7 @@ def _captured(
     again: bool,
     in_primitives: bool,
     by_repeats: bool,
+    norms: bool,
 ) -> Capture:
     model, leaves, (own_inputs, own_targets) = contents.model, list(own.leaves.values()), own.data()
     ours = [t for t in tree_leaves((own_inputs, own_targets)) if isinstance(t, Tensor)]
@@ -164,9 +178,11 @@ def _captured(
             return [*kept, checked_loss(own.loss(output, own_targets))]
 
     twice = twice_differentiable("the model", leaves[0].device, contents.modules.values(), in_primitives)
-    with twice, recorder.memory.restored():
+    with twice, PrimitiveNorms() if norms else nullcontext(), recorder.memory.restored():
         with own.standing_in(), module_paths(contents.modules, recorder.path):
             value = recorded()
+        if not norms and recorder.differentiates_norms:
+            raise _DifferentiatedNorm
         loss_ids = recorder.ids_of(value)
         if not loss_ids.any():
             raise ValueError(
@@ -178,6 +194,9 @@ def _captured(
         kept, ids = between
         if not again:
             _require_equal([*_floating(kept), value], once_more)
+    if norms and not again:
+        with once_differentiable_graphs(leaves[0].device):
+            require_same_loss(float(once_more()[-1].detach()), float(value.detach()), value.dtype)
     given = np.append(ids, np.arange(1, recorder.trace.parameters + 1))
     return Capture(
         recorder.trace,
@@ -190,7 +209,12 @@ def _captured(
         partial(own.loss_of_output, loss_fn),
         in_primitives,
         by_repeats,
+        norms,
     )
+
+
+class _DifferentiatedNorm(BaseException):
+    """Where a run has differentiated a fused norm, of which torch has no further derivatives right. No model is to catch it."""
 
 
 def _require_equal(first: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> None:
@@ -232,12 +256,19 @@ def watched(
 
 
 def rounded_gradient(
-    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str], seed: int
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    names: Sequence[str],
+    norms: bool,
+    seed: int,
 ) -> Tensor:
     """Gradient of loss_fn(model(inputs), targets), flat, by autograd with the results of all operations moved by a few ulp."""
     own = Private(Contents.of(model), loss_fn, inputs, targets, names)
     leaves, (own_inputs, own_targets) = list(own.leaves.values()), own.data()
-    with twice_differentiable("the model", leaves[0].device, model), own.standing_in(), Rounded(seed):
+    written = PrimitiveNorms() if norms else nullcontext()
+    with twice_differentiable("the model", leaves[0].device, model), written, own.standing_in(), Rounded(seed):
         value = own.loss(call_model(model, own_inputs), own_targets)
         gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
     return torch.cat([g.reshape(-1) for g in gradient])
