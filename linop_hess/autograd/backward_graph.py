@@ -201,9 +201,14 @@ class Inside(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     @property
+    def has_norms_differentiated(self) -> bool:
+        """Whether torch may have derivatives of what it gives wrong."""
+        return self.norms and (self.forward or self.backward)
+
+    @property
     def needs_care(self) -> bool:
         """Whether it is to be done within `differentiating_inside`."""
-        return self.forward or self.backward and self.norms
+        return self.forward or self.has_norms_differentiated
 
 
 _DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})

@@ -215,12 +215,31 @@ def once_differentiable_graphs(device: torch.device) -> Iterator[None]:
         yield
 
 
-def kept_apart(leaves: Sequence[Tensor]) -> saved_tensors_hooks:
-    """Where graphs are recorded of which leaves are moved in place before they are used: what a graph keeps of those are copies."""
+@contextmanager
+def kept_apart(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Where graphs are recorded of which leaves are moved in place before they are used: what a graph keeps of those are copies.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there are transforms of torch.func's inside that let nobody see what graphs keep.
+    """
     mine = {p.untyped_storage().data_ptr() for p in leaves}
-    return saved_tensors_hooks(
-        lambda t: t.detach().clone() if t.untyped_storage().data_ptr() in mine else t, lambda t: t
-    )
+
+    def own(t: Tensor) -> Tensor:
+        return t.detach().clone() if not t._is_zerotensor() and t.untyped_storage().data_ptr() in mine else t
+
+    try:
+        with saved_tensors_hooks(own, lambda t: t):
+            yield
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            "expected a model and a loss whose graph is kept while parameters move, got torch.func.grad, vjp, jacrev or hessian inside, "
+            "which keep theirs to themselves: differentiate there by torch.autograd.grad with create_graph=True or by forward mode "
+            "(torch.func.jvp, jacfwd), or take an optimizer that linearizes (GaussNewton, or SaddleFree with a loss function)"
+        ) from error
 
 
 def differentiate(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from linop_hess._validate import checked_loss
-from linop_hess.autograd.backward_graph import PrimitiveNorms, require_same_loss
+from linop_hess.autograd.backward_graph import InMemory, PrimitiveNorms, require_same_loss
 from linop_hess.autograd.calling import call_model
 from linop_hess.autograd.differentiate import (
     FusedOperation,
@@ -132,10 +132,15 @@ def capture(
             in_primitives = True
         except _DifferentiatedNorm:
             norms = True
-        except (Escaped, Exception):  # what is wrong with a model is told as the recorder alone sees it
-            if not by_repeats:
+        except (Escaped, Exception) as error:  # what is wrong with a model is told as the recorder alone sees it
+            if by_repeats:
+                by_repeats = False
+            elif not in_primitives and isinstance(
+                error.__cause__, NotImplementedError
+            ):  # of a fused one in forward mode
+                in_primitives = True
+            else:
                 raise
-            by_repeats = False
 
 
 def _captured(
@@ -172,7 +177,8 @@ def _captured(
 
     def once_more() -> list[Tensor]:
         own_inputs, own_targets = own.data()
-        with own.standing_in():
+        # Sums of zeros that are in memory and of such that are not may be rounded otherwise.
+        with own.standing_in(), InMemory() if recorder.forward_mode else nullcontext():
             output = call_model(model, own_inputs)
             kept = [t.detach().clone() for t in _floating(output)]
             return [*kept, checked_loss(own.loss(output, own_targets))]

@@ -71,6 +71,8 @@ class Recorder(TorchDispatchMode):
     in_loss : bool
         Whether the loss function runs, and not the model.
     memory : Memory
+    forward_mode : bool
+        Whether model or loss differentiate by forward mode.
     others : int
         How many operations neither were recorded as a node nor gave views alone.
     written : list of Tensor
@@ -95,7 +97,7 @@ class Recorder(TorchDispatchMode):
         self.path: list[str] = [""]
         self.in_loss = False
         self.others = 0
-        self._forward_mode = False
+        self.forward_mode = False
         self.written: list[Tensor] = []
         self._ids: dict[int, int | Tensor] = {}  # by storage: the first of consecutive ids, or the id of each entry
         self._known: dict[
@@ -135,7 +137,7 @@ class Recorder(TorchDispatchMode):
     def differentiates_norms(self) -> bool:
         """Whether fused norms were differentiated inside."""
         norms = [name for node in self.trace.nodes if is_fused_norm(name := node.name)]
-        return any(name.endswith("_backward") for name in norms) or bool(norms) and self._forward_mode
+        return any(name.endswith("_backward") for name in norms) or bool(norms) and self.forward_mode
 
     def find(self, tensor: Tensor) -> Strided | None:
         """Element ids of a tensor that requires a gradient, which then stays alive; None where they are not consecutive."""
@@ -156,7 +158,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, given = kwargs or {}, func
         func = in_memory(given)
-        self._forward_mode = self._forward_mode or func is not given
+        self.forward_mode = self.forward_mode or func is not given
         how = handling(func)
         if how.only:
             if how is not RELABELS:
