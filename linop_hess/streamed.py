@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from linop_hess._validate import Differentiation, Reduction
 from linop_hess.autograd import GaussNewton, Hessian
+from linop_hess.autograd.backward_graph import PrimitiveNorms
 from linop_hess.autograd.batches import SameBatches
 from linop_hess.autograd.calling import as_data, explained
 from linop_hess.autograd.empirical_risk import RiskCurvature
@@ -18,7 +19,6 @@ from linop_hess.autograd.untouched import untouched_randomness
 from linop_hess.curvature import ChainCurvature, HasHessian
 from linop_hess.graph.build import Chain, build_chain, refuse_inside
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
-from linop_hess.graph.verification import PrimitiveNorms
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.summed import SummedProblem

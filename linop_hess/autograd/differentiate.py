@@ -6,6 +6,7 @@ Double backward (`autograd.grad` of a gradient) is the one route that agrees wit
 
 from __future__ import annotations
 
+import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,17 @@ _NOT_TWICE = (
     "create_graph",
     "no autograd formula",
 )
+
+
+# The same of one without a derivative in forward mode.
+_NOT_FORWARD = ("forward AD", "forward mode AD")
+
+
+def _inside(error: BaseException) -> str:
+    """In which module an error was raised, as far as the calls on the way tell."""
+    frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [module for module in frames if isinstance(module, nn.Module)]
+    return f" in a {type(modules[-1]).__name__}" if modules else ""
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -176,6 +188,12 @@ def twice_differentiable(
         try:
             yield
         except RuntimeError as error:
+            if any(hint in str(error) for hint in _NOT_FORWARD):
+                raise UnsupportedModelError(
+                    f"expected {what} to differentiate inside by operations that have a derivative in forward mode, got one without"
+                    f"{_inside(error)} ({str(error).partition(chr(10))[0]}): use reverse mode there (torch.func.jacrev, or "
+                    "torch.autograd.grad with create_graph=True), or write the operation in plain ones"
+                ) from error
             if any(hint in str(error) for hint in _NOT_TWICE):
                 raise UnsupportedModelError(
                     f"expected {what} to be twice differentiable, got an operation without a second derivative "
@@ -197,12 +215,31 @@ def once_differentiable_graphs(device: torch.device) -> Iterator[None]:
         yield
 
 
-def kept_apart(leaves: Sequence[Tensor]) -> saved_tensors_hooks:
-    """Where graphs are recorded of which leaves are moved in place before they are used: what a graph keeps of those are copies."""
+@contextmanager
+def kept_apart(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Where graphs are recorded of which leaves are moved in place before they are used: what a graph keeps of those are copies.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there are transforms of torch.func's inside that let nobody see what graphs keep.
+    """
     mine = {p.untyped_storage().data_ptr() for p in leaves}
-    return saved_tensors_hooks(
-        lambda t: t.detach().clone() if t.untyped_storage().data_ptr() in mine else t, lambda t: t
-    )
+
+    def own(t: Tensor) -> Tensor:
+        return t.detach().clone() if not t._is_zerotensor() and t.untyped_storage().data_ptr() in mine else t
+
+    try:
+        with saved_tensors_hooks(own, lambda t: t):
+            yield
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            "expected a model and a loss whose graph is kept while parameters move, got torch.func.grad, vjp, jacrev or hessian inside, "
+            "which keep theirs to themselves: differentiate there by torch.autograd.grad with create_graph=True or by forward mode "
+            "(torch.func.jvp, jacfwd), or take an optimizer that linearizes (GaussNewton, or SaddleFree with a loss function)"
+        ) from error
 
 
 def differentiate(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 
 from linop_hess._validate import Nonsmooth, Reduction, checked_loss, require_loss_fn, true_or_false
 from linop_hess.autograd.additivity import Additivity, Part
-from linop_hess.autograd.backward_graph import coarsest_eps, refuse_direct_parameters, refuse_once_differentiable
+from linop_hess.autograd.backward_graph import (
+    Inside,
+    coarsest_eps,
+    differentiating_inside,
+    refuse_direct_parameters,
+    refuse_once_differentiable,
+    require_same_loss,
+)
 from linop_hess.autograd.batches import Batches, Progress
 from linop_hess.autograd.calling import as_data, call_loss, call_model
 from linop_hess.autograd.differentiate import differentiate, joined, twice_differentiable
@@ -21,12 +29,7 @@ from linop_hess.autograd.kinks.surrogates import checked_sharpness
 from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.recording import Product, Recordings
 from linop_hess.autograd.rounding import MovedByRounding
-from linop_hess.autograd.snapshot import (
-    buffers_of,
-    changed_buffers,
-    frozen_copy,
-    select_parameters,
-)
+from linop_hess.autograd.snapshot import buffers_of, changed_buffers, frozen_copy, select_parameters
 from linop_hess.autograd.untouched import exclusively
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.operators.block import NamedOperator
@@ -109,6 +112,7 @@ class RiskCurvature(NamedOperator, MovedByRounding):
             size = self.parameter_table.size
             super().__init__((size, size), self.parameters[0].dtype, self.parameters[0].device)
             self._recordings = Recordings(self.device, keep)
+        self._differentiates = False  # whether model and loss are seen to differentiate inside
         self.batches.join()
         self.coarsest_eps = torch.finfo(self.torch_dtype).eps
         with plain_arithmetic(self.device):
@@ -193,7 +197,7 @@ class RiskCurvature(NamedOperator, MovedByRounding):
     def _refuse_kinks(self) -> None:
         with self.processes.together("looking for kinks"):
             for inputs, targets, _ in self.batches.tracked("kinks"):
-                with RiskCurvature._differentiable(self):  # unfused kernels show what they do
+                with RiskCurvature._graphs(self):  # unfused kernels show what they do
                     loss, watch = self._watched(self._computation(*as_data((inputs, targets), self.device)))
                     watch.refuse(loss)
 
@@ -207,7 +211,12 @@ class RiskCurvature(NamedOperator, MovedByRounding):
         with self._differentiable():
             return self._record(*as_data(tuple(batch), self.device))
 
-    def _differentiable(self) -> Any:
+    @contextmanager
+    def _differentiable(self) -> Iterator[None]:
+        with self._graphs(), differentiating_inside() if self._differentiates else nullcontext():
+            yield
+
+    def _graphs(self) -> Any:
         return twice_differentiable("the model and the loss", self.device, self.model)
 
     def _multiply(self, x: Any, fold: Fold, *, adjoint: bool = False) -> Any:
@@ -327,8 +336,7 @@ class RiskCurvature(NamedOperator, MovedByRounding):
         for inputs, targets, weight in self.batches.tracked("loss and gradient"):
             with self._differentiable():
                 inputs, targets = as_data((inputs, targets), self.device)
-                output = self._output(inputs)
-                loss = self._loss(output, targets)
+                output, loss = self._seen(inputs, targets)
                 if first:
                     self._refuse_graph(loss)
                     self.coarsest_eps = max(self.coarsest_eps, coarsest_eps(loss))
@@ -343,6 +351,19 @@ class RiskCurvature(NamedOperator, MovedByRounding):
         return torch.cat(
             [torch.tensor([total, scale, float(used)], dtype=torch.float64, device="cpu"), gradient.double().cpu()]
         )
+
+    def _seen(self, inputs: Any, targets: Any) -> tuple[Any, Tensor]:
+        """Output and loss; anew where they turn out to be differentiated inside, as they are from then on."""
+        with Inside() as inside:
+            output = self._output(inputs)
+            loss = self._loss(output, targets)
+        if inside.needs_care and not self._differentiates:
+            self._differentiates = True
+            with differentiating_inside():
+                output, fused = self._output(inputs), loss
+                loss = self._loss(output, targets)
+            require_same_loss(float(fused.detach()), float(loss.detach()), self.torch_dtype)
+        return output, loss
 
     def _compare_with_first(self, additivity: Additivity, is_fixed: bool) -> None:
         """Compare with a few samples of process 0: the first batch, put together with them, and what model and loss give for them."""

@@ -231,8 +231,8 @@ class Hessian(RiskCurvature):
     def _origin(self) -> Tensor:
         return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
 
-    def _differentiable(self) -> Any:
-        return once_differentiable_graphs(self.device) if self._is_finite else super()._differentiable()
+    def _graphs(self) -> Any:
+        return once_differentiable_graphs(self.device) if self._is_finite else super()._graphs()
 
     def _refuse_graph(self, loss: Tensor) -> None:
         if self._is_finite:

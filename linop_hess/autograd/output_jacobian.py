@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linop_hess._memory import require
+from linop_hess.autograd.backward_graph import Inside
 from linop_hess.autograd.differentiate import in_primitives
 from linop_hess.lq.accuracy import ROUNDED, ROWS_ADD_UP
 
@@ -57,8 +58,10 @@ def output_jacobian(
         samples = len(found)
     size = sum(p.numel() for p in parameters)
     for way in (_as_called, _as_run):
-        with torch.enable_grad():
+        with torch.enable_grad(), Inside() as inside:
             output, again, watch = way(run, parameters, samples)
+        if inside.has_norms_differentiated:
+            return None
         if not isinstance(output, Tensor) or not output.requires_grad or output.shape[:1] != (samples,) or not samples:
             return None
         if output.dtype not in ROWS_ADD_UP or any(p.dtype != output.dtype for p in parameters):

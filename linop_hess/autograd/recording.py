@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from linop_hess._memory import available_on
 from linop_hess._validate import NUMPY_DTYPES
-from linop_hess.autograd.backward_graph import saved_bytes
+from linop_hess.autograd.backward_graph import has_zeros_without_memory, saved_bytes
 from linop_hess.autograd.differentiate import Gradients
 
 Product = Callable[[Tensor], Tensor]
@@ -92,6 +92,8 @@ class Recording:
     def _can_batch(self, rows: Tensor) -> bool:
         """Tell whether columns multiplied at once are right, which torch's batching rules do not promise, and pay."""
         if any(parameter.numel() * parameter.element_size() >= _LARGEST_BATCHED for parameter in self.parameters):
+            return False
+        if has_zeros_without_memory(*self.graph):
             return False
         try:
             batched = self._at_once(rows)[-1]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from linop_hess.autograd.backward_graph import in_memory
 from linop_hess.autograd.recording import Recordings
 from linop_hess.lq.accuracy import ROUNDINGS
 from linop_hess.operators.convert import plain_arithmetic
@@ -35,13 +36,12 @@ class Rounded(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if "norm" in name or "softmax" in name or (name.startswith("linalg_") and "cholesky" not in name):
             args = pytree.tree_map(self._moved_normwise, args)
-        out = func(*args, **(kwargs or {}))
+        out = in_memory(func)(*args, **(kwargs or {}))
         if any(r.alias_info is not None for r in func._schema.returns):  # views, and what is written in place
             return out
         if name not in _SELECTIONS:
             for y in out if isinstance(out, (tuple, list)) else (out,):
-                # Zeros without memory, as torch has for the derivative of a sign, stay zero; writing to them ends the process.
-                if isinstance(y, Tensor) and y.dtype in _ROUNDED and not y._is_zerotensor():
+                if isinstance(y, Tensor) and y.dtype in _ROUNDED:
                     y.mul_(1 + self._noise(y))
         return out
 

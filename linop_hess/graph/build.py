@@ -84,6 +84,8 @@ class Known:
         Whether functions of torch's had to be written in others; see `capture`.
     by_repeats : bool
         Whether functions showed all that was computed.
+    norms : bool
+        Whether norms had to be written in others too.
     """
 
     layout: Layout
@@ -91,6 +93,7 @@ class Known:
     again: bool = True
     in_primitives: bool = False
     by_repeats: bool = True
+    norms: bool = False
 
 
 def build_chain(
@@ -157,7 +160,7 @@ def build_chain(
             pass
     structure = None if known is None else known.structure
     again = structure is not None and known is not None and known.again
-    manner = (False, True) if known is None else (known.in_primitives, known.by_repeats)
+    manner = (False, True, False) if known is None else (known.in_primitives, known.by_repeats, known.norms)
     seen = capture(*run, second.sharpness is not None, again, *manner, contents)
     if layers is None:
         _has_surrogates(second, run)
@@ -165,10 +168,10 @@ def build_chain(
     graph, samples = _recorded(seen, loss_fn, targets, at, second, structure, again)
     if again and graph.structure is not structure:  # it does something else, of which nothing is known
         return build_chain(*run, second, contents=contents)
-    _compare_gradients(seen, graph.gradient, names, graph.terms, partial(rounded_gradient, *run))
+    _compare_gradients(seen, graph.gradient, names, graph.terms, partial(rounded_gradient, *run, seen.norms))
     shape = tuple(names), shapes, graph.generic, graph.cuts, seen.looks_inside, graph.differenced
     chain = Chain(graph.problem, seen.loss, graph.gradient, *shape, samples)
-    return chain, Known(graph.problem.layout, graph.structure, True, seen.in_primitives, seen.by_repeats)
+    return chain, Known(graph.problem.layout, graph.structure, True, seen.in_primitives, seen.by_repeats, seen.norms)
 
 
 def refuse_inside(chain: Chain) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess.autograd.backward_graph import normalize, scale_shift
 from linop_hess.graph.grouping import Alike
 from linop_hess.graph.norms import layer_norms
 from linop_hess.graph.recording.movement import Ids, Strided, contiguous_strides
 from linop_hess.graph.recording.node import Node, Trace
-from linop_hess.graph.rules.elementwise import is_elementwise, scale_shift
+from linop_hess.graph.rules.elementwise import is_elementwise
 from linop_hess.graph.rules.operation import named_arguments, out_of_place
-from linop_hess.graph.rules.reductions import normalize, standardize
+from linop_hess.graph.rules.reductions import standardize
 
 aten = torch.ops.aten
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from linop_hess.autograd.backward_graph import normalize, scale_shift
 from linop_hess.graph.recording.movement import Strided, contiguous_strides
 from linop_hess.graph.recording.node import Node, Trace, signature_of
 from linop_hess.graph.recording.template import Flats, Pattern, Repeat, View, repeats_of
-from linop_hess.graph.rules.elementwise import scale_shift
 from linop_hess.graph.rules.operation import named_arguments
-from linop_hess.graph.rules.reductions import normalize
 
 
 def layer_norms(trace: Trace, nodes: Sequence[Node]) -> list[list[Node]]:

@@ -10,10 +10,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as f
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from linop_hess.autograd.backward_graph import PrimitiveNorms
 from linop_hess.autograd.calling import as_data, as_module, call_loss, call_model
 from linop_hess.autograd.differentiate import twice_differentiable
 from linop_hess.autograd.hessian import Hessian
@@ -22,9 +21,7 @@ from linop_hess.autograd.untouched import exclusively, untouched_randomness
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.build import Chain, Known
 from linop_hess.graph.recording.stand_ins import StandIns
-from linop_hess.graph.rules.elementwise import scale_shift
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
-from linop_hess.graph.rules.reductions import normalize
 from linop_hess.lq.accuracy import BACKWARD_CONSTANTS, VERIFIED
 from linop_hess.lq.problem import Problem
 from linop_hess.operators.operator import Operator
@@ -127,34 +124,6 @@ class Reference:
         with twice, StandIns(Contents.of(self.model), stand_ins):
             # Not checked here: what is read of it would count as a branch.
             return cast(Tensor, call_loss(self.loss_fn, call_model(self.model, inputs), targets, params))
-
-
-class PrimitiveNorms(TorchFunctionMode):
-    """Layer and group norms in primitive operations: torch's second derivative of the fused ones loses up to three digits."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    return scale_shift(normalize(input, torch.Size(normalized_shape).numel(), eps), weight, bias)
-
-
-def _group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    shape = [-1] + [1] * (input.ndim - 2)
-    by_channel = (None if parameter is None else parameter.view(shape) for parameter in (weight, bias))
-    return scale_shift(normalize(input, input[0].numel() // num_groups, eps), *by_channel)
-
-
-_INSTEAD: dict[Any, Callable[..., Tensor]] = {f.layer_norm: _layer_norm, f.group_norm: _group_norm}
 
 
 def _place(tensor: Tensor) -> int:

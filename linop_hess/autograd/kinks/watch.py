@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from linop_hess.autograd.backward_graph import recorded_within_dispatch
+from linop_hess.autograd.backward_graph import in_memory, recorded_within_dispatch
 from linop_hess.autograd.differentiate import differentiate
 from linop_hess.autograd.kinks.surrogates import is_curved, is_kinked, jumps, operation_name, surrogate
 from linop_hess.errors import UnsupportedModelError
@@ -246,7 +246,7 @@ class KinkWatch(TorchDispatchMode):
         return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = in_memory(func), kwargs or {}
         self._settle()
         name = operation_name(func)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,18 +14,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from linop_hess._validate import checked_loss
+from linop_hess.autograd.backward_graph import InMemory, PrimitiveNorms, require_same_loss
 from linop_hess.autograd.calling import call_model
 from linop_hess.autograd.differentiate import FusedOperation, twice_differentiable
 from linop_hess.autograd.kinks.watch import KinkWatch
 from linop_hess.autograd.rounding import Rounded
 from linop_hess.autograd.snapshot import Contents
-from linop_hess.autograd.untouched import Memory, without_compiler
+from linop_hess.autograd.untouched import without_compiler
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.recording.movement import Strided
 from linop_hess.graph.recording.node import Trace
 from linop_hess.graph.recording.private import Private, module_paths
 from linop_hess.graph.recording.repeats import Repeats
 from linop_hess.graph.recording.trace import Recorder
+
+
+class _DifferentiatedNorm(Exception):
+    """Where a run has differentiated a fused norm, of which torch has no further derivatives right."""
 
 
 class _NotAllSeen(Exception):
@@ -61,6 +66,8 @@ class Capture:
         Whether functions of torch's had to be written in others.
     by_repeats : bool
         Whether functions showed all that was computed; see `Repeats`.
+    norms : bool
+        Whether norms had to be written in others too, as they are differentiated inside.
     """
 
     trace: Trace
@@ -73,6 +80,7 @@ class Capture:
     loss_of_output: Callable[[Any, Any], Tensor]
     in_primitives: bool
     by_repeats: bool
+    norms: bool
 
     def reads_output_alone(self, trace: Trace) -> bool:
         """Whether the loss of a trace, this run's or what is left of it, depends on the parameters through the output alone."""
@@ -90,6 +98,7 @@ def capture(
     again: bool = False,
     in_primitives: bool = False,
     by_repeats: bool = True,
+    norms: bool = False,
     contents: Contents | None = None,
 ) -> Capture:
     """Record loss_fn(model(inputs), targets).
@@ -109,6 +118,8 @@ def capture(
         Whether it is known that functions of torch's must be written in others; else it is found on the way, and run anew.
     by_repeats : bool
         Whether functions may show all that is computed, which is found on the way too; else each operation is looked at by itself.
+    norms : bool
+        Whether it is known that norms must be written in others too, since model or loss differentiate them.
     contents : Contents, optional
         The model's, where they are known.
 
@@ -127,21 +138,33 @@ def capture(
         own = Private(contents, loss_fn, inputs, targets, names)
         run = own, contents, in_primitives
         try:
-            seen, found, memory = _captured(*run, partial(own.loss_of_output, loss_fn), selections_compute, by_repeats)
+            loss_of_output = partial(own.loss_of_output, loss_fn)
+            seen, found, recorder = _captured(*run, norms, loss_of_output, selections_compute, by_repeats)
             break
         except FusedOperation:
             in_primitives, values = True, None
+        except _DifferentiatedNorm:
+            norms, values = True, None
         except _NotAllSeen as other:  # it serves as the other run
             by_repeats, values = False, other.values
-        except Exception:  # what is wrong with a model is told as the recorder alone sees it
-            if not by_repeats:
+        except Exception as error:  # what is wrong with a model is told as the recorder alone sees it
+            values = None
+            if by_repeats:
+                by_repeats = False
+            elif not in_primitives and isinstance(
+                error.__cause__, NotImplementedError
+            ):  # of a fused one in forward mode
+                in_primitives = True
+            else:
                 raise
-            by_repeats, values = False, None
-    if not again and not _are_equal(found, _once_more(*run, memory) if values is None else values):
+    if not again and not _are_equal(found, _once_more(*run, norms, recorder) if values is None else values):
         raise UnsupportedModelError(
             "expected a model and a loss that give the same value each time, got two values for the same input: call "
             "model.eval(), or remove the randomness"
         )
+    if norms and not again:
+        as_it_is = _once_more(own, contents, in_primitives, False, recorder)[-1]
+        require_same_loss(float(as_it_is), seen.loss, as_it_is.dtype)
     return seen
 
 
@@ -149,16 +172,17 @@ def _captured(
     own: Private,
     contents: Contents,
     in_primitives: bool,
+    norms: bool,
     loss_of_output: Callable[[Any, Any], Tensor],
     selections_compute: bool,
     by_repeats: bool,
-) -> tuple[Capture, list[Tensor], Memory]:
-    """A recorded run, its output and loss, and what it overwrote of others' memory."""
+) -> tuple[Capture, list[Tensor], Recorder]:
+    """A recorded run, its output and loss, and what recorded it."""
     leaves, (own_inputs, own_targets) = list(own.leaves.values()), own.data()
     ours = [t for t in tree_leaves((own_inputs, own_targets)) if isinstance(t, Tensor)]
     recorder = Recorder(leaves, [*ours, *own.constants], selections_compute, in_primitives)
     repeats = Repeats(recorder, leaves) if by_repeats and Repeats.can_see() else None
-    with _plainly(contents, leaves[0].device, in_primitives), recorder.memory.restored():
+    with _plainly(contents, leaves[0].device, in_primitives, norms), recorder.memory.restored():
         with own.standing_in(), module_paths(contents.modules, recorder.path):
             with repeats or recorder:
                 output = call_model(contents.model, own_inputs)
@@ -170,6 +194,8 @@ def _captured(
                 value = checked_loss(own.loss(output, own_targets))
             if repeats is not None and not repeats.saw_all():
                 raise _NotAllSeen(kept, value)
+        if not norms and recorder.differentiates_norms:
+            raise _DifferentiatedNorm
         loss_ids = recorder.ids_of(value)
         if not loss_ids.any():
             raise ValueError(
@@ -189,24 +215,29 @@ def _captured(
         loss_of_output,
         in_primitives,
         by_repeats,
+        norms,
     )
-    return seen, _values(kept, value), recorder.memory
+    return seen, _values(kept, value), recorder
 
 
-def _once_more(own: Private, contents: Contents, in_primitives: bool, memory: Memory) -> list[Tensor]:
+def _once_more(own: Private, contents: Contents, in_primitives: bool, norms: bool, recorder: Recorder) -> list[Tensor]:
     """Output and loss of another run, which overwrites the same memory."""
     inputs, targets = own.data()
-    with _plainly(contents, next(iter(own.leaves.values())).device, in_primitives), memory.restored():
-        with own.standing_in():
+    device = next(iter(own.leaves.values())).device
+    # Sums of zeros that are in memory and of such that are not may be rounded otherwise.
+    zeros = InMemory() if recorder.forward_mode else nullcontext()
+    with _plainly(contents, device, in_primitives, norms), recorder.memory.restored():
+        with own.standing_in(), zeros:
             output = call_model(contents.model, inputs)
             kept = [t.detach().clone() for t in _floating(output)]
             return _values(kept, checked_loss(own.loss(output, targets)))
 
 
 @contextmanager
-def _plainly(contents: Contents, device: torch.device, in_primitives: bool) -> Iterator[None]:
-    """Twice differentiable, and nothing compiled."""
-    with twice_differentiable("the model", device, contents.modules.values(), in_primitives), without_compiler():
+def _plainly(contents: Contents, device: torch.device, in_primitives: bool, norms: bool) -> Iterator[None]:
+    """Twice differentiable, with norms written out where they are to be, and nothing compiled."""
+    twice = twice_differentiable("the model", device, contents.modules.values(), in_primitives)
+    with twice, without_compiler(), PrimitiveNorms() if norms else nullcontext():
         yield
 
 
@@ -241,12 +272,19 @@ def watched(
 
 
 def rounded_gradient(
-    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, names: Sequence[str], seed: int
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    names: Sequence[str],
+    norms: bool,
+    seed: int,
 ) -> Tensor:
     """Gradient of loss_fn(model(inputs), targets), flat, by autograd with the results of all operations moved by a few ulp."""
     own = Private(Contents.of(model), loss_fn, inputs, targets, names)
     leaves, (own_inputs, own_targets) = list(own.leaves.values()), own.data()
-    with twice_differentiable("the model", leaves[0].device, model), own.standing_in(), Rounded(seed):
+    written = PrimitiveNorms() if norms else nullcontext()
+    with twice_differentiable("the model", leaves[0].device, model), written, own.standing_in(), Rounded(seed):
         value = own.loss(call_model(model, own_inputs), own_targets)
         gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
     return torch.cat([g.reshape(-1) for g in gradient])

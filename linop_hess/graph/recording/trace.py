@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from linop_hess.autograd.backward_graph import in_memory, is_fused_norm
 from linop_hess.autograd.differentiate import FusedOperation
 from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.autograd.untouched import Memory
@@ -70,6 +71,8 @@ class Recorder(TorchDispatchMode):
     in_loss : bool
         Whether the loss function runs, and not the model.
     memory : Memory
+    forward_mode : bool
+        Whether model or loss differentiate by forward mode.
     others : int
         How many operations neither were recorded as a node nor gave views alone.
     written : list of Tensor
@@ -94,6 +97,7 @@ class Recorder(TorchDispatchMode):
         self.path: list[str] = [""]
         self.in_loss = False
         self.others = 0
+        self.forward_mode = False
         self.written: list[Tensor] = []
         self._ids: dict[int, int | Tensor] = {}  # by storage: the first of consecutive ids, or the id of each entry
         self._known: dict[
@@ -129,6 +133,12 @@ class Recorder(TorchDispatchMode):
             return Strided(base, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten().numpy().copy()
 
+    @property
+    def differentiates_norms(self) -> bool:
+        """Whether fused norms were differentiated inside."""
+        norms = [name for node in self.trace.nodes if is_fused_norm(name := node.name)]
+        return any(name.endswith("_backward") for name in norms) or bool(norms) and self.forward_mode
+
     def find(self, tensor: Tensor) -> Strided | None:
         """Element ids of a tensor that requires a gradient, which then stays alive; None where they are not consecutive."""
         known = self._known.get(id(tensor))
@@ -147,9 +157,9 @@ class Recorder(TorchDispatchMode):
         self._known[id(tensor)] = ids
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is _ZEROS_WITHOUT_MEMORY:  # tangents of constants in forward mode
-            func = torch.ops.aten.zeros.default
+        kwargs, given = kwargs or {}, func
+        func = in_memory(given)
+        self.forward_mode = self.forward_mode or func is not given
         how = handling(func)
         if how.only:
             if how is not RELABELS:
@@ -245,14 +255,16 @@ class Recorder(TorchDispatchMode):
 
     def _take_unknown(self, func: Any, tensor: Tensor) -> None:
         """A tensor that requires a gradient and was not recorded: a constant if it is a leaf, else something hides."""
-        if tensor.is_leaf and not isinstance(tensor, nn.Parameter):
+        leaf = tensor._base if tensor._is_view() and tensor._base is not None else tensor
+        if leaf.is_leaf and not isinstance(leaf, nn.Parameter):
             self._set_constant(tensor)
             return
         if tensor.is_leaf:
             raise UnsupportedModelError(
                 f"expected parameters that the model, or loss_fn(output, target, params), is given, got one of shape "
-                f"{tuple(tensor.shape)} in {self._where(func)} that came in another way (a penalty on the weights?): take it from "
-                "params there, make it a parameter of the model, or .detach() it if it is a constant"
+                f"{tuple(tensor.shape)} in {self._where(func)} that came in another way (a penalty on the weights? torch.func.linearize, "
+                "which hides them from autograd?): take it from params there, make it a parameter of the model, .detach() it if it is a "
+                "constant, or use torch.func.jvp"
             )
         custom = getattr(tensor.grad_fn, "_forward_cls", None)
         origin = "another library" if custom is None else f"the custom autograd.Function {custom.__name__}"
@@ -378,7 +390,6 @@ class Saving(TorchDispatchMode):
         return self._memory.note(func(*args, **kwargs))
 
 
-_ZEROS_WITHOUT_MEMORY = torch.ops.aten._efficientzerotensor.default
 # Usual arguments that are no tensors, told without asking torch.
 _SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 _NOT_NESTED = _SCALARS | {Tensor, nn.Parameter}

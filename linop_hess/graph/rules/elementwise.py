@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess.autograd.backward_graph import scale_shift
 from linop_hess.graph.rules.operation import (
     CONSTANT,
     CONTROL,
@@ -154,9 +155,3 @@ class ScaleShift(Rule):
 def _spread(op: Operation, position: int, shape: torch.Size) -> Tensor:
     """An argument of all nodes, broadcast to `shape`, as (K, entries)."""
     return torch.stack([flat[position].expand(shape).reshape(-1) for flat in op.flats])
-
-
-def scale_shift(u: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return w ∘ u + b, the affine part of normalizations."""
-    y = u if weight is None else u * weight
-    return y if bias is None else y + bias

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linop_hess.autograd.backward_graph import normalize
 from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.graph.rules.operation import NOTHING, Operation, Placement, Rule, base_name, out_of_place
 from linop_hess.graph.rules.primitive import ByRows, Rows
@@ -103,17 +104,6 @@ def _reducer(op: Operation, name: str) -> Callable[[Tensor], Tensor]:
         "nansum": torch.nansum,
     }
     return lambda t: plain[name](t, 1)
-
-
-def normalize(x: Tensor, run: int, eps: float, centred: bool = True) -> Tensor:
-    """(x − mean x)/√(mean (x − mean x)² + eps) within runs of that many consecutive entries.
-
-    In primitive operations: torch's second derivative of the fused ones is not trusted (docs/method.md).
-    """
-    rows = x.reshape(-1, run)
-    if centred:
-        rows = rows - rows.mean(1, keepdim=True)
-    return (rows * (rows.square().mean(1, keepdim=True) + eps).rsqrt()).reshape(x.shape)
 
 
 class Normalization(ByRows):
