@@ -66,7 +66,7 @@ def least_iterations(analysis: Analysis, damping: float, tolerance: float, direc
     if not math.isfinite(most) or not damping or analysis.has(spectrum_of):
         return float(LEAST)
     for found, is_least in looks(analysis):
-        least = _by_count(found.least_beyond, abs(damping), tolerance, directions) if is_least else 0.0
+        least = by_count(found.least_beyond, abs(damping), tolerance, directions) if is_least else 0.0
         if least > most:
             return least
     return float(LEAST)
@@ -79,8 +79,8 @@ def looks(analysis: Analysis) -> Iterator[tuple[Spectrum, bool]]:
     yield analysis.once(spectrum_of), False
 
 
-def _by_count(beyond: Callable[[float], float], size: float, tolerance: float, directions: int) -> float:
-    """The least k(c) for a count of eigenvalues by radius."""
+def by_count(beyond: Callable[[float], float], size: float, tolerance: float, directions: int) -> float:
+    """Return the least k(c) for a count of eigenvalues by radius, less so many directions."""
     digits = math.log(1.0 / tolerance)
     return min(max(0.0, beyond(c * size) - directions) + digits / math.log(1.0 / c) for c in _RADII)
 
@@ -101,7 +101,7 @@ def expected_iterations(analysis: Analysis, damping: float, tolerance: float, di
     if not size or not found.nodes.numel():
         return float(N)
     digits = math.log(1.0 / tolerance)
-    least = _by_count(found.count_beyond, size, tolerance, directions)
+    least = by_count(found.count_beyond, size, tolerance, directions)
     lowest, highest = float(found.nodes.min()) + damping, float(found.nodes.max()) + damping
     if lowest > 0.0 and not directions:
         least = min(least, 0.5 * math.sqrt(highest / lowest) * (digits + math.log(2.0)))

@@ -211,7 +211,9 @@ def make_plan(
     else:
         goal = default_tolerance(analysis.problem.dtype) if tolerance is None else tolerance
         asked = Asked(change.damping, right_hand_sides, goal, sketch or SketchOptions())
-        costs = _with_forecasts(change.analysis, asked, costs, available, 0.0 if method in METHODS else math.inf)
+        # A sketch that is asked for by name finds what it needs itself.
+        is_settled = method in METHODS and (METHODS[method].exact or METHODS[method].watch is not None)
+        costs = _with_forecasts(change.analysis, asked, costs, available, 0.0 if is_settled else math.inf)
         costs = _as_definite(change.analysis, change.damping, costs)
     if precision == "single" and analysis.problem.dtype == torch.float64:
         able_to = {name for name, cost in costs.items() if cost.precision or cost.why_not or not METHODS[name].exact}
