@@ -24,7 +24,7 @@ import torch
 
 from linop_hess._memory import available_bytes
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.iterative.convergence import LEAST, product_seconds
+from linop_hess.lq.iterative.convergence import LEAST, by_count, product_seconds
 from linop_hess.lq.iterative.lanczos import OPEN_BLOCK, Seen, Spectrum
 from linop_hess.lq.iterative.options import MOST_DIRECTIONS, Asked, SketchOptions
 from linop_hess.lq.iterative.spans import SWEEPS_A_DIRECTION, Cut, cut, product_flops
@@ -180,24 +180,20 @@ def at_best(
     sizing, size = analysis.once(Sizing), analysis.problem.size
     _, each = sizing.iteration(options)
     ranks = [options.rank] if options.rank is not None else _ranks(size)
-    told = [
-        max(
-            float(asked.right_hand_sides * LEAST),
-            _left(found, rank, asked.damping, least=least).iterations(asked.digits),
-        )
-        for rank in ranks
-    ]
+    told = [max(float(LEAST), _expected(found, rank, asked, least=least)) * asked.right_hand_sides for rank in ranks]
     best = int(
         np.argmin([sizing.outlay(options, rank).seconds + its * each for rank, its in zip(ranks, told, strict=True)])
     )
     return ranks[best], told[best]
 
 
-def _left(found: Spectrum, rank: int, damping: float, *, least: bool) -> Left:
-    """What a quadrature tells of what so many directions leave."""
-    size, nodes = found.size_of(rank, least=least), found.nodes
+def _expected(found: Spectrum, rank: int, asked: Asked, *, least: bool) -> float:
+    """Iterations by what a quadrature tells of what so many directions leave: the lower of the bounds by size and by number."""
+    size, nodes, damping = found.size_of(rank, least=least), found.nodes, asked.damping
     lowest, highest = (float(nodes.min()), float(nodes.max())) if nodes.numel() else (0.0, 0.0)
-    return Left.of(max(lowest, -size), min(highest, size), damping)
+    by_size = Left.of(max(lowest, -size), min(highest, size), damping).iterations(asked.digits / asked.right_hand_sides)
+    count = found.least_beyond if least else found.count_beyond
+    return min(by_size, by_count(count, abs(damping), asked.tolerance, rank)) if damping else by_size
 
 
 def _ranks(size: int) -> list[int]:

@@ -44,7 +44,7 @@ def test_more_directions_where_more_is_saved():
     assert told == sorted(told) and not told[0] and not (enough(1.0, 100) and not enough(1.0))
     sizing = analysis.once(Sizing)
     less, more = sizing.outlay(options, 16), sizing.outlay(options, 64)
-    assert less.flops < more.flops and less.nbytes < more.nbytes and less.seconds < more.seconds
+    assert less.flops < more.flops and less.nbytes < more.nbytes
 
 
 def test_by_a_quadrature():
