@@ -31,7 +31,7 @@ from linop_hess.lq.accuracy import (
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.inverse.counting import damping_that_works
 from linop_hess.lq.iterative.gmres import MOST_ITERATIONS, gmres
-from linop_hess.lq.iterative.options import SketchOptions
+from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.methods.base import Factor, Factorization
 from linop_hess.lq.methods.mixed import further_columns
 from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan, plan_for
@@ -134,7 +134,8 @@ class Solver:
         self._judge: StructuredSolver | None = None
         self._columns = 0
         chosen = self.plan.choice if method == "auto" else method
-        rungs = ladder(self.plan, chosen, self.problem.dtype, precision, sketch)
+        asked = Asked(self.damping.real, self.right_hand_sides, self.tolerance, sketch or SketchOptions())
+        rungs = ladder(self.plan, chosen, self.problem.dtype, precision, asked)
         if not escalate or (method != "auto" and not METHODS[method].exact):
             # Asked for by name: none that takes more memory may stand in.
             rungs = [rung for rung in rungs if rung[0] == chosen]
@@ -339,8 +340,15 @@ class Solver:
         """x, its backward error, residual norms and iterations, by GMRES with the factors as preconditioner."""
         self._certificate.settle()
         bound, product = self._certificate.norm, partial(self._certificate.product, factors=self.factorization)
+        make = METHODS[self.method].watch
+        watch = None if make is None else make(self.factorization, g.shape[1])
+
+        def follow(left: float) -> None:
+            if watch is not None:
+                self._factorization = watch.after(left)
+
         found = gmres(
-            product, self._by_factors, g, lambda of_x, of_g: tolerance * (bound * of_x + of_g), MOST_ITERATIONS
+            product, self._by_factors, g, lambda of_x, of_g: tolerance * (bound * of_x + of_g), MOST_ITERATIONS, follow
         )
         error, residuals, _ = self._measured(g, found.x, tolerance)
         return found.x, error, residuals, found.iterations

@@ -14,12 +14,13 @@ lie in few eigenvectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from linop_hess.lq.analysis import Analysis
+from linop_hess.lq.iterative.gmres import LONGEST
 from linop_hess.lq.iterative.lanczos import Probing, Spectrum
 from linop_hess.lq.iterative.spans import product_flops
 from linop_hess.lq.methods.base import Tally
@@ -64,16 +65,22 @@ def least_iterations(analysis: Analysis, damping: float, tolerance: float, direc
     """
     if not math.isfinite(most) or not damping or analysis.has(spectrum_of):
         return float(LEAST)
-    for steps in _LOOKS:
-        found = analysis.once(_probing).after(steps)
-        least = _by_count(found.least_beyond, abs(damping), tolerance, directions)
+    for found, is_least in looks(analysis):
+        least = by_count(found.least_beyond, abs(damping), tolerance, directions) if is_least else 0.0
         if least > most:
             return least
     return float(LEAST)
 
 
-def _by_count(beyond: Callable[[float], float], size: float, tolerance: float, directions: int) -> float:
-    """The least k(c) for a count of eigenvalues by radius."""
+def looks(analysis: Analysis) -> Iterator[tuple[Spectrum, bool]]:
+    """The quadrature after a few products and after more, and whether it is to be counted from below; the last is that of all."""
+    if not analysis.has(spectrum_of):
+        yield from ((analysis.once(_probing).after(steps), True) for steps in _LOOKS)
+    yield analysis.once(spectrum_of), False
+
+
+def by_count(beyond: Callable[[float], float], size: float, tolerance: float, directions: int) -> float:
+    """Return the least k(c) for a count of eigenvalues by radius, less so many directions."""
     digits = math.log(1.0 / tolerance)
     return min(max(0.0, beyond(c * size) - directions) + digits / math.log(1.0 / c) for c in _RADII)
 
@@ -94,7 +101,7 @@ def expected_iterations(analysis: Analysis, damping: float, tolerance: float, di
     if not size or not found.nodes.numel():
         return float(N)
     digits = math.log(1.0 / tolerance)
-    least = _by_count(found.count_beyond, size, tolerance, directions)
+    least = by_count(found.count_beyond, size, tolerance, directions)
     lowest, highest = float(found.nodes.min()) + damping, float(found.nodes.max()) + damping
     if lowest > 0.0 and not directions:
         least = min(least, 0.5 * math.sqrt(highest / lowest) * (digits + math.log(2.0)))
@@ -110,6 +117,13 @@ def looks_definite(analysis: Analysis, damping: float) -> bool:
         return False
     nodes = analysis.once(spectrum_of).nodes
     return bool(nodes.numel()) and float(nodes.min()) + damping > 0.0
+
+
+def orthogonalizing_seconds(analysis: Analysis, iterations: float) -> float:
+    """Modelled time that GMRES takes for its own vectors: it reads all of a cycle four times an iteration."""
+    tally, cycle = Tally(analysis.problem.dtype), min(iterations, LONGEST)
+    tally.moved(4.0 * analysis.problem.size * analysis.problem.dtype.itemsize * iterations * cycle / 2.0)
+    return float(analysis.problem.processes.from_first(tally.seconds))
 
 
 class Product(NamedTuple):

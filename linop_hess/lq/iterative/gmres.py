@@ -25,7 +25,7 @@ from linop_hess.lq.problem import Problem
 
 # Numbers that the vectors of a cycle may take, and the longest one.
 _NUMBERS = 1 << 28
-_LONGEST = 300
+LONGEST = 300
 # Columns that are iterated together: orthogonalizing takes their square, products take their number.
 _COLUMNS = 64
 # Iterations after which a solve is given up.
@@ -36,7 +36,7 @@ _LOOK = 5
 
 def vectors_nbytes(problem: Problem, columns: int) -> float:
     """Most bytes that the vectors of `gmres` take."""
-    return float(problem.dtype.itemsize * min(_NUMBERS, 2 * _LONGEST * problem.size * min(columns, _COLUMNS)))
+    return float(problem.dtype.itemsize * min(_NUMBERS, 2 * LONGEST * problem.size * min(columns, _COLUMNS)))
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def gmres(
     g: Tensor,
     allowed: Callable[[Tensor, Tensor], Tensor],
     most: int,
+    follow: Callable[[float], None] = lambda left: None,
 ) -> Iterated:
     """Solve until the residual of every column is as small as its solution allows.
 
@@ -77,12 +78,14 @@ def gmres(
         Residual norms that are small enough for solutions and right-hand sides of these norms, all (k,) in float64.
     most : int
         Iterations after which it gives up.
+    follow : callable
+        Told after each iteration the logarithm of what the residual is to be reduced by still; it may change what `precondition` does.
 
     Returns
     -------
     Iterated
     """
-    blocks = [_of_block(product, precondition, part, allowed, most) for part in g.split(_COLUMNS, 1)]
+    blocks = [_of_block(product, precondition, part, allowed, most, follow) for part in g.split(_COLUMNS, 1)]
     x = torch.cat([block.x for block in blocks], 1)
     return Iterated(x, max(block.iterations for block in blocks), all(block.reached for block in blocks))
 
@@ -93,14 +96,15 @@ def _of_block(
     g: Tensor,
     allowed: Callable[[Tensor, Tensor], Tensor],
     most: int,
+    follow: Callable[[float], None],
 ) -> Iterated:
     (N, k), sizes = g.shape, _norms(g)
     x, r = torch.zeros_like(g), g
-    length = max(2, min(_LONGEST, most, N, _NUMBERS // (2 * max(1, N * k))))
+    length = max(2, min(LONGEST, most, N, _NUMBERS // (2 * max(1, N * k))))
     done, last = 0, math.inf
     while done < most:
         enough = partial(_enough, allowed, sizes)
-        correction, steps = cycle(product, precondition, r, x, enough, min(length, most - done))
+        correction, steps = cycle(product, precondition, r, x, enough, min(length, most - done), follow)
         done += steps
         x = x + correction
         r = g - product(x)
@@ -124,6 +128,7 @@ def cycle(
     x: Tensor,
     allowed: Callable[[Tensor], Tensor],
     length: int,
+    follow: Callable[[float], None] = lambda left: None,
 ) -> tuple[Tensor, int]:
     """One cycle of flexible GMRES, every column from the space that all of them span together.
 
@@ -139,6 +144,8 @@ def cycle(
         Residual norms that are small enough for solutions of these norms, both (k,) in float64.
     length : int
         Most steps.
+    follow : callable
+        As of `gmres`.
 
     Returns
     -------
@@ -168,6 +175,7 @@ def cycle(
             enough = allowed(_norms(x + moved)).cpu().numpy()
             if (residuals <= enough).all() or j == length - 1:
                 return moved, j + 1
+        follow(float(np.log(np.maximum(residuals / np.maximum(enough, np.finfo(float).tiny), 1.0)).max()))
     return torch.zeros_like(r), 0
 
 

@@ -6,25 +6,148 @@ Golub and R. Underwood, The block Lanczos method for computing eigenvalues (1977
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from linop_hess.lq.accuracy import SKETCH_SPANNED
 
-# Columns of a block: products with many columns are faster a column, longer chains of them reach further.
+# Columns of a block where so many directions are asked for: products with many columns are faster a column, longer chains of them reach
+# further. Where it is not known how many it will be, so few that 32 directions are a chain of four.
 _BLOCK = 32
 _LEAST_BLOCKS = 8
+OPEN_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run has seen of H when it has multiplied a block.
+
+    Attributes
+    ----------
+    have : int
+        Number of directions.
+    size : float
+        The norm of H on the newest block.
+    largest : float
+        The largest of these so far.
+    lowest, highest : float
+        Of the eigenvalues of H restricted to the newest block.
+    """
+
+    have: int
+    size: float
+    largest: float
+    lowest: float
+    highest: float
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Orthonormal directions, (N, s), and what H is on them: the last block's part of H, relative to the largest."""
+    """Orthonormal directions, (N, s), and what H is on them.
+
+    Attributes
+    ----------
+    directions : Tensor, shape (N, s)
+    seen : Seen or None
+        What has been seen of H on them; None where no block was multiplied.
+    """
 
     directions: Tensor
-    remaining: float
+    seen: Seen | None
+
+    @property
+    def remaining(self) -> float:
+        """The norm of H on the newest block of which it is known, relative to the largest of all."""
+        return self.seen.size / self.seen.largest if self.seen is not None and self.seen.largest else 0.0
+
+
+class BlockLanczos:
+    """Directions in which H is large, by block Lanczos with full reorthogonalization; a run goes on where it ended.
+
+    Parameters
+    ----------
+    product : callable
+        H times a block of vectors, (N, k).
+    like : Tensor, shape (N,)
+        Of the dtype and device of the vectors.
+    width : int
+        Columns of a block.
+    """
+
+    def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor, width: int) -> None:
+        self._product, self._like, self._width = product, like, min(width, like.numel())
+        self._generator = torch.Generator().manual_seed(0)
+        self._Q = like.new_empty(like.numel(), 0)
+        self._have, self._newest = 0, self._width
+        self._following: Tensor | None = product(self._fresh(self._width))
+        self._seen: list[Seen] = []
+
+    def until(self, rank: int, enough: Callable[[Seen], bool] | None = None) -> Basis:
+        """Return at most `rank` directions; fewer once it is enough.
+
+        Parameters
+        ----------
+        rank : int
+        enough : callable, optional
+            Told what has been seen.
+        """
+        rank, known = min(rank, self._like.numel()), 0
+        while True:
+            for seen in self._seen[known:] if enough is not None else ():
+                known += 1
+                if seen.have <= rank and enough is not None and enough(seen):
+                    return self._basis(seen.have)
+            if self._have >= rank:
+                return self._basis(rank)
+            self._step(rank)
+            if enough is not None and self._following is None:
+                self._multiply()
+
+    def _step(self, most: int) -> None:
+        """Add the next block, cut off at so many directions."""
+        if self._following is None:
+            self._multiply()
+        assert self._following is not None
+        Q, room = self._Q[:, : self._have], min(self._width, most - self._have)
+        new = _against(Q, self._following)
+        if new.shape[1] < room:  # H has no more to show: the rest is as good as any
+            more = _against(torch.cat([Q, new], 1), self._fresh(room - new.shape[1]))
+            new = torch.cat([new, more], 1)
+        new = new[:, :room]
+        if self._have + room > self._Q.shape[1]:
+            grown = self._Q.new_empty(self._Q.shape[0], max(self._have + room, min(most, 2 * self._Q.shape[1])))
+            grown[:, : self._have] = Q
+            self._Q = grown
+        self._Q[:, self._have : self._have + new.shape[1]] = new
+        self._have, self._newest, self._following = self._have + new.shape[1], new.shape[1], None
+
+    def _multiply(self) -> None:
+        """H times the newest block."""
+        newest = self._Q[:, self._have - self._newest : self._have]
+        self._following = self._product(newest)
+        values = torch.linalg.eigvalsh((newest.mT @ self._following).double())
+        size = float(torch.linalg.matrix_norm(self._following.double(), 2))
+        largest = max([size] + [seen.largest for seen in self._seen[-1:]])
+        self._seen.append(Seen(self._have, size, largest, float(values[0]), float(values[-1])))
+
+    def _basis(self, rank: int) -> Basis:
+        seen = [seen for seen in self._seen if seen.have <= rank]
+        return Basis(self._Q[:, :rank], seen[-1] if seen else None)
+
+    def _fresh(self, columns: int) -> Tensor:
+        like = self._like
+        drawn = torch.randn(like.numel(), columns, generator=self._generator, dtype=torch.float64, device="cpu")
+        return drawn.to(like.dtype).to(like.device)
+
+
+def block_for(rank: int) -> int:
+    """Return the columns of a block where `rank` directions are to be found."""
+    return max(1, min(_BLOCK, -(-rank // _LEAST_BLOCKS)))
 
 
 def krylov_basis(product: Callable[[Tensor], Tensor], like: Tensor, rank: int, tol: float | None) -> Basis:
@@ -45,34 +168,13 @@ def krylov_basis(product: Callable[[Tensor], Tensor], like: Tensor, rank: int, t
     -------
     Basis
     """
-    N = like.numel()
-    rank = min(rank, N)
-    width = max(1, min(_BLOCK, -(-rank // _LEAST_BLOCKS)))
-    generator = torch.Generator().manual_seed(0)
+    rank = min(rank, like.numel())
+    return BlockLanczos(product, like, block_for(rank)).until(rank, None if tol is None else falls_below(tol))
 
-    def fresh(columns: int) -> Tensor:
-        drawn = torch.randn(N, columns, generator=generator, dtype=torch.float64, device="cpu")
-        return drawn.to(like.dtype).to(like.device)
 
-    Q = like.new_empty(N, rank)
-    have, largest, last = 0, 0.0, 0.0
-    new = product(fresh(width))
-    while have < rank:
-        new = _against(Q[:, :have], new)
-        if new.shape[1] < min(width, rank - have):  # H has no more to show: the rest is as good as any
-            more = _against(torch.cat([Q[:, :have], new], 1), fresh(min(width, rank - have) - new.shape[1]))
-            new = torch.cat([new, more], 1)
-        new = new[:, : rank - have]
-        Q[:, have : have + new.shape[1]] = new
-        have += new.shape[1]
-        if have == rank and tol is None:
-            break
-        new = product(new)
-        last = float(torch.linalg.matrix_norm(new.double(), 2))
-        largest = max(largest, last)
-        if tol is not None and last <= tol * largest:
-            break
-    return Basis(Q[:, :have], last / largest if largest else 0.0)
+def falls_below(tol: float) -> Callable[[Seen], bool]:
+    """Whether H on the newest block is at most this part of the largest."""
+    return lambda seen: seen.size <= tol * seen.largest
 
 
 def _against(Q: Tensor, new: Tensor) -> Tensor:
@@ -114,6 +216,22 @@ class Spectrum:
         """
         upper, lower = (self.weights[self.nodes * sign > radius] for sign in (1.0, -1.0))
         return self.size * float(upper[1:].sum() + lower[:-1].sum())
+
+    def size_of(self, rank: int, *, least: bool = False) -> float:
+        """About how large the eigenvalue is that comes `rank`-th by size; 0 where there are not so many nodes' worth.
+
+        Each node stands in the middle of the eigenvalues that its weight counts, and sizes between nodes are interpolated; with `least`
+        it is the largest node beyond which there are as many by the count from below.
+        """
+        order = self.nodes.abs().argsort(descending=True)
+        sizes = self.nodes.abs()[order].tolist()
+        if least:
+            return next((size for size in sizes if self.least_beyond(math.nextafter(size, 0.0)) >= rank), 0.0)
+        weights = self.size * self.weights[order]
+        middles = (weights.cumsum(0) - weights / 2).tolist()
+        if not sizes or rank > float(weights.sum()):
+            return 0.0
+        return float(np.interp(rank, middles, sizes))
 
 
 class Probing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,13 +10,8 @@ import torch
 from linop_hess._validate import finite_real, whole
 from linop_hess.lq.analysis import Analysis
 
-# Directions that a sketch has where nothing is said, and at most where a tolerance is.
-DEFAULT_RANK = 256
+# Directions that a sketch has at most where no number of them is given.
 MOST_DIRECTIONS = 2048
-
-# Samples of a core where the plan chooses one, and the batch from which on it does.
-DEFAULT_CORE = 600
-_CORE_FROM = 1200
 
 
 @dataclass(frozen=True)
@@ -25,13 +21,13 @@ class SketchOptions:
     Attributes
     ----------
     rank : int or None
-        Number of directions s, 1..N.
+        Number of directions s, 1..N; None: as many as pay (`lq.iterative.sizing`).
     tol : float or None
         In place of a rank: directions are added until H on the newest is below this part of ‖H‖.
     core : int or None
-        Number of samples, weighted, that the sketch is made of; None: all, or where rank is left open too what pays.
+        Number of samples, weighted, that the sketch is made of; None: all.
     dtype : torch.dtype or None
-        Precision of the factors; None: float32, in which a sketch loses nothing that it has, unless its rank is N.
+        Precision of the factors; None: float32, in which a sketch loses nothing that it has, unless its rank is given as N.
     """
 
     rank: int | None = None
@@ -50,16 +46,16 @@ class SketchOptions:
         return replace(self, dtype=dtypes.get(precision, self.dtype))
 
     def for_problem(self, analysis: Analysis) -> SketchOptions:
-        """Return the same with nothing left open but a rank where there is a tolerance."""
-        size, samples = analysis.problem.size, analysis.samples
-        rank = self.rank
-        if rank is None:
-            rank = min(size, MOST_DIRECTIONS if self.tol is not None else DEFAULT_RANK)
-        core = self.core
-        if core is None:
-            core = DEFAULT_CORE if self.rank is None and self.tol is None and samples >= _CORE_FROM else samples
-        dtype = self.dtype or (torch.float32 if rank < size else analysis.problem.dtype)
-        return replace(self, rank=rank, core=core, dtype=dtype)
+        """Return the same with nothing left open but the rank."""
+        problem = analysis.problem
+        core = analysis.samples if self.core is None else self.core
+        dtype = self.dtype or (torch.float32 if self.rank is None or self.rank < problem.size else problem.dtype)
+        return replace(self, core=core, dtype=dtype)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether how many directions there are is left to the method."""
+        return self.rank is None and self.tol is None
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,11 @@ class Asked:
     right_hand_sides: int = 1
     tolerance: float = 1.0
     sketch: SketchOptions = SketchOptions()
+
+    @property
+    def digits(self) -> float:
+        """Natural logarithm of what residuals are to be reduced by, of all right-hand sides together."""
+        return self.right_hand_sides * math.log(2.0 / self.tolerance)
 
 
 def sketch_options(

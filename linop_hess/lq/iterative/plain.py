@@ -11,6 +11,7 @@ from linop_hess.lq.iterative.convergence import (
     PROBES,
     expected_iterations,
     least_iterations,
+    orthogonalizing_seconds,
     product_of,
     product_seconds,
 )
@@ -60,7 +61,8 @@ def forecast(analysis: Analysis, asked: Asked, worth: float) -> Cost:
         return Cost(told * flops, nbytes, told * each, at_least=True)
     iterations = expected_iterations(analysis, asked.damping, asked.tolerance)
     total = asked.right_hand_sides * iterations
-    return Cost(total * flops, nbytes, total * each, iterations=round(iterations))
+    seconds = total * each + asked.right_hand_sides * orthogonalizing_seconds(analysis, iterations)
+    return Cost(total * flops, nbytes, seconds, iterations=round(iterations))
 
 
 METHOD = Method("iterative", NoFactors, None, NoFactors.answers, of_matrix=True, forecast=forecast)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.core import weighted_core
-from linop_hess.lq.iterative.lanczos import Basis, krylov_basis
-from linop_hess.lq.iterative.options import SketchOptions
+from linop_hess.lq.iterative.lanczos import OPEN_BLOCK, Basis, BlockLanczos, Seen, block_for, falls_below
+from linop_hess.lq.iterative.options import MOST_DIRECTIONS, SketchOptions
 from linop_hess.lq.iterative.spans import Cut, cut
 from linop_hess.lq.matrix.assembly import assemble
 from linop_hess.lq.problem import Problem
@@ -45,6 +45,51 @@ def _probe() -> tuple[Tensor, Tensor]:
     return torch.zeros(1, dtype=torch.int64, device="cpu"), torch.ones(1, dtype=torch.float64, device="cpu")
 
 
+class Start:
+    """The samples that sketches are made of, and the run of block Lanczos on them, with which sketches of other ranks go on.
+
+    Parameters
+    ----------
+    analysis : Analysis
+        Without a diagonal apart.
+    options : SketchOptions
+        With nothing but the rank left open.
+    """
+
+    def __init__(self, analysis: Analysis, options: SketchOptions) -> None:
+        assert options.core is not None and options.dtype is not None
+        whole = analysis.problem if options.dtype == analysis.problem.dtype else analysis.problem.to(options.dtype)
+        problem: Problem | None = whole
+        if options.core < analysis.samples:
+            problem = weighted_core(whole, analysis.samples, options.core)
+        assert problem is not None
+        self.problem, self.whole, self.key = problem, whole, self.key_of(analysis, options)
+        first = whole.layout.first
+        self.samples = int(problem.layout.n_out[first]) * analysis.samples // int(whole.layout.n_out[first])
+        like = torch.zeros(problem.size, dtype=problem.dtype, device=problem.device)
+        self._lanczos = BlockLanczos(
+            lambda X: problem.layout.in_chain_order(problem.hessian_product(problem.layout.in_flat_order(X))),
+            like,
+            self.key[-1],
+        )
+
+    @staticmethod
+    def key_of(analysis: Analysis, options: SketchOptions) -> tuple[int | None, torch.dtype | None, int]:
+        """What sketches that begin alike agree in: samples, precision, columns of a block."""
+        most = MOST_DIRECTIONS if options.rank is None else options.rank
+        return (
+            options.core,
+            options.dtype,
+            OPEN_BLOCK if options.is_open else block_for(min(most, analysis.problem.size)),
+        )
+
+    def basis(self, options: SketchOptions, enough: Callable[[Seen], bool] | None) -> Basis:
+        """The directions that are asked for; where no number and no tolerance is, until it is enough."""
+        if options.rank is not None:
+            return self._lanczos.until(options.rank)
+        return self._lanczos.until(MOST_DIRECTIONS, enough if options.tol is None else falls_below(options.tol))
+
+
 class Sketch:
     """Everything of a sketch that no damping changes.
 
@@ -53,28 +98,15 @@ class Sketch:
     analysis : Analysis
         Without a diagonal apart.
     options : SketchOptions
-        With nothing left open.
+        With nothing but the rank left open.
+    start : Start
+    basis : Basis
     """
 
-    def __init__(self, analysis: Analysis, options: SketchOptions) -> None:
-        assert options.rank is not None and options.core is not None and options.dtype is not None
-        self.analysis, self.options = analysis, options
-        whole = analysis.problem if options.dtype == analysis.problem.dtype else analysis.problem.to(options.dtype)
-        problem: Problem | None = whole
-        if options.core < analysis.samples:
-            problem = weighted_core(whole, analysis.samples, options.core)
-        assert problem is not None
-        self.problem = problem
-        stages = problem.stages
-        n = problem.layout.n_out
-        self.samples = int(n[problem.layout.first]) * analysis.samples // int(whole.layout.n_out[problem.layout.first])
-        like = torch.zeros(problem.size, dtype=problem.dtype, device=problem.device)
-        self.basis: Basis = krylov_basis(
-            lambda X: problem.layout.in_chain_order(problem.hessian_product(problem.layout.in_flat_order(X))),
-            like,
-            options.rank,
-            options.tol,
-        )
+    def __init__(self, analysis: Analysis, options: SketchOptions, start: Start, basis: Basis) -> None:
+        self.analysis, self.options, self.basis = analysis, options, basis
+        problem, whole = start.problem, start.whole
+        self.problem, self.samples, stages = problem, start.samples, problem.stages
         share = self.samples / analysis.samples
         self.cut: Cut = cut(whole, analysis.samples, share, self.rank)
         self.sweeps = [Sweep(stages[start:stop]) for start, stop in self.cut.bounds]
@@ -182,10 +214,15 @@ class Sketches:
 
     def __init__(self, analysis: Analysis) -> None:
         self._analysis = analysis
+        self._start: Start | None = None
         self._last: Sketch | None = None
 
-    def of(self, options: SketchOptions) -> Sketch:
-        """The sketch of these options."""
-        if self._last is None or self._last.options != options:
-            self._last = Sketch(self._analysis, options)
-        return self._last
+    def of(self, options: SketchOptions, enough: Callable[[Seen], bool] | None = None) -> Sketch:
+        """The sketch of these options, of as many directions as are enough where that is open."""
+        if self._start is None or self._start.key != Start.key_of(self._analysis, options):
+            self._start = Start(self._analysis, options)
+        basis = self._start.basis(options, enough)
+        last = self._last
+        if last is None or (last.options, last.rank) != (options, basis.directions.shape[1]):
+            last = self._last = Sketch(self._analysis, options, self._start, basis)
+        return last

@@ -44,6 +44,8 @@ class Cost:
         Of a method that iterates, how many are expected for a right-hand side.
     at_least : bool
         Whether it takes more than this: it was not looked at further, since others take less.
+    certain : float
+        Of a method that iterates, the seconds before it does.
     """
 
     flops: float
@@ -53,6 +55,7 @@ class Cost:
     precision: str = ""
     iterations: int | None = None
     at_least: bool = False
+    certain: float = 0.0
 
     @classmethod
     def impossible(cls, why_not: str) -> Cost:
@@ -245,6 +248,13 @@ Factor = Callable[..., Factorization]
 """What makes a factorization: an analysis and a damping, complex where `Method.is_complex`."""
 
 
+class Watching(Protocol):
+    """What follows a solve by GMRES."""
+
+    def after(self, left: float) -> Factorization:
+        """Return the factors to go on with after an iteration, residuals being e^left times what they may be."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A method by name.
@@ -271,6 +281,8 @@ class Method:
         the cost exceeds `worth` seconds.
     definite : callable or None
         Of a method that takes less where H + εI is positive definite: ``definite(analysis, cost)`` gives that, from its estimate.
+    watch : callable or None
+        Of a method that iterates and can change its factors meanwhile: ``watch(factors, columns)`` gives what is told how far a solve is.
     """
 
     name: str
@@ -283,6 +295,7 @@ class Method:
     single: Method | None = None
     forecast: Callable[[Analysis, Any, float], Cost] | None = None
     definite: Callable[[Analysis, Cost], Cost] | None = None
+    watch: Callable[[Any, int], Watching] | None = None
 
     @property
     def exact(self) -> bool:

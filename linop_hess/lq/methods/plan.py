@@ -40,7 +40,7 @@ _COMPLEX_RUNGS = ["banded", "dense", "riccati"]
 # From so many controls on "auto" takes factors in single precision: below, those in double take a few milliseconds, and answer all.
 SINGLE_FROM = 1000
 
-# A method that iterates must be expected to be so many times as fast as one that factors.
+# Iterations must be expected to be so many times as fast as factors.
 _GUESSED = 2.0
 
 _ONLY_DOUBLE = Cost.impossible('it factors a float64 problem in float64: use method "dense", or another precision')
@@ -211,7 +211,8 @@ def make_plan(
     else:
         goal = default_tolerance(analysis.problem.dtype) if tolerance is None else tolerance
         asked = Asked(change.damping, right_hand_sides, goal, sketch or SketchOptions())
-        is_settled = method in METHODS and METHODS[method].exact
+        # A sketch that is asked for by name finds what it needs itself.
+        is_settled = method in METHODS and (METHODS[method].exact or METHODS[method].watch is not None)
         costs = _with_forecasts(change.analysis, asked, costs, available, 0.0 if is_settled else math.inf)
         costs = _as_definite(change.analysis, change.damping, costs)
     if precision == "single" and analysis.problem.dtype == torch.float64:
@@ -224,8 +225,8 @@ def make_plan(
 
 
 def _weighed(method: str, cost: Cost) -> float:
-    """Seconds; of methods whose iterations are a guess, and whose next solve costs the same again, more."""
-    return cost.seconds if METHODS[method].exact else _GUESSED * cost.seconds
+    """Seconds; of iterations, which are a guess, and which the next solve costs again, more."""
+    return cost.seconds if METHODS[method].exact else cost.certain + _GUESSED * (cost.seconds - cost.certain)
 
 
 def _fitting(costs: dict[str, Cost], available: int) -> list[str]:
@@ -269,36 +270,36 @@ def _as_definite(analysis: Analysis, damping: float, costs: dict[str, Cost]) -> 
 
 
 def ladder(
-    plan: Plan, method: str, dtype: torch.dtype, precision: str = "auto", sketch: SketchOptions | None = None
+    plan: Plan, method: str, dtype: torch.dtype, precision: str = "auto", asked: Asked | None = None
 ) -> list[tuple[str, Factor]]:
     """Methods to try, in order: the one asked for, then the robust ones that fit; in float32 all those in float64.
 
     With factors in single precision of a float64 problem the same in double comes second; none does where "single" is asked for.
     """
-    asked: tuple[str, Factor] = (method, METHODS[method].factor)
+    first: tuple[str, Factor] = (method, METHODS[method].factor)
     if isinstance(plan.damping, complex):
         others = [name for name in plan.by_time() if name != method]
-        return [asked, *((name, METHODS[name].factor) for name in sorted(others, key=_COMPLEX_RUNGS.index))]
+        return [first, *((name, METHODS[name].factor) for name in sorted(others, key=_COMPLEX_RUNGS.index))]
     single, iterates = METHODS[method].single, not METHODS[method].exact
     if single is not None and plan.costs[method].precision == "single":
-        first = [(method, single.factor)]
-        return first if precision == "single" else first + ladder(plan.in_own_precision, method, dtype)
+        in_single = [(method, single.factor)]
+        return in_single if precision == "single" else in_single + ladder(plan.in_own_precision, method, dtype)
     if method == sketched.METHOD.name:
-        asked = (method, partial(sketched.factor, options=sketch))
+        first = (method, partial(sketched.factor, asked=asked))
     if dtype != torch.float64 and precision == "single":
-        return [asked]
+        return [first]
     if not iterates and dtype != torch.float64 and 0.0 < abs(plan.damping) < 1.0 / torch.finfo(dtype).max:
-        asked = (method, promoted(asked[1]))  # 1/ε is no number of this dtype
+        first = (method, promoted(first[1]))  # 1/ε is no number of this dtype
     if not METHODS[method].is_automatic:
-        return [asked]  # kept to be compared with, so that no other method may stand in
+        return [first]  # kept to be compared with, so that no other method may stand in
     robust: list[tuple[str, Factor]] = [
         ("banded", banded.factor),
         ("riccati", riccati.factor_careful),
         ("dense", dense.factor),
     ]
-    rungs = [asked] + [(name, factor) for name, factor in robust if plan.fits(name) and factor is not asked[1]]
+    rungs = [first] + [(name, factor) for name, factor in robust if plan.fits(name) and factor is not first[1]]
     if dtype == torch.float64:
         return rungs
     rungs = rungs[1:] if iterates else rungs
-    first = [] if precision == "double" and not iterates else [asked]
-    return first + [(name, promoted(factor)) for name, factor in rungs if plan.fits(name, 2)]
+    own = [] if precision == "double" and not iterates else [first]
+    return own + [(name, promoted(factor)) for name, factor in rungs if plan.fits(name, 2)]

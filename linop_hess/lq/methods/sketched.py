@@ -8,7 +8,7 @@ symmetric approximation of it, with which GMRES on H + εI reaches any accuracy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,28 +16,36 @@ import torch
 from torch import Tensor
 
 from linop_hess._display import Shown
-from linop_hess._memory import format_bytes
+from linop_hess._memory import available_bytes, format_bytes
 from linop_hess.errors import SingularPivotError
+from linop_hess.lq.accuracy import default_tolerance
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.elimination.stage_factor import SegmentLoad, StageFactor, unwhiten, whiten
 from linop_hess.lq.iterative.convergence import (
     LEAST,
     PROBES,
-    expected_iterations,
-    least_iterations,
+    looks,
+    orthogonalizing_seconds,
     product_seconds,
+    spectrum_of,
 )
 from linop_hess.lq.iterative.gmres import vectors_nbytes
 from linop_hess.lq.iterative.options import Asked, SketchOptions
+from linop_hess.lq.iterative.sizing import (
+    LARGEST_FACTOR,
+    LEAST_DIRECTIONS,
+    Enough,
+    Left,
+    Patience,
+    Sizing,
+    at_best,
+    most_directions,
+)
 from linop_hess.lq.iterative.sketch import Sketch, Sketches, why_no_sketch
-from linop_hess.lq.iterative.spans import SWEEPS_A_DIRECTION, Cut, cut, product_flops
-from linop_hess.lq.methods.base import Congruence, Cost, Factorization, Method, Tally
+from linop_hess.lq.methods.base import Congruence, Cost, Factorization, Method
 from linop_hess.lq.methods.riccati import recursion
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 from linop_hess.lq.value.sample_low_rank import Coupling, MappedElimination, SampleLowRankValue, Span, White
-
-# Products with H that one with M⁻¹ takes as long as, of the samples that it is made of: three sweeps forward and three back, in float32.
-_APPLIED = 1.5
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,6 +98,10 @@ class SketchedFactorization(Congruence):
     analysis : Analysis
     damping : float
     options : SketchOptions
+    asked : Asked, optional
+        What it is to be used for, by which directions are counted where none are asked for; a solve to the default tolerance.
+    enough : Enough, optional
+        Tells how many directions then.
 
     Raises
     ------
@@ -101,14 +113,47 @@ class SketchedFactorization(Congruence):
     growth = 0.0
     answers = frozenset({"solve", "positive"})
 
-    def __init__(self, analysis: Analysis, damping: float, options: SketchOptions) -> None:
-        self.analysis, self.damping = analysis, damping
-        options = options.for_problem(analysis)
-        self.sketch: Sketch = analysis.once(Sketches).of(options)
+    def __init__(
+        self,
+        analysis: Analysis,
+        damping: float,
+        options: SketchOptions,
+        asked: Asked | None = None,
+        enough: Enough | None = None,
+    ) -> None:
+        self.analysis, self.damping, self.options = analysis, damping, options.for_problem(analysis)
+        self._asked = (
+            replace(asked, damping=damping) if asked else Asked(damping, 1, default_tolerance(analysis.problem.dtype))
+        )
+        self.sketch: Sketch = analysis.once(Sketches).of(
+            self.options, enough or Enough(analysis, self._asked, self.options)
+        )
         like = self.sketch.basis.directions
         spans = [self.sketch.span(j, damping) for j in range(len(self.sketch.sweeps))]
         value = SampleLowRankValue.zero(like, self.sketch.rank)
         self.factors: list[StageFactor] = recursion(spans, value, _divided)
+
+    def patience(self, columns: int) -> Patience | None:
+        """Tells when a larger one is worth it; None where that was not left open, or does not fit."""
+        rank = self._next
+        if not self.options.is_open or rank <= self.sketch.rank:
+            return None
+        sizing = self.analysis.once(Sizing)
+        more, (_, each) = sizing.outlay(self.options, rank), sizing.iteration(self.options, columns)
+        return Patience(more.seconds / each) if more.nbytes <= available_bytes() else None
+
+    def larger(self, rate: float) -> SketchedFactorization:
+        """Factors with more directions, as many as pay where an iteration reduces residuals by e^rate."""
+        seen, most = self.sketch.basis.seen, most_directions(self.analysis)
+        expected = 0.0 if seen is None else Left.of(seen.lowest, seen.highest, self._asked.damping).iterations(1.0)
+        times = 1.0 / max(rate * expected, 1.0 / LARGEST_FACTOR)
+        enough = Enough(self.analysis, self._asked, self.options, self._next, most, times)
+        return SketchedFactorization(self.analysis, self._asked.damping, self.options, self._asked, enough)
+
+    @property
+    def _next(self) -> int:
+        """Directions that a larger one has at least."""
+        return min(2 * self.sketch.rank, most_directions(self.analysis))
 
     @cached_property
     def theta(self) -> Tensor:
@@ -153,6 +198,28 @@ class SketchedFactorization(Congruence):
         )
 
 
+class Watch:
+    """Factors in use while GMRES goes on, replaced by larger ones once these are worth it.
+
+    Parameters
+    ----------
+    factors : SketchedFactorization
+    columns : int
+        Right-hand sides that are iterated together.
+    """
+
+    def __init__(self, factors: SketchedFactorization, columns: int) -> None:
+        self._factors, self._columns = factors, columns
+        self._patience = factors.patience(columns)
+
+    def after(self, left: float) -> SketchedFactorization:
+        """Return what to go on with after an iteration, residuals being e^left times what they may be."""
+        if self._patience is not None and self._patience.is_over(left):
+            self._factors = self._factors.larger(self._patience.rate)
+            self._patience = self._factors.patience(self._columns)
+        return self._factors
+
+
 def sketch_report(factors: Factorization) -> SketchReport:
     """What a sketch keeps and drops.
 
@@ -179,64 +246,41 @@ def _divided(span: Span, S: Tensor, E: Coupling) -> MappedElimination:
     return MappedElimination(pivots, White(pivots, E))
 
 
-def factor(analysis: Analysis, damping: float, options: SketchOptions | None = None) -> SketchedFactorization:
+def factor(analysis: Analysis, damping: float, asked: Asked | None = None) -> SketchedFactorization:
     """Factor M."""
-    return SketchedFactorization(analysis, damping, options or SketchOptions())
+    return SketchedFactorization(analysis, damping, asked.sketch if asked else SketchOptions(), asked)
 
 
 def forecast(analysis: Analysis, asked: Asked, worth: float) -> Cost:
-    """The set-up, which is counted, and iterations, which are expected (`lq.iterative.convergence`).
+    """The set-up, which is counted, and iterations, which are expected (`lq.iterative.sizing`).
 
     The spectrum is looked at only where set-up and a few iterations take less than `worth` seconds.
     """
     options = asked.sketch.for_problem(analysis)
     if why_not := why_no_sketch(analysis, options.core):
         return Cost.impossible(why_not)
-    assert options.rank is not None and options.core is not None and options.dtype is not None
-    problem, rank = analysis.problem, options.rank
-    share = options.core / analysis.samples
-    plan = analysis.once(Cuts).of(share, rank)
-    tally, item = Tally(options.dtype), options.dtype.itemsize
-    p = float(plan.controls.max())
-    tally.kernel("gemm", plan.assembly + 4.0 * problem.size * rank**2, p)
-    tally.kernel("ldl", plan.elimination, p)
-    tally.kernel("substitution", 4.0 * rank * float((plan.controls.astype(float) ** 2).sum()), min(p, rank))
-    setting_up = tally.seconds + SWEEPS_A_DIRECTION * product_seconds(analysis, share, rank)
-    state = share * float(problem.layout.n_out.max())
-    states = [problem.layout.n_out[start - 1] for start, _ in plan.bounds[1:]]
-    width = problem.layout.n_out.max() / analysis.samples
-    nbytes = item * (
-        float((plan.controls.astype(float) ** 2).sum()) + 3.0 * p**2 + 3.0 * problem.size * rank
-        + share * float(sum(states)) * (width + rank) + 4.0 * state * rank
-    )  # fmt: skip
-    nbytes += vectors_nbytes(problem, asked.right_hand_sides) + float(problem.nbytes)
-    each = product_seconds(analysis) * (1.0 + _APPLIED * share)
-    count = asked.right_hand_sides
-    flops = plan.assembly + plan.elimination + plan.sweeps
-    if setting_up + (PROBES + count * LEAST) * each >= worth:
-        return Cost(flops, nbytes, setting_up + count * LEAST * each, at_least=True)
-    most = (worth - setting_up) / (count * each)
-    told = count * least_iterations(analysis, asked.damping, asked.tolerance, rank, most)
-    if setting_up + told * each > worth:
-        return Cost(flops, nbytes, setting_up + told * each, at_least=True)
-    iterations = expected_iterations(analysis, asked.damping, asked.tolerance, rank)
-    total = count * iterations
-    flops += total * (1.0 + _APPLIED * share) * product_flops(problem)
-    return Cost(flops, nbytes, setting_up + total * each, iterations=round(iterations))
+    sizing, problem, count = analysis.once(Sizing), analysis.problem, asked.right_hand_sides
+    a_flops, each = sizing.iteration(options)
+
+    def cost(rank: int, iterations: float, at_least: bool) -> Cost:
+        outlay = sizing.outlay(options, rank)
+        nbytes = outlay.nbytes + vectors_nbytes(problem, count) + float(problem.nbytes)
+        flops, seconds = (
+            outlay.flops + iterations * a_flops,
+            outlay.seconds + iterations * each + count * orthogonalizing_seconds(analysis, iterations / count),
+        )
+        told = None if at_least else round(iterations / count)
+        return Cost(flops, nbytes, seconds, iterations=told, at_least=at_least, certain=outlay.seconds)
+
+    first = cost(options.rank or LEAST_DIRECTIONS, count * LEAST, True)
+    looking = 0.0 if analysis.has(spectrum_of) else PROBES * product_seconds(analysis)
+    if first.seconds + looking >= worth:
+        return first
+    for found, least in looks(analysis):
+        told = cost(*at_best(analysis, asked, options, found, least=least), least)
+        if least and told.seconds > worth:
+            return told
+    return told
 
 
-class Cuts:
-    """The spans of an analysis by what they are cut for, each counted once."""
-
-    def __init__(self, analysis: Analysis) -> None:
-        self._analysis = analysis
-        self._known: dict[tuple[float, int], Cut] = {}
-
-    def of(self, share: float, rank: int) -> Cut:
-        """The spans for a share of the samples and a number of directions."""
-        if (share, rank) not in self._known:
-            self._known[share, rank] = cut(self._analysis.problem, self._analysis.samples, share, rank)
-        return self._known[share, rank]
-
-
-METHOD = Method("sketched", factor, None, SketchedFactorization.answers, forecast=forecast)
+METHOD = Method("sketched", factor, None, SketchedFactorization.answers, forecast=forecast, watch=Watch)

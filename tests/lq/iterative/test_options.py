@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linop_hess.lq.iterative.options import DEFAULT_RANK, Asked, SketchOptions, sketch_options
+from linop_hess.lq.iterative.options import Asked, SketchOptions, sketch_options
 from tests.lq.sketches import analyses
 
 
@@ -34,10 +34,8 @@ def test_what_is_left_open():
     size = analysis.problem.size
     assert sketch_options(analysis).is_default and Asked(0.1).sketch.is_default
     full = SketchOptions().for_problem(analysis)
-    assert (full.rank, full.core, full.dtype) == (
-        min(DEFAULT_RANK, size),
-        30,
-        torch.float64 if DEFAULT_RANK >= size else torch.float32,
-    )
+    assert (full.rank, full.core, full.dtype) == (None, 30, torch.float32) and full.is_open
     assert SketchOptions(rank=5).for_problem(analysis).dtype == torch.float32
-    assert SketchOptions(tol=0.1).for_problem(analysis).rank == size
+    assert SketchOptions(rank=size).for_problem(analysis).dtype == torch.float64
+    assert not SketchOptions(tol=0.1).for_problem(analysis).is_open
+    assert Asked(0.1, 3, 1e-6).digits == pytest.approx(3 * 14.5087, rel=1e-4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from linop_hess.lq.iterative.options import SketchOptions
-from linop_hess.lq.iterative.sketch import Sketch, Sketches, why_no_sketch
+from linop_hess.lq.iterative.sketch import Sketches, why_no_sketch
 from linop_hess.lq.matrix.hessian import assembled
 from tests.lq.methods.conformance import setting
 from tests.lq.sketches import analyses
@@ -15,7 +15,7 @@ from tests.lq.sketches import analyses
 def test_pivot_blocks_and_the_lower_part(kind, which):
     analysis = analyses(kind)[which]
     layout = analysis.problem.layout
-    sketch = Sketch(analysis, SketchOptions(15, None, 30, torch.float64))
+    sketch = Sketches(analysis).of(SketchOptions(15, None, 30, torch.float64))
     order = torch.arange(analysis.problem.size) if layout.places is None else torch.from_numpy(layout.places)
     H = assembled(analysis)[order][:, order]
     edges = [int(layout.x_offsets[a]) for a, _ in sketch.cut.bounds] + [analysis.problem.size]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from linop_hess.lq.iterative.options import SketchOptions
-from linop_hess.lq.iterative.sketch import Sketch
+from linop_hess.lq.iterative.sketch import Sketches
 from linop_hess.lq.matrix.hessian import assembled
 from linop_hess.lq.methods.sketched import SketchedFactorization
 from linop_hess.lq.value.sample_low_rank import SampleLowRankValue
@@ -37,7 +37,7 @@ def test_couplings_and_pivots(kind, which):
     """S of the last two spans and E of the last, against blocks of H + εI in the order of the chain."""
     analysis = analyses(kind)[which]
     rank = analysis.problem.size
-    sketch = Sketch(analysis, SketchOptions(rank, None, 30, torch.float64))
+    sketch = Sketches(analysis).of(SketchOptions(rank, None, 30, torch.float64))
     layout = analysis.problem.layout
     order = torch.arange(rank) if layout.places is None else torch.from_numpy(layout.places)
     A = (assembled(analysis) + DAMPING * torch.eye(rank, dtype=torch.float64))[order][:, order]

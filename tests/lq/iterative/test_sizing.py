@@ -1,0 +1,100 @@
+"""How many directions a sketch has, against iterations that are made, and what it takes."""
+
+import pytest
+import torch
+
+from linop_hess.lq.iterative.gmres import gmres
+from linop_hess.lq.iterative.lanczos import Seen, Spectrum
+from linop_hess.lq.iterative.options import Asked, SketchOptions
+from linop_hess.lq.iterative.sizing import Enough, Left, Patience, Sizing, at_best, most_directions
+from linop_hess.lq.methods.sketched import SketchedFactorization, Watch
+from tests.lq.sketches import DAMPING, analyses, damped
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("damping", [0.5, -0.5])
+@pytest.mark.parametrize(("lowest", "highest"), [(-4.0, 9.0), (-0.4, 30.0), (-20.0, 20.0), (0.0, 0.0)])
+def test_gmres_takes_no_more_than_the_bound(lowest, highest, damping):
+    """Eigenvalues of H between these that leave those of H + εI at least |ε| away from zero."""
+    values = torch.linspace(lowest, highest, 400, dtype=F64) * (1 if damping > 0 else -1)
+    shifted = values + damping
+    shifted = shifted[shifted.abs() >= abs(damping)]
+    g = torch.randn(len(shifted), 1, generator=torch.Generator().manual_seed(0), dtype=F64)
+    made = gmres(lambda X: shifted[:, None] * X, lambda v: v, g, lambda _, of_g: 1e-6 * of_g, 400).iterations
+    left = Left.of(float(values.min()), float(values.max()), damping)
+    assert made <= left.iterations(Asked(damping, 1, 1e-6).digits) + 5  # looked at every five iterations
+
+
+def test_without_damping_no_number_is_enough():
+    analysis = analyses()[0]
+    asked, options = Asked(0.0, 1, 1e-6), SketchOptions().for_problem(analysis)
+    enough = Enough(analysis, asked, options, 16, 64)
+    assert [enough(Seen(have, 1.0, 1.0, -1.0, 1.0)) for have in (8, 16, 63, 64)] == [False, False, False, True]
+
+
+def test_more_directions_where_more_is_saved():
+    analysis = analyses()[0]
+    options = SketchOptions().for_problem(analysis)
+
+    def enough(size, count=1):
+        return Enough(analysis, Asked(1e-2, count, 1e-6), options)(Seen(64, size, size, -size, size))
+
+    told = [enough(size) for size in (1e9, 1e3, 1.0, 1e-3)]
+    assert told == sorted(told) and not told[0] and not (enough(1.0, 100) and not enough(1.0))
+    sizing = analysis.once(Sizing)
+    less, more = sizing.outlay(options, 16), sizing.outlay(options, 64)
+    assert less.flops < more.flops and less.nbytes < more.nbytes
+
+
+def test_by_a_quadrature():
+    analysis = analyses()[0]
+    options = SketchOptions().for_problem(analysis)
+    size = analysis.problem.size
+    nodes, weights = torch.tensor([-1e-3, 0.0, 1.0], dtype=F64), torch.tensor([0.4, 0.5, 0.1], dtype=F64)
+    found = Spectrum(nodes, weights, size)
+    assert found.size_of(1) == 1.0 and found.size_of(2 * size) == 0.0
+    assert 1e-3 <= found.size_of(size // 5) < found.size_of(size // 10) <= 1.0
+    seven = SketchOptions(rank=7).for_problem(analysis)
+    few, many = (at_best(analysis, Asked(damping, 1, 1e-6), seven, found, least=False)[1] for damping in (1.0, 1e-5))
+    assert 3 <= few < many
+    assert at_best(analysis, Asked(1.0), seven, found, least=True)[0] == 7
+    rank, made = at_best(analysis, Asked(1e-5, 1, 1e-6), options, found, least=False)
+    assert rank <= size and made < many
+
+
+def test_patience():
+    stalled, fast = Patience(20.0), Patience(20.0)
+    assert any(stalled.is_over(14.0) for _ in range(10)) and stalled.rate == 0.0
+    assert not any(fast.is_over(14.0 - j) for j in range(14)) and fast.rate == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_larger_sketch_goes_on_where_a_smaller_is_too_slow(which):
+    analysis = analyses()[which]
+    options = SketchOptions().for_problem(analysis)
+    enough = Enough(analysis, Asked(DAMPING), options, 16, 16)
+    factors = SketchedFactorization(analysis, DAMPING, SketchOptions(), Asked(DAMPING), enough)
+    assert factors.sketch.rank == 16
+    omega = factors.sketch.basis.directions
+    watch = Watch(factors, 1)
+    found = [watch.after(14.0) for _ in range(200)]
+    ranks = [f.sketch.rank for f in found]
+    assert found[0] is factors and ranks == sorted(ranks) and ranks[-1] == most_directions(analysis)
+    larger = next(f for f in found if f is not factors)
+    assert larger.sketch.rank >= 32 and torch.equal(larger.sketch.basis.directions[:, :16], omega)
+    A, g = damped(analysis), torch.ones(analysis.problem.size, 1, dtype=F64)
+    current = [factors]
+
+    def follow(left):
+        current[0] = larger if left < 10.0 else current[0]
+
+    made = gmres(lambda X: A @ X, lambda v: current[0].solve(v), g, lambda _, of_g: 1e-8 * of_g, 300, follow)
+    assert made.reached and current[0] is larger and float((A @ made.x - g).norm() / g.norm()) < 1.1e-8
+
+
+@pytest.mark.parametrize("options", [SketchOptions(rank=16), SketchOptions(tol=0.2)])
+def test_what_was_asked_for_is_kept(options):
+    factors = SketchedFactorization(analyses()[0], DAMPING, options)
+    watch = Watch(factors, 1)
+    assert all(watch.after(14.0) is factors for _ in range(200))
