@@ -13,6 +13,7 @@ from linop_hess import _memory
 from linop_hess._validate import whole
 from linop_hess.operators.convert import Arrays, require_arrays
 from linop_hess.operators.operator import Operator
+from linop_hess.processes import ALONE, Processes
 
 _BLOCK_BYTES = 2**26
 
@@ -70,16 +71,25 @@ def to_dense(op: Any, chunk: int | None = None, *, to: Arrays = "numpy") -> Any:
     else:
         chunk = whole(chunk, "chunk", least=1)
     chunk = min(chunk, max(columns, 1))
-    _memory.require(
-        rows * columns * dtype.itemsize + 2 * chunk * tallest, f"a dense {rows}×{columns} matrix of {dtype}"
-    )
-    out = np.empty((rows, columns), dtype=dtype)
+    what = f"a dense {rows}×{columns} matrix of {dtype}"
+    with _processes(op).together(what):  # else those that have the memory would wait for one that has not
+        _memory.require(rows * columns * dtype.itemsize + 2 * chunk * tallest, what)
+        out = np.empty((rows, columns), dtype=dtype)
     for start in range(0, columns, chunk):
         stop = min(start + chunk, columns)
         out[:, start:stop] = _columns(op, start, stop, dtype)
     if as_tensors:
         return torch.from_numpy(out).to(op.device if isinstance(op, Operator) else "cpu")
     return out
+
+
+def _processes(op: Any) -> Processes:
+    """The processes that multiply with an operator, or with one that it is made of, together."""
+    found = getattr(op, "processes", None) or getattr(getattr(op, "problem", None), "processes", None)
+    if isinstance(found, Processes):
+        return found
+    parts = (_processes(part) for part in getattr(op, "args", ()) if isinstance(part, LinearOperator))
+    return next((several for several in parts if several.are_several), ALONE)
 
 
 def _columns(op: LinearOperator, start: int, stop: int, dtype: np.dtype) -> np.ndarray:

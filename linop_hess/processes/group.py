@@ -14,7 +14,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from linop_hess.errors import FactorizationError, NotPositiveDefiniteError, ProcessError, UnsupportedModelError
+from linop_hess.errors import (
+    FactorizationError,
+    NotFiniteError,
+    NotPositiveDefiniteError,
+    ProcessError,
+    UnsupportedModelError,
+)
 from linop_hess.processes.fingerprint import fingerprint, sketch
 from linop_hess.processes.messages import Wire
 from linop_hess.processes.packed import summed_in_place
@@ -30,6 +36,7 @@ _ALIKE: dict[str, type[Exception]] = {
         OverflowError,
         MemoryError,
         UnsupportedModelError,
+        NotFiniteError,
         FactorizationError,
         NotPositiveDefiniteError,
     )

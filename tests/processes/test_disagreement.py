@@ -13,9 +13,10 @@ from torch.distributed import device_mesh, fsdp
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import linop_hess as lh
+from linop_hess import _memory
 from linop_hess.autograd import GaussNewton, Hessian
-from linop_hess.errors import ProcessError, UnsupportedModelError
-from linop_hess.operators import to_dense
+from linop_hess.errors import NotFiniteError, ProcessError, UnsupportedModelError
+from linop_hess.operators import Identity, to_dense
 from tests.autograd.settings import CE_MEAN
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 from tests.processes.pool import GROUPS, Failed, Last, Pool
@@ -184,6 +185,50 @@ def test_an_error_within_a_product_is_one_in_all(pool):
     assert [bool(text) for text in first] == [bool(text) for text in second] and first[-1] and not first[0]
     assert first[-1].startswith("process 1 of 2 failed in Hessian @ 1 columns: expected the 2 batches")
     assert second[-1].startswith("expected the 2 batches")
+
+
+def not_finite(rank, group):
+    model, (x, y) = make_mlp([4, 5, 3]), make_batch(4, 3, 6, seed=rank)
+    inputs = x * np.nan if rank == 1 else x
+    raised = []
+    for make in (Hessian, lh.linearize):
+        try:
+            make(model, CE_MEAN, [(inputs, y)], group=group)
+        except Exception as error:
+            raised.append(type(error))
+    still_works(group)
+    return raised
+
+
+def test_numbers_that_are_not_finite_are_the_same_error_in_all(pool):
+    first, second = pool.results(not_finite, size=2)
+    assert first == second == [NotFiniteError] * 2
+
+
+def short_of_memory(rank, group):
+    model, (x, y) = make_mlp([4, 5, 3]), make_batch(4, 3, 6, seed=rank)
+    operators = [Hessian(model, CE_MEAN, (x, y), group=group), lh.linearize(model, CE_MEAN, [(x, y)], group=group).H]
+    operators += [
+        2.0 * operators[0] + Identity(operators[0].shape[0]),
+        operators[1].damped(0.1),
+        operators[0].T @ operators[0],
+    ]
+    told = []
+    for op in operators:
+        with pytest.MonkeyPatch.context() as patched:
+            if rank == 1:
+                patched.setattr(_memory, "available_bytes", lambda: 1000)
+            try:
+                to_dense(op)
+            except Exception as error:
+                told.append((type(error), "process 1 of 2 failed" in str(error)))
+    still_works(group)
+    return told
+
+
+def test_a_process_without_memory_for_a_dense_matrix_is_an_error_in_all(pool):
+    first, second = pool.results(short_of_memory, size=2)
+    assert first == [(MemoryError, True)] * 5 and second == [(MemoryError, False)] * 5
 
 
 class Odd(Exception):

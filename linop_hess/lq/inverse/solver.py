@@ -1,13 +1,13 @@
-"""Certified solves of (H + εI)x = g: refine, measure the backward error, escalate, or raise.
+"""Certified solves of (H + εI)x = g: refine, measure the backward error by products that do not use the factors, escalate, or raise.
 
-The residual is computed with a product that does not use the factors. A solve that does not reach its tolerance tries
-more robust factorizations in turn; if none reaches it, `FactorizationError` is raised, never a wrong answer returned.
+A solve that does not reach its tolerance tries more robust factorizations; if none does, `FactorizationError` is raised, no wrong answer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linop_hess._memory import require
+from linop_hess._memory import available_bytes, require
 from linop_hess._validate import finite_damping, true_or_false, whole
 from linop_hess.errors import FactorizationError, SingularPivotError
 from linop_hess.lq.accuracy import (
@@ -133,6 +133,8 @@ class Solver:
         self._factorization: Factorization | None = None
         self._judge: StructuredSolver | None = None
         self._columns = 0
+        # Threads that solve at once would each climb to the next factors, past each other.
+        self._lock = threading.RLock()
         chosen = self.plan.choice if method == "auto" else method
         asked = Asked(self.damping.real, self.right_hand_sides, self.tolerance, sketch or SketchOptions())
         rungs = ladder(self.plan, chosen, self.problem.dtype, precision, asked)
@@ -223,7 +225,10 @@ class Solver:
         OverflowError
             If the solution exceeds the range of the dtype.
         """
-        operand = checked(g, self.analysis.problem, self.is_complex)
+        with self._lock:
+            return self._solution(checked(g, self.analysis.problem, self.is_complex), tolerance)
+
+    def _solution(self, operand: Tensor, tolerance: float | None) -> Solution[Tensor]:
         if not operand.numel():
             return Solution(torch.zeros_like(operand), 0.0, 0.0, 0, self.method)
         columns, exponents = to_size_one(operand[:, None] if operand.ndim == 1 else operand)
@@ -243,11 +248,16 @@ class Solver:
         method = METHODS.get(self.method)
         if method is None or method.single is None or self.problem.dtype != torch.float64 or self.precision == "double":
             return
-        if not self._ladder:  # single precision is all that was asked for
+        if not self._ladder or self._ladder[0][0] != self.method:  # single is all that was asked for, or can be had
             return
-        plan, name = self.plan.in_own_precision, self.method
-        if plan.fits(name) and further_columns(self.analysis, self._columns) > plan.costs[name].seconds:
-            self._climb()
+        cost, processes, made = self.plan.own_costs[self.method], self.problem.processes, None
+        is_due = further_columns(self.analysis, self._columns) > cost.seconds
+        if not (is_due and processes.all_of(cost.nbytes <= available_bytes())):
+            return
+        with contextlib.suppress(SingularPivotError, MemoryError):  # those that there are solve all the same
+            made = self._ladder.pop(0)[1](self.change.analysis, self.change.damping)
+        if processes.all_of(made is not None):
+            self._factorization = made
 
     def _solved(self, g: Tensor, tolerance: float) -> Found:
         """A solution of this backward error for columns of size one, by the first method that reaches it."""
@@ -260,9 +270,9 @@ class Solver:
                 steps = 0
             if error <= tolerance:
                 return Found(x, error, residuals, steps, self.method, iterations=iterations)
-            if not self._ladder and not self.is_exact:
-                raise not_converged(self.method, self.damping, tolerance, error, residuals / norms(g), iterations)
             if not self._ladder:
+                if not self.is_exact:
+                    raise not_converged(self.method, self.damping, tolerance, error, residuals / norms(g), iterations)
                 self._fail(
                     f"could not be solved to a backward error of {tolerance:.0e}; the best was "
                     f"{error:.1e} by method {self.method!r}",
@@ -319,13 +329,17 @@ class Solver:
         few = g.shape[1] == 1 or g.shape[1] <= self._columns_refined
         polish = few and tolerance <= default_tolerance(g.real.dtype) and self.max_refinements > 0
         # What is refined in any case need not be judged before: ‖H + εI‖, most of a solve, may not be needed then.
-        error, residuals, r = self._measured(g, x, math.inf if polish else tolerance)
+        error, residuals, r = self._measured(g, x, tolerance, is_judged=not polish)
         steps, polish = 0, polish and error > 0.0
         while (polish or not error <= tolerance) and steps < self.max_refinements and math.isfinite(error):
             polish = False
             candidate, by_norm = x + self._by_factors(r).to(g.dtype), self._certificate.is_settled
+            by_trusted = not self._certificate.lost_trust
             new_error, new_residuals, new_r = self._measured(g, candidate, tolerance)
             steps += 1
+            if by_trusted and self._certificate.lost_trust:  # x was measured by another matrix
+                x, error, residuals, r = candidate, new_error, new_residuals, new_r
+                continue
             if self._certificate.is_settled and not by_norm:
                 error = self._measured(g, x, tolerance)[0]  # by the same norm
             if not new_error < error:
@@ -361,8 +375,8 @@ class Solver:
     def _by_factors(self, g: Tensor) -> Tensor:
         return self.change.solve(self.factorization, g).to(g.dtype)
 
-    def _measured(self, g: Tensor, x: Tensor, tolerance: float) -> tuple[float, Tensor, Tensor]:
-        return self._certificate.measured(g, x, self.factorization, tolerance)
+    def _measured(self, g: Tensor, x: Tensor, tolerance: float, **how: bool) -> tuple[float, Tensor, Tensor]:
+        return self._certificate.measured(g, x, self.factorization, tolerance, **how)
 
     @property
     def _columns_refined(self) -> float:

@@ -232,7 +232,7 @@ def _spanned(w: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(w)
     if w.shape[1] == 1:
         return (Q, R) if float(R.abs()) > SKETCH_SPANNED[w.dtype] * float(sizes) else (Q[:, :0], R[:0])
-    U, sigma, Vt = torch.linalg.svd(R)
+    U, sigma, Vt = torch.linalg.svd(R, full_matrices=False)
     kept = sigma > SKETCH_SPANNED[w.dtype] * sizes.max()
     return Q @ U[:, kept], sigma[kept, None] * Vt[kept]
 

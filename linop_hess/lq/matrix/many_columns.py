@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from linop_hess._memory import available_on
+from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.convergence import product_seconds
 from linop_hess.lq.matrix.hessian import counted, kept
@@ -40,24 +41,46 @@ class ManyColumns:
     def __init__(self, analysis: Analysis) -> None:
         self._analysis, self._spent, self.is_trusted = analysis, 0.0, True
         problem = analysis.problem
-        # All processes must choose alike: by the memory of the one that has least, and the time of the first.
-        available = -problem.processes.largest(-float(available_on(problem.device)))
-        fits = problem.dtype == torch.float64 and 8.0 * problem.size**2 <= _SHARE * available
-        self._price = problem.processes.from_first(_forming_seconds(analysis)) if fits else math.inf
-
-    def takes_matrix(self, columns: int) -> bool:
-        """Whether so many columns are multiplied by the matrix."""
-        if columns < _FEW or not self.is_trusted or not math.isfinite(self._price):
-            return False
-        return self._analysis.has(kept) or self._spent > self._price
+        # All processes must choose alike: by the time of the first.
+        price = _forming_seconds(analysis) if problem.dtype == torch.float64 else math.inf
+        self._price = problem.processes.from_first(price)
 
     def product(self, x: Tensor, damping: float) -> Tensor:
         """(H + εI) x for x of shape (N, k)."""
-        if self.takes_matrix(x.shape[1]):
-            return (self._analysis.once(kept) @ x).add_(x, alpha=damping)
+        return self.product_and_way(x, damping)[0]
+
+    def product_and_way(self, x: Tensor, damping: float) -> tuple[Tensor, bool]:
+        """The same, and whether it was the matrix that multiplied."""
+        if x.shape[1] >= _FEW and (H := self._matrix()) is not None:
+            return (H @ x).add_(x, alpha=damping), True
         if x.shape[1] >= _FEW:
             self._spent += product_seconds(self._analysis, columns=x.shape[1])
-        return self._analysis.problem.hessian_product(x, damping)
+        return self._analysis.problem.hessian_product(x, damping), False
+
+    def _matrix(self) -> Tensor | None:
+        """H as a dense matrix where that is to multiply."""
+        if not self.is_trusted or not math.isfinite(self._price):
+            return None
+        if not self._analysis.has(kept):
+            if self._spent <= self._price:
+                return None
+            if not self._fits():
+                self._price = math.inf
+                return None
+        try:
+            return self._analysis.once(kept)
+        except (
+            ArithmeticError,
+            SingularPivotError,
+        ):  # a defect of its assembly, or entries beyond the range: stages go on
+            self.is_trusted = False
+            return None
+
+    def _fits(self) -> bool:
+        """Whether the matrix, and what forming it takes, is no more than a share of the memory that each process has now."""
+        problem = self._analysis.problem
+        needed = max(8.0 * problem.size**2, self._analysis.once(counted).nbytes)
+        return problem.processes.all_of(needed <= _SHARE * available_on(problem.device))
 
 
 def _forming_seconds(analysis: Analysis) -> float:

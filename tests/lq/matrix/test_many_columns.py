@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,12 @@ from torch import nn
 
 import linop_hess as lh
 from linop_hess import lq
+from linop_hess.errors import SingularPivotError
 from linop_hess.lq.matrix import hessian, many_columns
 from linop_hess.lq.matrix.many_columns import ManyColumns
 from linop_hess.lq.methods import plan
 from linop_hess.lq.methods.base import Cost
+from tests.autograd.test_threads import at_once
 from tests.helpers import make_batch, make_mlp, oracle_hessian
 
 CE = nn.CrossEntropyLoss()
@@ -98,7 +102,7 @@ def test_no_matrix_is_formed_where_memory_is_short_or_numbers_are_float32(networ
         X = columns(network, 9).to(analysis.problem.dtype)
         for _ in range(2):
             products.product(X, DAMPING)
-        assert not products.takes_matrix(9) and not analysis.has(hessian.kept)
+        assert not products.product_and_way(X, DAMPING)[1] and not analysis.has(hessian.kept)
 
 
 def test_factors_follow_in_double_once_single_has_cost_as_much(network, monkeypatch):
@@ -121,3 +125,54 @@ def test_the_plan_takes_double_for_many_right_hand_sides(network, monkeypatch):
     monkeypatch.setattr(plan, "further_columns", lambda analysis, columns: 0.1 * own.seconds * (columns - 1))
     assert plan.make_plan(analysis, DAMPING, right_hand_sides=4).costs["dense"].precision == "single"
     assert plan.make_plan(analysis, DAMPING, right_hand_sides=8).costs["dense"].precision == ""
+
+
+def single_until(columns, analysis, monkeypatch):
+    """A solver with factors in single precision, which those in double follow after so many columns."""
+    half_the_time_in_single(analysis, monkeypatch)
+    monkeypatch.setattr(plan, "further_columns", lambda analysis, columns: 0.0)
+    solver = lq.Solver(analysis, DAMPING, "dense", precision="auto")
+    monkeypatch.setattr(lq.inverse.solver, "further_columns", lambda analysis, k: 1e9 if k > columns else 0.0)
+    assert solver.precision == "single"
+    return solver
+
+
+def test_threads_that_solve_at_once_take_the_same_factors(network, monkeypatch):
+    H, g = network[2], columns(network, 10)
+    solver = single_until(5, analysis_of(network), monkeypatch)
+    for solution in at_once([lambda: solver.solve(g)] * 4):
+        assert solution.method == "dense"
+        assert errors(H, DAMPING, solution.x.numpy(), g.numpy()).max() <= 1e-14
+    assert solver.method == "dense" and solver.precision == "double"
+
+
+@pytest.mark.parametrize("error", [SingularPivotError(), MemoryError()])
+def test_factors_in_single_stay_where_none_in_double_can_follow(network, monkeypatch, error):
+    def fails(analysis, damping):
+        raise error
+
+    H, g = network[2], columns(network, 10)
+    monkeypatch.setitem(plan.METHODS, "dense", replace(plan.METHODS["dense"], factor=fails))
+    solver = single_until(5, analysis_of(network), monkeypatch)
+    for _ in range(2):
+        assert errors(H, DAMPING, solver.solve(g).x.numpy(), g.numpy()).max() <= 1e-14
+        assert solver.method == "dense" and solver.precision == "single"
+
+
+def test_more_columns_than_parameters(network):
+    analysis, H = analysis_of(network), network[2]
+    solver = lq.Solver(analysis, DAMPING, "dense", precision="single")
+    for k in (len(H), len(H) + 1, 2 * len(H) + 3):
+        g = columns(network, k)
+        assert errors(H, DAMPING, solver.solve(g).x.numpy(), g.numpy()).max() <= 1e-14
+
+
+def test_memory_is_asked_for_when_it_is_needed(network, monkeypatch):
+    analysis, X = analysis_of(network), columns(network, 50)
+    monkeypatch.setattr(many_columns, "_forming_seconds", lambda analysis: 2.5)
+    monkeypatch.setattr(many_columns, "product_seconds", lambda analysis, columns: columns / 50)
+    products = analysis.once(ManyColumns)
+    monkeypatch.setattr(many_columns, "available_on", lambda device: 31 * X.shape[0] ** 2)
+    for _ in range(5):
+        products.product(X, DAMPING)
+    assert not analysis.has(hessian.kept)
