@@ -281,3 +281,64 @@ def test_memory_is_asked_for_before_anything_is_allocated(data, monkeypatch):
     monkeypatch.setattr("linop_hess.lq.methods.plan.available_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match='method "dense" for 113 parameters needs about .*or model$'):
         lin.inverse(0.1)
+
+
+class Nested(nn.Module):
+    """A model of two inputs in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.u, self.v = nn.Linear(4, 3).double(), nn.Linear(2, 3).double()
+
+    def forward(self, inputs):
+        return (self.u(inputs["u"]) + self.v(inputs["v"])).tanh()
+
+
+def _other_batches():
+    x, y, t = torch.randn(6, 4).double(), torch.arange(6) % 3, torch.randn(6, 3).double()
+    plain, nested, sums = nn.Linear(4, 3).double(), Nested(), nn.MSELoss(reduction="sum")
+    both = {"u": x, "v": torch.randn(6, 2).double()}
+    ce = nn.CrossEntropyLoss()
+    return {
+        "width": (
+            plain,
+            ce,
+            (x, y),
+            (x[:, :3], y),
+            ValueError,
+            r"shape \(6, 3\) beside the first one's \(6, 4\) in the inputs of batch 2",
+        ),
+        "dimensions": (plain, ce, (x, y), (x[0], y[:1]), ValueError, "shape"),
+        "dtype": (
+            plain,
+            ce,
+            (x, y),
+            (x.float(), y),
+            TypeError,
+            "torch.float32 in place of the first one's torch.float64",
+        ),
+        "array": (plain, ce, (x, y), (x.numpy(), y), TypeError, "ndarray in place of the first one's torch.float64"),
+        "device": (plain, ce, (x, y), (x.to("meta"), y), ValueError, "on meta in place of the first one's on cpu"),
+        "targets' dtype": (plain, ce, (x, y), (x, y.int()), TypeError, "torch.int32 in place of .* in the targets"),
+        "targets' width": (plain, sums, (x, t), (x, t[:, :2]), ValueError, "in the targets of batch 2"),
+        "targets' number": (plain, ce, (x, y), (x, y[:4]), ValueError, r"first dimensions \[4, 6\]"),
+        "nested width": (nested, ce, (both, y), ({"u": x, "v": x}, y), ValueError, "in the inputs of batch 2"),
+        "nested dtype": (nested, ce, (both, y), ({"u": x, "v": x[:, :2].float()}, y), TypeError, "torch.float32"),
+        "names": (nested, ce, (both, y), ({"u": x}, y), ValueError, "another nesting"),
+        "no dict": (nested, ce, (both, y), (x, y), ValueError, "another nesting"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Using a")
+@pytest.mark.parametrize("make", [lh.linearize, lh.Hessian, lh.GaussNewton])
+@pytest.mark.parametrize("what", list(_other_batches()))
+def test_a_later_batch_of_another_form_is_told(make, what):
+    model, loss_fn, first, other, kind, words = _other_batches()[what]
+    with pytest.raises(kind, match=words):
+        make(model, loss_fn, [first, other])
+
+
+def test_batches_of_other_forms_are_taken_where_the_model_takes_them():
+    model = nn.Sequential(nn.AdaptiveAvgPool1d(4), nn.Linear(4, 3)).double()
+    images, y = [torch.randn(6, size).double() for size in (8, 12)], torch.arange(6) % 3
+    assert lh.linearize(model, nn.CrossEntropyLoss(), [(x, y) for x in images]).batches == 2

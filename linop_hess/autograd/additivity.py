@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from linop_hess.autograd.batches import Batches, are_ignored, sample_count
 from linop_hess.autograd.calling import as_data
 from linop_hess.autograd.differentiate import differentiate
+from linop_hess.errors import NotFiniteError, ProcessError, UnsupportedModelError
 from linop_hess.processes import Processes
 
 Loss = Callable[[Any, Any], Tensor]
@@ -306,3 +308,67 @@ def _cut(nest: Any, count: int, at: slice) -> Any:
     return pytree.tree_map(
         lambda leaf: leaf[at] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count else leaf, nest
     )
+
+
+@contextmanager
+def differences_told(first: Any, inputs: Any, targets: Any, number: int) -> Iterator[None]:
+    """Tell, in place of torch's message, how a batch differs from the first one where model or loss failed with it.
+
+    Batches may differ, in sizes of images or lengths of texts, where model and loss take them. `first` is the `form` of the first.
+
+    Raises
+    ------
+    TypeError
+        If a computation failed and tensors are of another dtype or class.
+    ValueError
+        If it failed and they are nested, placed or shaped in another way.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        is_told = isinstance(error, UnsupportedModelError | NotFiniteError | ProcessError)
+        found = None if is_told else _difference(first, form(inputs, targets))
+        if found is None:
+            raise
+        kind, what = found
+        raise kind(
+            f"expected batches that model and loss take, got {what} of batch {number}, with which they failed "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): give all batches the same form"
+        ) from error
+
+
+def form(inputs: Any, targets: Any) -> list[tuple[Any, list[tuple[str, str, tuple[int, ...]]]]]:
+    """The nesting of inputs and of targets, and of each leaf class or dtype, device, and shape; it holds no data."""
+    found = []
+    for value in (inputs, targets):
+        leaves, spec = pytree.tree_flatten(value)
+        kinds = [str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
+        places = [str(getattr(leaf, "device", "")) for leaf in leaves]
+        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+        found.append((spec, list(zip(kinds, places, shapes, strict=True))))
+    return found
+
+
+def _difference(first: Any, batch: Any) -> tuple[type[Exception], str] | None:
+    """How the form of a batch differs from that of the first one, apart from its number of samples."""
+    for what, (one, leaves), (other, others) in zip(("inputs", "targets"), first, batch, strict=True):
+        if one != other:
+            return ValueError, f"another nesting than the first one's in the {what}"
+        for (kind, place, shape), (other_kind, other_place, other_shape) in zip(leaves, others, strict=True):
+            if kind != other_kind:
+                return TypeError, f"{other_kind} in place of the first one's {kind} in the {what}"
+            if place != other_place:
+                return ValueError, f"a tensor on {other_place} in place of the first one's on {place} in the {what}"
+            if shape[1:] != other_shape[1:] or len(shape) != len(other_shape):
+                return ValueError, f"shape {other_shape} beside the first one's {shape} in the {what}"
+    counts, other_counts = _counts(first), _counts(batch)
+    if len(counts) == 1 < len(other_counts):
+        return (
+            ValueError,
+            f"first dimensions {sorted(other_counts)}, of which the first one has one, in inputs and targets",
+        )
+    return None
+
+
+def _counts(form_of_batch: Any) -> set[int]:
+    return {shape[0] for _, leaves in form_of_batch for _, _, shape in leaves if shape}

@@ -255,7 +255,7 @@ def checksum(batch: Any) -> int:
     found = 1
     for leaf in pytree.tree_leaves(batch):
         data: Any = repr(leaf).encode() if isinstance(leaf, bool | int | float | complex | str) else b""
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_meta:
             flat = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
             data = flat.view(torch.uint8).numpy()
         elif isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.hasobject:

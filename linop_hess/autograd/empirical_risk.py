@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linop_hess._validate import Nonsmooth, Reduction, checked_loss, require_loss_fn, true_or_false
-from linop_hess.autograd.additivity import Additivity, Part
+from linop_hess.autograd.additivity import Additivity, Part, differences_told, form
 from linop_hess.autograd.backward_graph import (
     Inside,
     coarsest_eps,
@@ -331,10 +331,11 @@ class RiskCurvature(NamedOperator, MovedByRounding):
 
     def _own_evaluation(self, first: bool, additivity: Additivity | None) -> Tensor:
         """What this process's samples add: loss, norms, whether it depends on the parameters, gradient; in one tensor."""
-        total, scale, used = 0.0, 0.0, False
+        first_form, number, total, scale, used = None, 0, 0.0, 0.0, False
         gradient = torch.zeros(self.shape[0], dtype=self.torch_dtype, device=self.device)
         for inputs, targets, weight in self.batches.tracked("loss and gradient"):
-            with self._differentiable():
+            first_form, number = first_form or form(inputs, targets), number + 1
+            with differences_told(first_form, inputs, targets, number), self._differentiable():
                 inputs, targets = as_data((inputs, targets), self.device)
                 output, loss = self._seen(inputs, targets)
                 if first:
