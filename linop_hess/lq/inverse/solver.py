@@ -1,7 +1,4 @@
-"""Certified solves of (H + εI)x = g: refine, measure the backward error by products that do not use the factors, escalate, or raise.
-
-A solve that does not reach its tolerance tries more robust factorizations; if none does, `FactorizationError` is raised, no wrong answer.
-"""
+"""Certified solves of (H + εI)x = g: refine, measure the backward error without the factors, try more robust ones, or raise."""
 
 from __future__ import annotations
 
@@ -380,24 +377,19 @@ class Solver:
 
     @property
     def _columns_refined(self) -> float:
-        """Up to so many columns are refined once whatever their error, which costs a fourth of the factorization's flops; one always is.
-
-        Backward errors below the tolerance leave residuals of so many digits fewer as H + εI is ill-conditioned.
-        """
+        """Up to so many columns are refined once whatever their error, for a fourth of the factorization's flops; one always is."""
         entries = self.nbytes / self.problem.dtype.itemsize
         return self.plan.costs[self.method].flops / (_REFINEMENT_FLOPS * max(entries, 1.0))
 
     def _fail(self, what: str, stage: int | None) -> None:
         where = None if stage is None else self.problem.name(stage)
         analysis, damping, tolerance = self.analysis, self.damping, self.tolerance
-        factor = METHODS[self.plan.choice].factor
+        suggest = partial(damping_that_works, analysis, damping, METHODS[self.plan.choice].factor, tolerance)
         raise FactorizationError(
             f"H + damping·I with damping={damping:g} {what}" + (f" (met at stage {where})" if where else ""),
             damping=damping,
             stage=where,
-            suggested_damping=partial(damping_that_works, analysis, damping, factor, tolerance)
-            if self.escalate
-            else None,
+            suggested_damping=suggest if self.escalate else None,
         )
 
 
