@@ -50,7 +50,7 @@ def spectrum_of(analysis: Analysis) -> Spectrum:
     return analysis.once(_probing).after(PROBES)
 
 
-def least_iterations(analysis: Analysis, damping: float, tolerance: float, directions: int, most: float) -> float:
+def least_iterations(analysis: Analysis, damping: float, tolerance: float, most: float) -> float:
     """Return more than `most` where the first products of the Lanczos run tell that more iterations are to be expected; else `LEAST`.
 
     A small damping leaves so many eigenvalues beyond it that some products show it; then the others, and what they cost, are saved.
@@ -58,7 +58,7 @@ def least_iterations(analysis: Analysis, damping: float, tolerance: float, direc
     Parameters
     ----------
     analysis : Analysis
-    damping, tolerance, directions
+    damping, tolerance
         As of `expected_iterations`.
     most : float
         Iterations from which on the choice is another one, however many there are.
@@ -66,7 +66,7 @@ def least_iterations(analysis: Analysis, damping: float, tolerance: float, direc
     if not math.isfinite(most) or not damping or analysis.has(spectrum_of):
         return float(LEAST)
     for found, is_least in looks(analysis):
-        least = by_count(found.least_beyond, abs(damping), tolerance, directions) if is_least else 0.0
+        least = by_count(found.least_beyond, abs(damping), tolerance) if is_least else 0.0
         if least > most:
             return least
     return float(LEAST)
@@ -79,13 +79,13 @@ def looks(analysis: Analysis) -> Iterator[tuple[Spectrum, bool]]:
     yield analysis.once(spectrum_of), False
 
 
-def by_count(beyond: Callable[[float], float], size: float, tolerance: float, directions: int) -> float:
+def by_count(beyond: Callable[[float], float], size: float, tolerance: float, directions: int = 0) -> float:
     """Return the least k(c) for a count of eigenvalues by radius, less so many directions."""
     digits = math.log(1.0 / tolerance)
     return min(max(0.0, beyond(c * size) - directions) + digits / math.log(1.0 / c) for c in _RADII)
 
 
-def expected_iterations(analysis: Analysis, damping: float, tolerance: float, directions: int = 0) -> float:
+def expected_iterations(analysis: Analysis, damping: float, tolerance: float) -> float:
     """Return about how many iterations GMRES takes at most, to a residual of that part of the right-hand side.
 
     Parameters
@@ -93,17 +93,15 @@ def expected_iterations(analysis: Analysis, damping: float, tolerance: float, di
     analysis : Analysis
     damping : float
     tolerance : float
-    directions : int
-        Eigenvalues, the largest, that a preconditioner takes care of.
     """
     N = analysis.problem.size
     found, size = analysis.once(spectrum_of), abs(damping)
     if not size or not found.nodes.numel():
         return float(N)
     digits = math.log(1.0 / tolerance)
-    least = by_count(found.count_beyond, size, tolerance, directions)
+    least = by_count(found.count_beyond, size, tolerance)
     lowest, highest = float(found.nodes.min()) + damping, float(found.nodes.max()) + damping
-    if lowest > 0.0 and not directions:
+    if lowest > 0.0:
         least = min(least, 0.5 * math.sqrt(highest / lowest) * (digits + math.log(2.0)))
     return min(float(N), max(float(LEAST), least))
 

@@ -56,7 +56,7 @@ def forecast(analysis: Analysis, asked: Asked, worth: float) -> Cost:
     if (PROBES + least) * each >= worth:
         return Cost(least * flops, nbytes, (PROBES + least) * each, at_least=True)
     most = worth / (asked.right_hand_sides * each)
-    told = asked.right_hand_sides * least_iterations(analysis, asked.damping, asked.tolerance, 0, most)
+    told = asked.right_hand_sides * least_iterations(analysis, asked.damping, asked.tolerance, most)
     if told * each > worth:
         return Cost(told * flops, nbytes, told * each, at_least=True)
     iterations = expected_iterations(analysis, asked.damping, asked.tolerance)
