@@ -109,11 +109,14 @@ class BlockLanczos:
                 self._multiply()
 
     def _step(self, most: int) -> None:
-        """Add the next block, cut off at so many directions."""
+        """Add the next block, a whole one however few are asked for: who asks for more later goes on with the same run.
+
+        Memory is for `most` directions.
+        """
         if self._following is None:
             self._multiply()
         assert self._following is not None
-        Q, room = self._Q[:, : self._have], min(self._width, most - self._have)
+        Q, room = self._Q[:, : self._have], min(self._width, self._like.numel() - self._have)
         new = _against(Q, self._following)
         if new.shape[1] < room:  # H has no more to show: the rest is as good as any
             more = _against(torch.cat([Q, new], 1), self._fresh(room - new.shape[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -210,15 +211,20 @@ class Sketch:
 
 
 class Sketches:
-    """The sketches of an analysis, the last one kept."""
+    """The sketches of an analysis, the last one kept; threads take turns, as all inverses of an analysis go on with one run."""
 
     def __init__(self, analysis: Analysis) -> None:
         self._analysis = analysis
         self._start: Start | None = None
         self._last: Sketch | None = None
+        self._lock = threading.Lock()
 
     def of(self, options: SketchOptions, enough: Callable[[Seen], bool] | None = None) -> Sketch:
         """The sketch of these options, of as many directions as are enough where that is open."""
+        with self._lock:
+            return self._of(options, enough)
+
+    def _of(self, options: SketchOptions, enough: Callable[[Seen], bool] | None) -> Sketch:
         if self._start is None or self._start.key != Start.key_of(self._analysis, options):
             self._start = Start(self._analysis, options)
         basis = self._start.basis(options, enough)

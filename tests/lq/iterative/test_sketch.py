@@ -1,8 +1,11 @@
 """What a sketch has before a damping is known, against the dense Hessian."""
 
+import threading
+
 import pytest
 import torch
 
+from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.options import SketchOptions
 from linop_hess.lq.iterative.sketch import Sketches, why_no_sketch
 from linop_hess.lq.matrix.hessian import assembled
@@ -33,6 +36,40 @@ def test_the_last_one_is_kept():
     sketches = Sketches(analysis)
     assert sketches.of(options) is sketches.of(options) and sketches.of(options).nbytes > 0
     assert sketches.of(SketchOptions(6, None, 30, torch.float32)).rank == 6
+
+
+@pytest.mark.parametrize(
+    ("before", "options"), [(60, SketchOptions(rank=64)), (13, SketchOptions(rank=16)), (60, SketchOptions())]
+)
+def test_directions_are_the_same_whatever_was_asked_before(before, options):
+    """A rank that is no multiple of a block leaves the run as long as its blocks are."""
+    problem = analyses()[0].problem
+    fresh, used = Sketches(Analysis(problem)), Sketches(Analysis(problem))
+    enough = lambda seen: seen.have >= 64  # noqa: E731
+    options = options.for_problem(Analysis(problem))
+    assert used.of(SketchOptions(rank=before).for_problem(Analysis(problem))).rank == before
+    found, expected = (sketches.of(options, enough).basis for sketches in (used, fresh))
+    assert torch.equal(found.directions, expected.directions) and found.seen == expected.seen
+
+
+def test_threads_take_turns():
+    """Inverses of one linearization share the run of block Lanczos."""
+    problem, ranks = analyses()[0].problem, [16, 32, 48, 64, 80, 24, 40, 56]
+    options = SketchOptions().for_problem(Analysis(problem))
+    expected = Sketches(Analysis(problem)).of(options, lambda seen: seen.have >= 80).basis.directions
+    shared, gate, found = Sketches(Analysis(problem)), threading.Barrier(len(ranks)), {}
+
+    def ask(rank):
+        gate.wait()
+        found[rank] = shared.of(options, lambda seen: seen.have >= rank).basis.directions
+
+    threads = [threading.Thread(target=ask, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == sorted(ranks)
+    assert all(torch.equal(found[rank], expected[:, :rank]) for rank in ranks)
 
 
 def test_why_not():
