@@ -358,14 +358,13 @@ class Solver:
             if watch is not None:
                 self._factorization = watch.after(left)
 
-        found = gmres(
-            product, self._by_factors, g, lambda of_x, of_g: tolerance * (bound * of_x + of_g), MOST_ITERATIONS, follow
-        )
+        how = MOST_ITERATIONS, follow, None if watch is None else watch.begin
+        found = gmres(product, self._by_factors, g, lambda of_x, of_g: tolerance * (bound * of_x + of_g), *how)
         error, residuals, _ = self._measured(g, found.x, tolerance)
         return found.x, error, residuals, found.iterations
 
     def approximate(self, g: Tensor) -> Tensor:
-        """The factors alone, a fixed and symmetric operator: of "sketched" M⁻¹ g, for g of shape (N, k)."""
+        """The factors in use alone, a symmetric operator: of "sketched" M⁻¹ g, for g of shape (N, k)."""
         columns, exponents = to_size_one(g)
         return times_power_of_two(self._by_factors(columns), exponents)
 

@@ -64,6 +64,7 @@ def gmres(
     allowed: Callable[[Tensor, Tensor], Tensor],
     most: int,
     follow: Callable[[float], None] = lambda left: None,
+    begin: Callable[[int], None] | None = None,
 ) -> Iterated:
     """Solve until the residual of every column is as small as its solution allows.
 
@@ -80,12 +81,18 @@ def gmres(
         Iterations after which it gives up.
     follow : callable
         Told after each iteration the logarithm of what the residual is to be reduced by still; it may change what `precondition` does.
+    begin : callable, optional
+        Told before the first iteration of each block how many columns it has: what `follow` is told next is of these.
 
     Returns
     -------
     Iterated
     """
-    blocks = [_of_block(product, precondition, part, allowed, most, follow) for part in g.split(_COLUMNS, 1)]
+    blocks = []
+    for part in g.split(_COLUMNS, 1):
+        if begin is not None:
+            begin(part.shape[1])
+        blocks.append(_of_block(product, precondition, part, allowed, most, follow))
     x = torch.cat([block.x for block in blocks], 1)
     return Iterated(x, max(block.iterations for block in blocks), all(block.reached for block in blocks))
 

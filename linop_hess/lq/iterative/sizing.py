@@ -176,11 +176,18 @@ def at_best(
     found : Spectrum
     least : bool
         Whether eigenvalues are counted from below.
+
+    Returns
+    -------
+    rank : int
+    iterations : float
+        At most N for each right-hand side, which is all that is told without damping.
     """
     sizing, size = analysis.once(Sizing), analysis.problem.size
     _, each = sizing.iteration(options)
     ranks = [options.rank] if options.rank is not None else _ranks(size)
-    told = [max(float(LEAST), _expected(found, rank, asked, least=least)) * asked.right_hand_sides for rank in ranks]
+    expected = [min(float(size), _expected(found, rank, asked, least=least)) for rank in ranks]
+    told = [max(float(LEAST), its) * asked.right_hand_sides for its in expected]
     best = int(
         np.argmin([sizing.outlay(options, rank).seconds + its * each for rank, its in zip(ranks, told, strict=True)])
     )

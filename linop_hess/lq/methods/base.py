@@ -251,6 +251,9 @@ Factor = Callable[..., Factorization]
 class Watching(Protocol):
     """What follows a solve by GMRES."""
 
+    def begin(self, columns: int) -> None:
+        """Be told that so many right-hand sides are iterated together from here on."""
+
     def after(self, left: float) -> Factorization:
         """Return the factors to go on with after an iteration, residuals being e^left times what they may be."""
 

@@ -8,6 +8,8 @@ symmetric approximation of it, with which GMRES on H + εI reaches any accuracy.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -146,6 +148,8 @@ class SketchedFactorization(Congruence):
         """Factors with more directions, as many as pay where an iteration reduces residuals by e^rate."""
         seen, most = self.sketch.basis.seen, most_directions(self.analysis)
         expected = 0.0 if seen is None else Left.of(seen.lowest, seen.highest, self._asked.damping).iterations(1.0)
+        if not math.isfinite(expected):  # without damping there is no bound to tell how many more pay
+            most = self._next
         times = 1.0 / max(rate * expected, 1.0 / LARGEST_FACTOR)
         enough = Enough(self.analysis, self._asked, self.options, self._next, most, times)
         return SketchedFactorization(self.analysis, self._asked.damping, self.options, self._asked, enough)
@@ -212,11 +216,17 @@ class Watch:
         self._factors, self._columns = factors, columns
         self._patience = factors.patience(columns)
 
+    def begin(self, columns: int) -> None:
+        """Look at other right-hand sides, so many, from their beginning."""
+        self._columns, self._patience = columns, self._factors.patience(columns)
+
     def after(self, left: float) -> SketchedFactorization:
         """Return what to go on with after an iteration, residuals being e^left times what they may be."""
         if self._patience is not None and self._patience.is_over(left):
-            self._factors = self._factors.larger(self._patience.rate)
-            self._patience = self._factors.patience(self._columns)
+            rate, self._patience = self._patience.rate, None
+            with contextlib.suppress(SingularPivotError, MemoryError):  # those that there are go on
+                self._factors = self._factors.larger(rate)
+                self._patience = self._factors.patience(self._columns)
         return self._factors
 
 

@@ -1,13 +1,18 @@
 """How many directions a sketch has, against iterations that are made, and what it takes."""
 
+import math
+
 import pytest
 import torch
 
+from linop_hess.errors import SingularPivotError
+from linop_hess.lq.iterative.convergence import spectrum_of
 from linop_hess.lq.iterative.gmres import gmres
 from linop_hess.lq.iterative.lanczos import Seen, Spectrum
 from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.iterative.sizing import Enough, Left, Patience, Sizing, at_best, most_directions
-from linop_hess.lq.methods.sketched import SketchedFactorization, Watch
+from linop_hess.lq.methods.plan import make_plan
+from linop_hess.lq.methods.sketched import SketchedFactorization, Watch, forecast
 from tests.lq.sketches import DAMPING, analyses, damped
 
 F64 = torch.float64
@@ -61,6 +66,63 @@ def test_by_a_quadrature():
     assert at_best(analysis, Asked(1.0), seven, found, least=True)[0] == 7
     rank, made = at_best(analysis, Asked(1e-5, 1, 1e-6), options, found, least=False)
     assert rank <= size and made < many
+
+
+def test_without_damping_iterations_are_as_many_as_there_are_parameters():
+    """No bound tells of them, and GMRES takes no more."""
+    analysis = analyses()[0]
+    size, asked = analysis.problem.size, Asked(0.0, 2, 1e-6)
+    for options in (SketchOptions(rank=7), SketchOptions()):
+        found = spectrum_of(analysis)
+        assert at_best(analysis, asked, options.for_problem(analysis), found, least=False)[1] == 2 * size
+    assert forecast(analysis, asked, math.inf).iterations == size
+    assert make_plan(analysis, 0.0).costs["sketched"].seconds < math.inf
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_without_damping_a_larger_sketch_has_twice_the_directions(rate):
+    """The bound is infinite: it tells nothing of how many more would pay."""
+    analysis = analyses()[0]
+    options = SketchOptions().for_problem(analysis)
+    enough = Enough(analysis, Asked(0.0), options, 16, 16)
+    factors = SketchedFactorization(analysis, 0.0, SketchOptions(), Asked(0.0), enough)
+    assert factors.larger(rate).sketch.rank == 32 < most_directions(analysis)
+
+
+def test_every_block_of_columns_begins_with_new_patience(monkeypatch):
+    """The residuals of a second block begin large again, which tells nothing of how fast they fall."""
+    analysis = analyses()[0]
+    options = SketchOptions().for_problem(analysis)
+    factors = SketchedFactorization(
+        analysis, DAMPING, SketchOptions(), Asked(DAMPING), Enough(analysis, Asked(DAMPING), options, 16, 16)
+    )
+    told = []
+    monkeypatch.setattr(SketchedFactorization, "patience", lambda self, columns: told.append(columns) or Patience(20.0))
+    watch, falling = Watch(factors, 1), [14.0 - j for j in range(14)]
+    for columns in (64, 64, 6):
+        watch.begin(columns)
+        assert all(watch.after(left) is factors for left in falling)
+    assert told == [1, 64, 64, 6]
+    begun = []
+    A, g = damped(analysis), torch.eye(analysis.problem.size, dtype=F64)[:, :70]
+    gmres(lambda X: A @ X, factors.solve, g, lambda _, of_g: 1e-3 * of_g, 300, begin=begun.append)
+    assert begun == [64, 6]
+
+
+@pytest.mark.parametrize("error", [SingularPivotError(1), MemoryError()])
+def test_a_larger_sketch_that_cannot_be_made_leaves_the_one_in_use(monkeypatch, error):
+    analysis = analyses()[0]
+    options, asked = SketchOptions().for_problem(analysis), Asked(DAMPING)
+    factors = SketchedFactorization(analysis, DAMPING, SketchOptions(), asked, Enough(analysis, asked, options, 16, 16))
+    tried = []
+
+    def larger(self, rate):
+        tried.append(rate)
+        raise error
+
+    monkeypatch.setattr(SketchedFactorization, "larger", larger)
+    watch = Watch(factors, 1)
+    assert all(watch.after(14.0) is factors for _ in range(200)) and len(tried) == 1
 
 
 def test_patience():
