@@ -44,14 +44,14 @@ class HessianInverse(NamedOperator):
         ε; may be zero or negative.
     method : {"auto", "banded", "riccati", "dense", "woodbury", "sketched", "iterative", "ldu"}
         How to factor; "auto" follows the cost model of `Linearization.plan`. With "sketched", asked for by name, products apply the
-        sketch alone, M⁻¹: a fixed symmetric approximation of the inverse, for `M=`; `solve` is certified all the same.
+        sketch in use, M⁻¹, symmetric, for `M=`; `solve`, certified all the same, may make a larger one where no `rank` or `tol` is given.
     tolerance : float, optional
         Backward error every solve must reach; default 1e-14 in float64 and 1e-6 in float32.
     precision : {"auto", "single", "double"}
         What to factor in. "auto": a float64 problem in float32 where "dense" is faster so and ‖H‖/|ε| allows it, refined by GMRES to the
         same tolerance, else in float64; "single": in float32 alone. All but solves is answered by factors in float64.
     rank, tol, core : int, float and int, optional
-        Of "sketched": the number of directions, or the part of ‖H‖ below which they are left out; and of how many samples it is made.
+        Of "sketched": directions (as many as pay), or the part of ‖H‖ below which they are left out; samples it is made of (all).
     right_hand_sides : int
         For how many solves "auto" chooses: what a factorization costs once, a method that iterates costs with every one.
     table : ParameterTable, optional
