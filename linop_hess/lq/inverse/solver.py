@@ -352,14 +352,16 @@ class Solver:
         self._certificate.settle()
         bound, product = self._certificate.norm, partial(self._certificate.product, factors=self.factorization)
         make = METHODS[self.method].watch
-        watch = None if make is None else make(self.factorization, g.shape[1])
+        watch = None if make is None else make(self.factorization)
 
-        def follow(left: float) -> None:
-            if watch is not None:
-                self._factorization = watch.after(left)
+        def precondition(v: Tensor) -> Tensor:
+            return self.change.solve(self.factorization if watch is None else watch.factors, v).to(v.dtype)
 
-        how = MOST_ITERATIONS, follow, None if watch is None else watch.begin
-        found = gmres(product, self._by_factors, g, lambda of_x, of_g: tolerance * (bound * of_x + of_g), *how)
+        found = gmres(
+            product, precondition, g, lambda of_x, of_g: tolerance * (bound * of_x + of_g), MOST_ITERATIONS, watch
+        )
+        if watch is not None:
+            self._factorization = watch.factors
         error, residuals, _ = self._measured(g, found.x, tolerance)
         return found.x, error, residuals, found.iterations
 

@@ -21,6 +21,7 @@ from scipy.linalg import solve_triangular
 from torch import Tensor
 
 from linop_hess.lq.accuracy import SKETCH_SPANNED
+from linop_hess.lq.methods.base import Watching
 from linop_hess.lq.problem import Problem
 
 # Numbers that the vectors of a cycle may take, and the longest one.
@@ -63,8 +64,7 @@ def gmres(
     g: Tensor,
     allowed: Callable[[Tensor, Tensor], Tensor],
     most: int,
-    follow: Callable[[float], None] = lambda left: None,
-    begin: Callable[[int], None] | None = None,
+    watch: Watching | None = None,
 ) -> Iterated:
     """Solve until the residual of every column is as small as its solution allows.
 
@@ -79,10 +79,9 @@ def gmres(
         Residual norms that are small enough for solutions and right-hand sides of these norms, all (k,) in float64.
     most : int
         Iterations after which it gives up.
-    follow : callable
-        Told after each iteration the logarithm of what the residual is to be reduced by still; it may change what `precondition` does.
-    begin : callable, optional
-        Told before the first iteration of each block how many columns it has: what `follow` is told next is of these.
+    watch : Watching, optional
+        Told of the columns of each block before its first iteration, and after each how far it is; its factors, which it may replace, are
+        those of `precondition`.
 
     Returns
     -------
@@ -90,9 +89,9 @@ def gmres(
     """
     blocks = []
     for part in g.split(_COLUMNS, 1):
-        if begin is not None:
-            begin(part.shape[1])
-        blocks.append(_of_block(product, precondition, part, allowed, most, follow))
+        if watch is not None:
+            watch.begin(part.shape[1])
+        blocks.append(_of_block(product, precondition, part, allowed, most, watch))
     x = torch.cat([block.x for block in blocks], 1)
     return Iterated(x, max(block.iterations for block in blocks), all(block.reached for block in blocks))
 
@@ -103,22 +102,23 @@ def _of_block(
     g: Tensor,
     allowed: Callable[[Tensor, Tensor], Tensor],
     most: int,
-    follow: Callable[[float], None],
+    watch: Watching | None,
 ) -> Iterated:
     (N, k), sizes = g.shape, _norms(g)
     x, r = torch.zeros_like(g), g
     length = max(2, min(LONGEST, most, N, _NUMBERS // (2 * max(1, N * k))))
     done, last = 0, math.inf
     while done < most:
-        enough = partial(_enough, allowed, sizes)
-        correction, steps = cycle(product, precondition, r, x, enough, min(length, most - done), follow)
+        enough, factors = partial(_enough, allowed, sizes), None if watch is None else watch.factors
+        correction, steps = cycle(product, precondition, r, x, enough, min(length, most - done), watch)
         done += steps
         x = x + correction
         r = g - product(x)
         if not bool((_norms(r) > enough(_norms(x))).any()):
             return Iterated(x, done, True)
         size = float((_norms(r) / sizes.clamp_min(torch.finfo(g.dtype).tiny)).max())
-        if not steps or not size < 0.5 * last:  # a whole cycle did not halve the residual
+        has_stalled = not size < 0.5 * last and (watch is None or watch.factors is factors)
+        if not steps or has_stalled:  # a whole cycle, with the factors in use, did not halve the residual
             break
         last = size
     return Iterated(x, done, False)
@@ -135,7 +135,7 @@ def cycle(
     x: Tensor,
     allowed: Callable[[Tensor], Tensor],
     length: int,
-    follow: Callable[[float], None] = lambda left: None,
+    watch: Watching | None = None,
 ) -> tuple[Tensor, int]:
     """One cycle of flexible GMRES, every column from the space that all of them span together.
 
@@ -151,7 +151,7 @@ def cycle(
         Residual norms that are small enough for solutions of these norms, both (k,) in float64.
     length : int
         Most steps.
-    follow : callable
+    watch : Watching, optional
         As of `gmres`.
 
     Returns
@@ -182,7 +182,8 @@ def cycle(
             enough = allowed(_norms(x + moved)).cpu().numpy()
             if (residuals <= enough).all() or j == length - 1:
                 return moved, j + 1
-        follow(float(np.log(np.maximum(residuals / np.maximum(enough, np.finfo(float).tiny), 1.0)).max()))
+        if watch is not None:
+            watch.after(float(np.log(np.maximum(residuals / np.maximum(enough, np.finfo(float).tiny), 1.0)).max()))
     return torch.zeros_like(r), 0
 
 

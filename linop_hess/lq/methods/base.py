@@ -249,13 +249,21 @@ Factor = Callable[..., Factorization]
 
 
 class Watching(Protocol):
-    """What follows a solve by GMRES."""
+    """What follows a solve by GMRES, and may replace the factors meanwhile.
+
+    Attributes
+    ----------
+    factors : Factorization
+        To go on with.
+    """
+
+    factors: Any
 
     def begin(self, columns: int) -> None:
         """Be told that so many right-hand sides are iterated together from here on."""
 
-    def after(self, left: float) -> Factorization:
-        """Return the factors to go on with after an iteration, residuals being e^left times what they may be."""
+    def after(self, left: float) -> None:
+        """Be told, after an iteration, that residuals are e^left times what they may be."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +293,7 @@ class Method:
     definite : callable or None
         Of a method that takes less where H + εI is positive definite: ``definite(analysis, cost)`` gives that, from its estimate.
     watch : callable or None
-        Of a method that iterates and can change its factors meanwhile: ``watch(factors, columns)`` gives what is told how far a solve is.
+        Of a method that iterates and can change its factors meanwhile: ``watch(factors)`` is told how far a solve is.
     """
 
     name: str
@@ -298,7 +306,7 @@ class Method:
     single: Method | None = None
     forecast: Callable[[Analysis, Any, float], Cost] | None = None
     definite: Callable[[Analysis, Cost], Cost] | None = None
-    watch: Callable[[Any, int], Watching] | None = None
+    watch: Callable[[Any], Watching] | None = None
 
     @property
     def exact(self) -> bool:

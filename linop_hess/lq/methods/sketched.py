@@ -203,31 +203,23 @@ class SketchedFactorization(Congruence):
 
 
 class Watch:
-    """Factors in use while GMRES goes on, replaced by larger ones once these are worth it.
+    """Factors in use while GMRES goes on, replaced by larger ones once these are worth it; see `Watching`."""
 
-    Parameters
-    ----------
-    factors : SketchedFactorization
-    columns : int
-        Right-hand sides that are iterated together.
-    """
-
-    def __init__(self, factors: SketchedFactorization, columns: int) -> None:
-        self._factors, self._columns = factors, columns
-        self._patience = factors.patience(columns)
+    def __init__(self, factors: SketchedFactorization) -> None:
+        self.factors, self._columns = factors, 1
+        self._patience: Patience | None = None
 
     def begin(self, columns: int) -> None:
         """Look at other right-hand sides, so many, from their beginning."""
-        self._columns, self._patience = columns, self._factors.patience(columns)
+        self._columns, self._patience = columns, self.factors.patience(columns)
 
-    def after(self, left: float) -> SketchedFactorization:
-        """Return what to go on with after an iteration, residuals being e^left times what they may be."""
+    def after(self, left: float) -> None:
+        """Make larger factors if they are worth it after an iteration, residuals being e^left times what they may be."""
         if self._patience is not None and self._patience.is_over(left):
             rate, self._patience = self._patience.rate, None
             with contextlib.suppress(SingularPivotError, MemoryError):  # those that there are go on
-                self._factors = self._factors.larger(rate)
-                self._patience = self._factors.patience(self._columns)
-        return self._factors
+                self.factors = self.factors.larger(rate)
+                self._patience = self.factors.patience(self._columns)
 
 
 def sketch_report(factors: Factorization) -> SketchReport:

@@ -18,6 +18,38 @@ from tests.lq.sketches import DAMPING, analyses, damped
 F64 = torch.float64
 
 
+class Replaced:
+    """Watches a solve, and goes on with other factors once `when(left, iterations)`."""
+
+    def __init__(self, factors, later, when):
+        self.factors, self.later, self.when, self.iterations = factors, later, when, 0
+
+    def solve(self, v):
+        return getattr(self.factors, "solve", self.factors)(v)
+
+    def begin(self, columns):
+        pass
+
+    def after(self, left):
+        self.iterations += 1
+        self.factors = self.later if self.when(left, self.iterations) else self.factors
+
+
+def begun(factors):
+    watch = Watch(factors)
+    watch.begin(1)
+    return watch
+
+
+def told_of(watch, residuals):
+    """The factors after each of these."""
+    found = []
+    for left in residuals:
+        watch.after(left)
+        found.append(watch.factors)
+    return found
+
+
 @pytest.mark.parametrize("damping", [0.5, -0.5])
 @pytest.mark.parametrize(("lowest", "highest"), [(-4.0, 9.0), (-0.4, 30.0), (-20.0, 20.0), (0.0, 0.0)])
 def test_gmres_takes_no_more_than_the_bound(lowest, highest, damping):
@@ -98,15 +130,15 @@ def test_every_block_of_columns_begins_with_new_patience(monkeypatch):
     )
     told = []
     monkeypatch.setattr(SketchedFactorization, "patience", lambda self, columns: told.append(columns) or Patience(20.0))
-    watch, falling = Watch(factors, 1), [14.0 - j for j in range(14)]
+    watch = Watch(factors)
     for columns in (64, 64, 6):
         watch.begin(columns)
-        assert all(watch.after(left) is factors for left in falling)
-    assert told == [1, 64, 64, 6]
-    begun = []
+        assert all(f is factors for f in told_of(watch, [14.0 - j for j in range(14)]))
+    assert told == [64, 64, 6]
+    told.clear()
     A, g = damped(analysis), torch.eye(analysis.problem.size, dtype=F64)[:, :70]
-    gmres(lambda X: A @ X, factors.solve, g, lambda _, of_g: 1e-3 * of_g, 300, begin=begun.append)
-    assert begun == [64, 6]
+    gmres(lambda X: A @ X, factors.solve, g, lambda _, of_g: 1e-3 * of_g, 300, watch)
+    assert told == [64, 6]
 
 
 @pytest.mark.parametrize("error", [SingularPivotError(1), MemoryError()])
@@ -121,8 +153,7 @@ def test_a_larger_sketch_that_cannot_be_made_leaves_the_one_in_use(monkeypatch, 
         raise error
 
     monkeypatch.setattr(SketchedFactorization, "larger", larger)
-    watch = Watch(factors, 1)
-    assert all(watch.after(14.0) is factors for _ in range(200)) and len(tried) == 1
+    assert all(f is factors for f in told_of(begun(factors), [14.0] * 200)) and len(tried) == 1
 
 
 def test_patience():
@@ -139,24 +170,34 @@ def test_a_larger_sketch_goes_on_where_a_smaller_is_too_slow(which):
     factors = SketchedFactorization(analysis, DAMPING, SketchOptions(), Asked(DAMPING), enough)
     assert factors.sketch.rank == 16
     omega = factors.sketch.basis.directions
-    watch = Watch(factors, 1)
-    found = [watch.after(14.0) for _ in range(200)]
+    found = told_of(begun(factors), [14.0] * 200)
     ranks = [f.sketch.rank for f in found]
     assert found[0] is factors and ranks == sorted(ranks) and ranks[-1] == most_directions(analysis)
     larger = next(f for f in found if f is not factors)
     assert larger.sketch.rank >= 32 and torch.equal(larger.sketch.basis.directions[:, :16], omega)
     A, g = damped(analysis), torch.ones(analysis.problem.size, 1, dtype=F64)
-    current = [factors]
+    replaced = Replaced(factors, larger, lambda left, iterations: left < 10.0)
+    made = gmres(lambda X: A @ X, replaced.solve, g, lambda _, of_g: 1e-8 * of_g, 300, replaced)
+    assert made.reached and replaced.factors is larger and float((A @ made.x - g).norm() / g.norm()) < 1.1e-8
 
-    def follow(left):
-        current[0] = larger if left < 10.0 else current[0]
 
-    made = gmres(lambda X: A @ X, lambda v: current[0].solve(v), g, lambda _, of_g: 1e-8 * of_g, 300, follow)
-    assert made.reached and current[0] is larger and float((A @ made.x - g).norm() / g.norm()) < 1.1e-8
+def test_factors_that_come_late_are_given_a_cycle(monkeypatch):
+    """One with those before, which does not halve the residual, is not the end."""
+    monkeypatch.setattr("linop_hess.lq.iterative.gmres.LONGEST", 6)
+    values = torch.cat([torch.linspace(1.0, 1e6, 30, dtype=F64), -torch.linspace(1.0, 1e6, 30, dtype=F64)])[:, None]
+    late = Replaced(
+        lambda v: v, lambda v: v / values, lambda left, iterations: iterations == 10
+    )  # the last but one of the second cycle
+    made = gmres(lambda X: values * X, late.solve, torch.ones_like(values), lambda _, of_g: 1e-9 * of_g, 60, late)
+    assert made.reached and made.iterations > 12
+    kept = Replaced(lambda v: v, lambda v: v, lambda left, iterations: False)
+    assert not gmres(
+        lambda X: values * X, kept.solve, torch.ones_like(values), lambda _, of_g: 1e-9 * of_g, 60, kept
+    ).reached
+    assert kept.iterations == 10
 
 
 @pytest.mark.parametrize("options", [SketchOptions(rank=16), SketchOptions(tol=0.2)])
 def test_what_was_asked_for_is_kept(options):
     factors = SketchedFactorization(analyses()[0], DAMPING, options)
-    watch = Watch(factors, 1)
-    assert all(watch.after(14.0) is factors for _ in range(200))
+    assert all(f is factors for f in told_of(begun(factors), [14.0] * 200))
