@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,7 @@ def scale_shift(u: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
 
 
 _Optional = Tensor | None
+_Computed = TypeVar("_Computed")
 
 
 def _layer_norm(
@@ -211,6 +212,31 @@ class Inside(TorchFunctionMode):
         return self.forward or self.has_norms_differentiated
 
 
+def carefully(compute: Callable[[], _Computed], told: Callable[[_Computed], Any]) -> tuple[_Computed, bool]:
+    """Compute; once more, within `differentiating_inside`, where that is seen to be needed, and tell whether it was.
+
+    Parameters
+    ----------
+    compute : callable
+    told : callable
+        The tensor, of what is computed, that must be the same in both.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If torch has it wrong; see `require_same`.
+    """
+    with Inside() as inside:
+        found = compute()
+    if not inside.needs_care:
+        return found, False
+    with differentiating_inside():
+        again = compute()
+    if isinstance(told(found), Tensor) and isinstance(told(again), Tensor):  # what else it may be is refused elsewhere
+        require_same(told(found), told(again))
+    return again, True
+
+
 _DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 
 
@@ -224,16 +250,18 @@ def is_fused_norm(operation: str) -> bool:
     return bool(_FUSED_NORM.search(operation))
 
 
-def require_same_loss(fused: float, written: float, dtype: torch.dtype) -> None:
-    """Raise unless a loss is the same with norms as torch has them and with their formulas.
+def require_same(fused: Tensor, written: Tensor) -> None:
+    """Raise unless a loss, or an output, is the same with norms as torch has them and with their formulas.
 
     Raises
     ------
     UnsupportedModelError
     """
-    if abs(fused - written) > torch.finfo(dtype).eps ** 0.5 * max(abs(fused), abs(written)):
+    sizes = [float(torch.linalg.vector_norm(x.detach().double())) for x in (fused, written, fused - written)]
+    if sizes[2] > torch.finfo(fused.dtype).eps ** 0.5 * max(sizes[:2]):
+        of = [f"{float(x.detach()):.6g}" if x.numel() == 1 else f"norm {float(x.norm()):.6g}" for x in (fused, written)]
         raise UnsupportedModelError(
-            f"expected derivatives inside the model or the loss that torch has right, got a loss of {fused:.6g}, and of {written:.6g} with "
+            f"expected derivatives inside the model or the loss that torch has right, got one of {of[0]}, and of {of[1]} with "
             "layer and batch norms written out: torch has the derivative of such a norm's derivative in forward mode wrong; differentiate "
             "there by reverse mode (torch.func.jacrev, torch.autograd.grad with create_graph=True), or write the norm in plain operations"
         )

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from linop_hess._validate import Nonsmooth, Reduction, checked_loss, require_loss_fn, true_or_false
 from linop_hess.autograd.additivity import Additivity, Part, differences_told, form
 from linop_hess.autograd.backward_graph import (
-    Inside,
+    carefully,
     coarsest_eps,
     differentiating_inside,
     refuse_direct_parameters,
     refuse_once_differentiable,
-    require_same_loss,
 )
 from linop_hess.autograd.batches import Batches, Progress
 from linop_hess.autograd.calling import as_data, call_loss, call_model
@@ -355,16 +354,15 @@ class RiskCurvature(NamedOperator, MovedByRounding):
 
     def _seen(self, inputs: Any, targets: Any) -> tuple[Any, Tensor]:
         """Output and loss; anew where they turn out to be differentiated inside, as they are from then on."""
-        with Inside() as inside:
+
+        def compute() -> tuple[Any, Tensor]:
             output = self._output(inputs)
-            loss = self._loss(output, targets)
-        if inside.needs_care and not self._differentiates:
-            self._differentiates = True
-            with differentiating_inside():
-                output, fused = self._output(inputs), loss
-                loss = self._loss(output, targets)
-            require_same_loss(float(fused.detach()), float(loss.detach()), self.torch_dtype)
-        return output, loss
+            return output, self._loss(output, targets)
+
+        if self._differentiates:
+            return compute()
+        found, self._differentiates = carefully(compute, lambda found: found[1])
+        return found
 
     def _compare_with_first(self, additivity: Additivity, is_fixed: bool) -> None:
         """Compare with a few samples of process 0: the first batch, put together with them, and what model and loss give for them."""

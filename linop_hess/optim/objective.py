@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linop_hess._validate import checked_loss
-from linop_hess.autograd.backward_graph import Inside, differentiating_inside, require_same_loss
+from linop_hess.autograd.backward_graph import carefully
 from linop_hess.autograd.calling import call_loss, call_model, takes_parameters
 from linop_hess.autograd.differentiate import kept_apart, once_differentiable_graphs, twice_differentiable
 from linop_hess.graph.build import AUTOGRAD
@@ -91,7 +91,7 @@ class Objective(ABC):
         leaves = self.leaves
         apart = kept_apart(leaves) if products else nullcontext()
         with twice_differentiable("the closure", leaves[0].device), torch.enable_grad(), apart:
-            loss = _with_care(self._compute, lambda found: found)
+            loss, _ = carefully(self._compute, lambda found: found)
             value = number(loss)
             if not loss.requires_grad:
                 raise ValueError(
@@ -136,7 +136,7 @@ class Objective(ABC):
         """
         leaves = self.leaves
         with twice_differentiable("the model", leaves[0].device), torch.enable_grad(), kept_apart(leaves):
-            output, loss_of = _with_care(self.parts, lambda found: found[0])
+            (output, loss_of), _ = carefully(self.parts, lambda found: found[0])
             if not isinstance(output, Tensor):
                 raise TypeError(
                     f"expected a model whose output is one tensor, got {described(output)}: use GaussNewton, which takes nests"
@@ -189,20 +189,6 @@ class Objective(ABC):
     def has_layers(self) -> bool:
         """Whether the model is a sequence of layers known by their formulas, so that `linearize` need not record it."""
         return False
-
-
-def _with_care(compute: Callable[[], Any], loss_of: Callable[[Any], Any]) -> Any:
-    """What is computed; once more where it differentiates inside by forward mode or through norms."""
-    with Inside() as inside:
-        found = compute()
-    if not inside.needs_care:
-        return found
-    with differentiating_inside():
-        again = compute()
-    fused, written = loss_of(found), loss_of(again)
-    if isinstance(fused, Tensor) and isinstance(written, Tensor):
-        require_same_loss(float(fused.detach().norm()), float(written.detach().norm()), fused.dtype)
-    return again
 
 
 class Batch(Objective):

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as f
 
 import linop_hess as lh
+from linop_hess.autograd.backward_graph import require_same
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.optim import GaussNewton, HessianFree, SaddleFree
 from tests.graph.case import drawn
@@ -220,6 +221,13 @@ def test_in_the_loss(route, samples):
     expected = truth(net, ROUTES[route][0], x)
     require_exact(lh.linearize(net, loss_fn, x, None), *expected, torch.float64)
     require_exact(lh.Hessian(net, loss_fn, (x, None)), *expected, torch.float64)
+
+
+def test_outputs_of_one_norm_are_told_apart():
+    fused, written = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    with pytest.raises(UnsupportedModelError, match=r"got one of norm 1, and of norm 1 with .*jacrev"):
+        require_same(fused, written)
+    require_same(fused, fused + 1e-5)
 
 
 @pytest.mark.parametrize("how", [{"verify": True}, {"nonsmooth": "smooth"}, {"differentiation": "finite"}])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from linop_hess._validate import checked_loss
-from linop_hess.autograd.backward_graph import InMemory, PrimitiveNorms, require_same_loss
+from linop_hess.autograd.backward_graph import InMemory, PrimitiveNorms, require_same
 from linop_hess.autograd.calling import call_model
 from linop_hess.autograd.differentiate import FusedOperation, twice_differentiable
 from linop_hess.autograd.kinks.watch import KinkWatch
@@ -151,10 +151,8 @@ def capture(
             values = None
             if by_repeats:
                 by_repeats = False
-            elif not in_primitives and isinstance(
-                error.__cause__, NotImplementedError
-            ):  # of a fused one in forward mode
-                in_primitives = True
+            elif not in_primitives and isinstance(error.__cause__, NotImplementedError):
+                in_primitives = True  # a fused one in forward mode
             else:
                 raise
     if not again and not _are_equal(found, _once_more(*run, norms, recorder) if values is None else values):
@@ -163,8 +161,7 @@ def capture(
             "model.eval(), or remove the randomness"
         )
     if norms and not again:
-        as_it_is = _once_more(own, contents, in_primitives, False, recorder)[-1]
-        require_same_loss(float(as_it_is), seen.loss, as_it_is.dtype)
+        require_same(_once_more(own, contents, in_primitives, False, recorder)[-1], found[-1])
     return seen
 
 
