@@ -27,6 +27,8 @@ _SIZES = {
 # Half bandwidths, and flops of one timed factorization.
 _BANDS = (4, 12, 40, 120, 260)
 _BAND_FLOPS = 1e6
+# Columns that LAPACK's sytrf works on at once.
+_SYTRF_BLOCK = 64
 # Numbers copied to time the memory.
 _COPIED = 1 << 20
 # Runs of one timing: these at least, and more, up to so many, where they take less than a millisecond together.
@@ -100,7 +102,8 @@ def _run(kernel: str, n: int, dtype: torch.dtype) -> Callable[[], object]:
     if kernel == "gemm":
         return lambda: A @ S
     if kernel == "ldl":
-        return lambda: torch.linalg.ldl_factor_ex(S)
+        sytrf = lapack.dsytrf if dtype == torch.float64 else lapack.ssytrf
+        return lambda: sytrf(S.numpy().T, lower=1, lwork=_SYTRF_BLOCK * n)
     if kernel == "cholesky":
         S.diagonal().add_(3.0)  # definite: eigenvalues of the rest are within ±2√2
         return lambda: torch.linalg.cholesky_ex(S)

@@ -50,9 +50,9 @@ def fresh(analysis: Analysis, dtype: torch.dtype) -> Tensor:
     return analysis.once(make).clone() if _is_kept(analysis.problem, dtype) else make(analysis)
 
 
-def factoring_copies(problem: Problem, dtype: torch.dtype) -> float:
-    """How many matrices of N² numbers exist while H is factored."""
-    return 3.0 if _is_kept(problem, dtype) else 2.0
+def copies(problem: Problem, dtype: torch.dtype) -> float:
+    """How many matrices of N² numbers exist once H may be overwritten."""
+    return 2.0 if _is_kept(problem, dtype) else 1.0
 
 
 def _is_kept(problem: Problem, dtype: torch.dtype) -> bool:

@@ -10,7 +10,7 @@ from linop_hess.errors import SingularPivotError
 from linop_hess.lq.accuracy import ASSEMBLED
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.convergence import product_seconds
-from linop_hess.lq.matrix.hessian import counted, factoring_copies, fresh
+from linop_hess.lq.matrix.hessian import copies, counted, fresh
 from linop_hess.lq.methods.base import EVERYTHING, Congruence, Cost, Method, Tally
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
 
@@ -37,7 +37,7 @@ class DenseFactorization(Congruence):
         real = self.analysis.real
         H = fresh(real, real.problem.dtype).to(self.analysis.problem.dtype)
         H.diagonal().add_(damping)
-        self._factor = SymmetricFactor.of(H)
+        self._factor = SymmetricFactor.of(H, is_own=True)
         if H.numel() and self._factor.smallest_pivot_ratio <= 4 * torch.finfo(H.dtype).eps:
             raise SingularPivotError(None)
 
@@ -95,7 +95,7 @@ def factor(analysis: Analysis, damping: complex) -> DenseFactorization:
 
 
 def estimate(analysis: Analysis) -> Cost:
-    """The assembly, and N³/3 flops; in memory that of the assembly or, where more, two copies of H beside H where that is kept."""
+    """The assembly, and N³/3 flops; in memory that of the assembly or, where more, H beside H where that is kept."""
     problem, tally = analysis.problem, Tally(analysis.problem.dtype)
     N, item = float(problem.size), problem.dtype.itemsize
     assembly = analysis.once(counted)
@@ -103,7 +103,7 @@ def estimate(analysis: Analysis) -> Cost:
     tally.kernel("gemm", assembly.flops, (assembly.inner * max(N, 1.0)) ** 0.5)
     tally.kernel("ldl", N**3 / 3, N)
     tally.moved(item * 16 * N**2 + assembly.moved)
-    factoring = factoring_copies(problem, problem.dtype) * N**2 * item
+    factoring = copies(problem, problem.dtype) * N**2 * item
     products = _PRODUCTS * product_seconds(analysis)
     return Cost(tally.flops, max(assembly.nbytes, factoring), tally.seconds + products)
 

@@ -22,7 +22,7 @@ from linop_hess.lq.accuracy import REFINED_BY
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.convergence import product_of, product_seconds
 from linop_hess.lq.iterative.gmres import cycle
-from linop_hess.lq.matrix.hessian import counted_single, factoring_copies, fresh
+from linop_hess.lq.matrix.hessian import copies, counted_single, fresh
 from linop_hess.lq.matrix.many_columns import ManyColumns
 from linop_hess.lq.methods.base import Cost, Factor, Method, Tally
 from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
@@ -116,7 +116,7 @@ class MixedFactorization:
 
 def _indefinite(H: Tensor) -> SymmetricFactor:
     # Pivoted over the whole matrix: by blocks it would be faster, but lose up to three digits, which GMRES has to make up for.
-    found = SymmetricFactor.of(H)
+    found = SymmetricFactor.of(H, is_own=True)
     theta = found.theta
     if theta.numel() and not 0.0 < float(theta.abs().min()) <= float(theta.abs().max()) < math.inf:
         raise SingularPivotError(None)
@@ -135,7 +135,7 @@ def estimate(analysis: Analysis) -> Cost:
     tally.kernel("ldl", N**3 / 3, N)
     tally.moved(4 * 18 * N**2 + counted.moved + _SOLVES * 8 * N**2)
     vectors = 16.0 * (_STEPS + 1) * N
-    nbytes = max(counted.nbytes, factoring_copies(problem, torch.float32) * 4 * N**2) + vectors
+    nbytes = max(counted.nbytes, (copies(problem, torch.float32) + 1) * 4 * N**2) + vectors
     flops = tally.flops + _EXTRA_PRODUCTS * analysis.once(product_of).flops
     return Cost(flops, nbytes, tally.seconds + _EXTRA_PRODUCTS * product_seconds(analysis), precision="single")
 

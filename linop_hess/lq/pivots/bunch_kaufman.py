@@ -1,9 +1,11 @@
 """Symmetric indefinite matrices as a congruence with a diagonal: S = T diag(θ) Tᵀ, T well conditioned in practice.
 
-Bunch-Kaufman (LAPACK sytrf, through torch), its 1×1 and 2×2 pivots rotated to diagonal form; of complex symmetric S too, whose 2×2
-pivots have a Takagi factorization U diag(σ) Uᵀ, U unitary, σ ≥ 0, where real ones have eigenvectors. With T as arrays every later
-step is a triangular solve or a matrix product, three times faster than LAPACK's own solves from the packed factor, and the signs of
-θ are the inertia of S.
+Bunch-Kaufman (LAPACK sytrf), its 1×1 and 2×2 pivots rotated to diagonal form; of complex symmetric S too, whose 2×2 pivots have a
+Takagi factorization U diag(σ) Uᵀ, U unitary, σ ≥ 0, where real ones have eigenvectors. With T as arrays every later step is a triangular
+solve or a matrix product, three times faster than LAPACK's own solves from the packed factor, and the signs of θ are the inertia of S.
+
+On a CPU sytrf is SciPy's, not torch's: OpenBLAS takes half to four fifths of the time that MKL does, and no further memory where it may
+write over S (`tests/benchmarks/factorizations.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,27 @@ _SYCONV = {
     torch.complex128: lapack.zsyconv,
     torch.complex64: lapack.csyconv,
 }
+_SYTRF = {
+    torch.float64: (lapack.dsytrf, lapack.dsytrf_lwork),
+    torch.float32: (lapack.ssytrf, lapack.ssytrf_lwork),
+    torch.complex128: (lapack.zsytrf, lapack.zsytrf_lwork),
+    torch.complex64: (lapack.csytrf, lapack.csytrf_lwork),
+}
+
+
+def packed_factor(S: Tensor, is_own: bool = False) -> tuple[Tensor, Tensor]:
+    """Bunch-Kaufman's factor as LAPACK packs it, column-major, and its interchanges; the lower triangle of S is read.
+
+    Where S `is_own`, its triangles are the same and it may be written over.
+    """
+    if S.device.type != "cpu" or not S.numel():
+        packed, interchanges, _ = torch.linalg.ldl_factor_ex(S)
+        return packed, interchanges
+    sytrf, workspace = _SYTRF[S.dtype]
+    of_rows = S if is_own else S.mT.contiguous()
+    best, _ = workspace(S.shape[0], lower=1)
+    packed, interchanges, _ = sytrf(of_rows.numpy().T, lower=1, lwork=int(best.real), overwrite_a=1)
+    return torch.from_numpy(packed), torch.from_numpy(interchanges)
 
 
 @dataclass(frozen=True)
@@ -47,10 +70,9 @@ class SymmetricFactor:
     rotations: Tensor
 
     @classmethod
-    def of(cls, S: Tensor) -> SymmetricFactor:
-        """Factor a symmetric (n, n) matrix; its lower triangle is read."""
-        packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
-        return cls.from_packed(packed, pivots)
+    def of(cls, S: Tensor, is_own: bool = False) -> SymmetricFactor:
+        """Factor a symmetric (n, n) matrix, whose lower triangle is read; one that `is_own` may be written over, its triangles the same."""
+        return cls.from_packed(*packed_factor(S, is_own))
 
     @classmethod
     def from_packed(cls, packed: Tensor, pivots: Tensor) -> SymmetricFactor:

@@ -33,9 +33,9 @@ def counted(monkeypatch):
     made: list[str] = []
     of, assemble, cholesky = dense.SymmetricFactor.of.__func__, hessian.assemble, mixed.CholeskyFactor.of.__func__
 
-    def factored(cls, S):
+    def factored(cls, S, is_own=False):
         made.append(f"factored {str(S.dtype)[-7:]}")
-        return of(cls, S)
+        return of(cls, S, is_own)
 
     def tried(cls, S):
         found = cholesky(cls, S)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor, packed_pivots
+from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor, packed_factor, packed_pivots
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -51,6 +51,29 @@ def test_only_the_lower_triangle_is_read_and_nothing_written():
     factor = SymmetricFactor.of(given)
     torch.testing.assert_close(factor.solve(S), torch.eye(6).double(), rtol=0, atol=1e-13)
     assert torch.equal(given, S.tril() + upper)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_matrix_of_its_own_is_factored_in_its_own_memory(dtype):
+    S = symmetric(80, 5, dtype)
+    expected, given = SymmetricFactor.of(S), S.clone()
+    factor = SymmetricFactor.of(given, is_own=True)
+    assert factor.L.data_ptr() == given.data_ptr()
+    X = torch.randn(80, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    assert torch.equal(factor.solve(X), expected.solve(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, *DTYPES], ids=str)
+def test_packed_as_torch_packs_it(dtype):
+    S = symmetric(150, 6).to(dtype)
+    if S.is_complex():
+        S = S + 1j * symmetric(150, 7).to(dtype)
+    (packed, interchanges), (theirs, their_interchanges, _) = packed_factor(S), torch.linalg.ldl_factor_ex(S)
+    assert interchanges.dtype == their_interchanges.dtype
+    X = torch.eye(150, dtype=dtype)
+    atol = 1e3 * torch.finfo(dtype).eps * float(torch.linalg.cond(S))
+    solved = torch.linalg.ldl_solve(packed, interchanges, X)
+    torch.testing.assert_close(solved, torch.linalg.ldl_solve(theirs, their_interchanges, X), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
