@@ -31,19 +31,26 @@ _SYTRF = {
 }
 
 
+# From this order on the threads of torch's last operation have gone to sleep long before those of SciPy's LAPACK are done; below it both
+# wait for work on the same cores, and a chain of blocks takes twice the time.
+_THREADS_FROM = 2048
+
+
 def packed_factor(S: Tensor, is_own: bool = False) -> tuple[Tensor, Tensor]:
     """Bunch-Kaufman's factor as LAPACK packs it, column-major, and its interchanges; the lower triangle of S is read.
 
-    Where S `is_own`, its triangles are the same and it may be written over.
+    Where S `is_own`, its triangles are the same and it is written over.
     """
-    if S.device.type != "cpu" or not S.numel():
-        packed, interchanges, _ = torch.linalg.ldl_factor_ex(S)
-        return packed, interchanges
-    sytrf, workspace = _SYTRF[S.dtype]
-    of_rows = S if is_own else S.mT.contiguous()
-    best, _ = workspace(S.shape[0], lower=1)
-    packed, interchanges, _ = sytrf(of_rows.numpy().T, lower=1, lwork=int(best.real), overwrite_a=1)
-    return torch.from_numpy(packed), torch.from_numpy(interchanges)
+    columns = (S if is_own else S.mT.contiguous()).mT
+    n = S.shape[0]
+    if S.device.type == "cpu" and n and (torch.get_num_threads() == 1 or n >= _THREADS_FROM):
+        sytrf, workspace = _SYTRF[S.dtype]
+        best, _ = workspace(n, lower=1)
+        packed, interchanges, _ = sytrf(columns.numpy(), lower=1, lwork=int(best.real), overwrite_a=1)
+        return torch.from_numpy(packed), torch.from_numpy(interchanges)
+    interchanges, info = (torch.empty(shape, dtype=torch.int32, device=S.device) for shape in ((n,), ()))
+    torch.linalg.ldl_factor_ex(columns, out=(columns, interchanges, info))
+    return columns, interchanges
 
 
 @dataclass(frozen=True)
@@ -179,22 +186,18 @@ def packed_pivots(packed: Tensor, pivots: Tensor) -> Tensor:
 def _starts_pair(ipiv: np.ndarray) -> np.ndarray:
     """Mark the first index of each 2×2 pivot: LAPACK gives both its entries the same negative number."""
     starts = np.zeros(ipiv.size, dtype=bool)
-    k = 0
-    for k_negative in np.flatnonzero(ipiv < 0).tolist():
-        if k_negative >= k:
-            starts[k_negative] = True
-            k = k_negative + 2
+    starts[np.flatnonzero(ipiv < 0)[::2]] = True
     return starts
 
 
 def _pivot_order(ipiv: np.ndarray) -> np.ndarray:
-    """Permutation made by the interchanges of sytrf (lower)."""
-    order = np.arange(ipiv.size)
+    """Permutation made by the interchanges of sytrf (lower): of a 2×2 pivot, whose entries name the same row, the second one's."""
+    at = np.arange(ipiv.size)
+    target = np.abs(ipiv) - 1
     starts = _starts_pair(ipiv)
-    k = 0
-    while k < ipiv.size:
-        at, target = (k + 1, -int(ipiv[k]) - 1) if starts[k] else (k, int(ipiv[k]) - 1)
-        if at != target:
-            order[at], order[target] = order[target], order[at]
-        k += 2 if starts[k] else 1
-    return order
+    target[starts] = at[starts]
+    order = at.tolist()
+    moved = np.flatnonzero(target != at)
+    for k, to in zip(moved.tolist(), target[moved].tolist(), strict=True):
+        order[k], order[to] = order[to], order[k]
+    return np.array(order, dtype=np.int64)

@@ -53,8 +53,16 @@ def test_only_the_lower_triangle_is_read_and_nothing_written():
     assert torch.equal(given, S.tril() + upper)
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_matrix_of_its_own_is_factored_in_its_own_memory(dtype):
+def test_a_matrix_of_its_own_is_factored_in_its_own_memory(dtype, threads):
     S = symmetric(80, 5, dtype)
     expected, given = SymmetricFactor.of(S), S.clone()
     factor = SymmetricFactor.of(given, is_own=True)
@@ -64,7 +72,7 @@ def test_a_matrix_of_its_own_is_factored_in_its_own_memory(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, *DTYPES], ids=str)
-def test_packed_as_torch_packs_it(dtype):
+def test_packed_as_torch_packs_it(dtype, threads):
     S = symmetric(150, 6).to(dtype)
     if S.is_complex():
         S = S + 1j * symmetric(150, 7).to(dtype)
