@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.autograd.backward_graph import normalize, scale_shift
+from linop_hess.graph.fusing import with_bias
 from linop_hess.graph.grouping import Alike
 from linop_hess.graph.norms import layer_norms
 from linop_hess.graph.recording.movement import Ids, Strided, contiguous_strides
@@ -22,10 +23,8 @@ from linop_hess.graph.rules.reductions import standardize
 aten = torch.ops.aten
 
 
-def lower(trace: Trace, sets: Sequence[Alike]) -> list[Node]:
-    """The nodes of a trace, with each fused operation replaced by its parts; the very list where there is none.
-
-    One is left as it is where something other than its first output is used.
+def lower(trace: Trace, sets: Sequence[Alike], target: np.ndarray) -> list[Node]:
+    """The nodes of a trace as the rules take them; the very list where nothing changes.
 
     Parameters
     ----------
@@ -33,7 +32,14 @@ def lower(trace: Trace, sets: Sequence[Alike]) -> list[Node]:
         Its number of elements grows.
     sets : sequence of Alike
         Its nodes.
+    target : ndarray of int
+        Elements that are read after all nodes.
     """
+    return with_bias(_taken_apart(trace, sets), sets, target, trace.ids)
+
+
+def _taken_apart(trace: Trace, sets: Sequence[Alike]) -> list[Node]:
+    """The nodes, with each fused operation replaced by its parts; one is left as it is where more than its first output is used."""
     fused = [one for one in sets if one.nodes[0].func in _PARTS]
     if not fused:
         return trace.nodes

@@ -175,7 +175,7 @@ def build_graph(
     lowered, seen, ids = None, known, trace.ids
     sets = alike(trace.nodes)
     if known is not None and known.fits(trace, sets, target, objective, second):
-        lowered = lower(trace, sets)
+        lowered = lower(trace, sets, target)
         groups = known.groups_of(lowered, trace.ids)
         makers = [group.rule.linearize(group.op).to(like.dtype) for group in groups]
         if known.parts != [max(1, maker.samples) for maker in makers]:
@@ -227,7 +227,7 @@ def _analysed(
     `ids` and `sets` are the trace's largest id, and its nodes by signature; `lowered` what it is lowered to, where that is done.
     """
     footprints = [one.print() for one in sets]
-    lowered = lower(trace, sets) if lowered is None else lowered
+    lowered = lower(trace, sets, target) if lowered is None else lowered
     if lowered is not trace.nodes:
         sets = alike(lowered)
     needed = target[target > 0]
