@@ -19,7 +19,7 @@ from scipy.linalg import lapack
 # Orders at which kernels are timed; rates in between are interpolated, and beyond taken from the nearest.
 _SIZES = {
     "gemm": (8, 32, 96, 288),
-    "ldl": (8, 32, 96, 288, 720),
+    "ldl": (8, 32, 96, 288, 1440),
     "cholesky": (96, 288, 720),
     "substitution": (8, 32, 96, 288),
     "lu": (8, 32, 96, 288),
@@ -29,6 +29,8 @@ _BANDS = (4, 12, 40, 120, 260)
 _BAND_FLOPS = 1e6
 # Columns that LAPACK's sytrf works on at once.
 _SYTRF_BLOCK = 64
+# Arrays of so many bytes are the system's, which hands out their memory anew each time (glibc's largest threshold for that).
+NEW_FROM = 33 << 20
 # Numbers copied to time the memory.
 _COPIED = 1 << 20
 # Runs of one timing: these at least, and more, up to so many, where they take less than a millisecond together.
@@ -47,6 +49,8 @@ class Machine:
         Of one small call of torch from Python.
     byte : float
         Of one byte read and written.
+    new_byte : float
+        Of one byte of memory that the system has to hand out, on top: of large arrays, which are given back at once.
     rates : dict of str to (sizes, seconds per flop)
         Of each kernel: "gemm", "ldl" (Bunch-Kaufman, n³/3 flops), "cholesky" (the same), "substitution" (triangular, n³), "lu" (2/3 n³),
         "band" (LU of half bandwidth n, 4 n² a row).
@@ -54,6 +58,7 @@ class Machine:
 
     call: float
     byte: float
+    new_byte: float
     rates: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
 
     def seconds(self, kernel: str, flops: float, size: float) -> float:
@@ -63,7 +68,7 @@ class Machine:
 
 
 def machine(dtype: torch.dtype) -> Machine:
-    """The machine in a precision, with the threads that torch uses now; measured at the first call, in a few hundredths of a second."""
+    """The machine in a precision, with the threads that torch uses now; measured at the first call, in a few tenths of a second."""
     return _measured(dtype, torch.get_num_threads())
 
 
@@ -81,7 +86,15 @@ def _measured(dtype: torch.dtype, threads: int) -> Machine:
             rates[kernel] = tuple(map(float, _SIZES[kernel])), tuple(times)
             copied.append(_seconds(lambda: to.copy_(long)))  # others use the memory for a while, and then do not
         rates["band"] = _bands(dtype)
-    return Machine(call, min(copied) / (2 * _COPIED * dtype.itemsize), rates)
+    return Machine(call, min(copied) / (2 * _COPIED * dtype.itemsize), _new_byte(), rates)
+
+
+@cache
+def _new_byte() -> float:
+    """Seconds of one byte of new memory, beyond what writing it takes."""
+    old = torch.empty(NEW_FROM, dtype=torch.uint8, device="cpu")
+    new = _seconds(lambda: torch.empty(NEW_FROM, dtype=torch.uint8, device="cpu").fill_(0))
+    return max(0.0, new - _seconds(lambda: old.fill_(0))) / NEW_FROM
 
 
 _FLOPS: dict[str, Callable[[float], float]] = {
@@ -126,12 +139,11 @@ def _bands(dtype: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Least time of a few runs, after one to warm up.
+    """Least time of a few runs, the first of which warms up.
 
     What other processes take is no property of the machine. A long run is never spared them on a machine that others use, so that the
     processor time counts where it is less than the time that passes, which with several threads it is not.
     """
-    run()
     times: list[float] = []
     fine = time.get_clock_info("process_time").resolution <= _FINE
     while len(times) < _REPEATS or (sum(times) < _LEAST and len(times) < _MOST):

@@ -58,7 +58,7 @@ def linearized(name: str) -> lh.Linearization:
 def one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that does not vary, of about the speed of one core."""
     kernels = ("gemm", "ldl", "cholesky", "substitution", "lu", "band")
-    fixed = Machine(1.5e-6, 2e-11, {kernel: ((1.0, 1000.0), (1e-9, 5e-11)) for kernel in kernels})
+    fixed = Machine(1.5e-6, 2e-11, 1e-10, {kernel: ((1.0, 1000.0), (1e-9, 5e-11)) for kernel in kernels})
     monkeypatch.setattr(base, "machine", lambda dtype: fixed)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from linop_hess._machine import machine
+from linop_hess._machine import NEW_FROM, machine
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.pivots.inertia import Inertia, hidden_inertia, inertia_of
 
@@ -108,6 +108,10 @@ class Tally:
     def moved(self, nbytes: float) -> None:
         """Add bytes read or written by elementwise work."""
         self.seconds += nbytes * self._machine.byte
+
+    def new(self, *arrays: float) -> None:
+        """Add what it takes to have memory for arrays of so many bytes, of those that are large."""
+        self.seconds += self._machine.new_byte * sum(nbytes for nbytes in arrays if nbytes >= NEW_FROM)
 
 
 SOLVES = frozenset({"solve"})

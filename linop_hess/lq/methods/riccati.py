@@ -364,9 +364,8 @@ def _condensed_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
     r, n, after = float(group.r), float(group.n_in), float(group.n_out)
     tally.calls(K * _CALLS_CONDENSED)
     tally.kernel("gemm", K * 2 * (after**2 * (r + n) + after * (r + n) ** 2), min(after, r + n))  # Wᵀ V W
-    tally.kernel(
-        "substitution", K * 3 * r**2 * n, (r * n) ** 0.5
-    )  # LAPACK solves from packed factors at two thirds of the rate
+    # LAPACK solves from packed factors at two thirds of the rate.
+    tally.kernel("substitution", K * 3 * r**2 * n, (r * n) ** 0.5)
     tally.kernel("gemm", K * 2 * r * n**2, (r * n) ** 0.5)
 
 
@@ -379,6 +378,8 @@ def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
         width = max(1.0, before / max(stage.samples, 1))
         # FᵀVF, by products of the stage's own structure on the columns of V and then on its rows: flat matrices, as long as V is wide.
         tally.thin(K * 2 * stage.entries("F") * (before + after), width, max(before, after))
+        if stage.entries("F") > before:
+            tally.new(item * before * after, item * before**2, item * before**2)
         # Where entries pass by, V is put together from three parts by copies.
         nbytes, copies = item * max(before, after) ** 2, 4
         if stage.inputs != stage.n_in:
@@ -392,9 +393,8 @@ def _wide_segment(tally: Tally, group: SegmentGroup, K: int) -> None:
     tally.kernel("gemm", K * 2 * control.entries("F") * r, (r * max(1.0, n / max(control.samples, 1))) ** 0.5)  # RᵀVF
     tally.moved(K * item * (6 * r * (control.n_out + n) + 40 * r**2))
     tally.kernel("substitution", K * r**2 * n, (r * n) ** 0.5)
-    tally.kernel(
-        "gemm", K * 1.25 * r * n**2, (r * n) ** 0.5
-    )  # a strip at a time, of which the upper triangle is left out
+    # A strip at a time, of which the upper triangle is left out.
+    tally.kernel("gemm", K * 1.25 * r * n**2, (r * n) ** 0.5)
 
 
 METHOD = Method("riccati", factor, estimate, EVERYTHING, is_complex=True)
