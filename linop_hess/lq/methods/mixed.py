@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
@@ -25,7 +26,7 @@ from linop_hess.lq.iterative.gmres import cycle
 from linop_hess.lq.matrix.hessian import copies, counted_single, fresh
 from linop_hess.lq.matrix.many_columns import ManyColumns
 from linop_hess.lq.methods.base import Cost, Factor, Method, Tally
-from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor
+from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor, is_for_scipy
 
 # Steps of one GMRES, which keeps two vectors a step.
 _STEPS = 20
@@ -42,7 +43,7 @@ class CholeskyFactor:
     Attributes
     ----------
     L : Tensor, shape (n, n)
-        Lower triangle.
+        Its lower triangle is read.
     """
 
     L: Tensor
@@ -56,7 +57,12 @@ class CholeskyFactor:
         """
         if not bool((S.diagonal() > 0).all()):
             return None
-        L, first_indefinite = torch.linalg.cholesky_ex(S)
+        if is_for_scipy(S):
+            potrf = lapack.dpotrf if S.dtype == torch.float64 else lapack.spotrf
+            packed, first_indefinite = potrf(S.clone().numpy().T, lower=1, clean=0, overwrite_a=1)
+            L = torch.from_numpy(packed)
+        else:
+            L, first_indefinite = torch.linalg.cholesky_ex(S)
         return None if int(first_indefinite) or not bool(torch.isfinite(L.diagonal()).all()) else cls(L)
 
     def solve(self, X: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ Bunch-Kaufman (LAPACK sytrf), its 1×1 and 2×2 pivots rotated to diagonal form;
 Takagi factorization U diag(σ) Uᵀ, U unitary, σ ≥ 0, where real ones have eigenvectors. With T as arrays every later step is a triangular
 solve or a matrix product, three times faster than LAPACK's own solves from the packed factor, and the signs of θ are the inertia of S.
 
-On a CPU sytrf is SciPy's, not torch's: OpenBLAS takes half to four fifths of the time that MKL does, and no further memory where it may
-write over S (`tests/benchmarks/factorizations.py`).
+On a CPU sytrf is SciPy's as a rule, not torch's: on the processors that it was measured on (AMD's) OpenBLAS takes half to four fifths of
+the time that MKL does (`tests/benchmarks/factorizations.py`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ _SYTRF = {
 _THREADS_FROM = 2048
 
 
+def is_for_scipy(S: Tensor) -> bool:
+    """Whether SciPy's LAPACK is to factor a matrix, and not torch's."""
+    return S.device.type == "cpu" and S.numel() > 0 and (torch.get_num_threads() == 1 or len(S) >= _THREADS_FROM)
+
+
 def packed_factor(S: Tensor, is_own: bool = False) -> tuple[Tensor, Tensor]:
     """Bunch-Kaufman's factor as LAPACK packs it, column-major, and its interchanges; the lower triangle of S is read.
 
@@ -43,7 +48,7 @@ def packed_factor(S: Tensor, is_own: bool = False) -> tuple[Tensor, Tensor]:
     """
     columns = (S if is_own else S.mT.contiguous()).mT
     n = S.shape[0]
-    if S.device.type == "cpu" and n and (torch.get_num_threads() == 1 or n >= _THREADS_FROM):
+    if is_for_scipy(S):
         sytrf, workspace = _SYTRF[S.dtype]
         best, _ = workspace(n, lower=1)
         packed, interchanges, _ = sytrf(columns.numpy(), lower=1, lwork=int(best.real), overwrite_a=1)
