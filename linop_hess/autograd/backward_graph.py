@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from linop_hess.autograd.untouched import DispatchMode
 from linop_hess.errors import UnsupportedModelError
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda context: None).__code__
@@ -87,7 +87,7 @@ def in_memory(func: Any) -> Any:
     return torch.ops.aten.zeros.default if func is torch.ops.aten._efficientzerotensor.default else func
 
 
-class InMemory(TorchDispatchMode):
+class InMemory(DispatchMode):
     """No zeros without memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -44,8 +44,13 @@ def takes_parameters(loss_fn: Any) -> bool:
     It is where it has three positional parameters without defaults; `*args` counts for none, and what `functools.partial`
     fills in does not count.
     """
+    called = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+    function = called.__func__ if inspect.ismethod(called) else called
+    if inspect.isfunction(function) and not vars(function):  # which has no other signature than its own
+        positional = function.__code__.co_argcount - (function is not called)
+        return positional - len(function.__defaults__ or ()) == 3
     try:
-        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+        signature = inspect.signature(called)
     except (TypeError, ValueError):  # a builtin without one
         return False
     needed = [p for p in signature.parameters.values() if p.kind in _POSITIONAL and p.default is p.empty]

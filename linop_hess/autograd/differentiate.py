@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -324,9 +324,11 @@ def vjps(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor, at_once:
 
 def _vjps_at_once(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
     k = cotangents.shape[0]
-    try:
-        rows = differentiate([output], sources, [cotangents], retain_graph=True, batched=True)
-    except RuntimeError:  # an operation without a batching rule
+    rows: Gradients | None = None
+    if k > 1:
+        with suppress(RuntimeError):  # an operation without a batching rule
+            rows = differentiate([output], sources, [cotangents], retain_graph=True, batched=True)
+    if rows is None:
         single = [differentiate([output], sources, [c], retain_graph=True) for c in cotangents]
         rows = [None if column[0] is None else torch.stack(column) for column in zip(*single, strict=True)]
     return [

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class ProcessWide:
@@ -103,6 +104,18 @@ _WITHOUT_COMPILER = ProcessWide(_compile_nothing, lambda was: None if was is Non
 def without_compiler() -> AbstractContextManager[None]:
     """No compiled functions meanwhile, which would hide what they compute, or compile what records it."""
     return _WITHOUT_COMPILER.changed()
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode for where nothing is compiled (`without_compiler`).
+
+    Torch wraps those of other classes, lest they be compiled: that imports the compiler, which takes longer than most of what is
+    recorded, and goes through it at each operation.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 class _Holders:

@@ -165,7 +165,7 @@ def build_chain(
     if layers is None:
         _has_surrogates(second, run)
     at = dict(zip(names, parameters, strict=True))
-    graph, samples = _recorded(seen, loss_fn, targets, at, second, structure, again)
+    graph, samples = _recorded(seen, loss_fn, targets, at, second, structure)
     if again and graph.structure is not structure:  # it does something else, of which nothing is known
         return build_chain(*run, second, contents=contents)
     _compare_gradients(seen, graph.gradient, names, graph.terms, partial(rounded_gradient, *run, seen.norms))
@@ -208,7 +208,6 @@ def _recorded(
     parameters: dict[str, nn.Parameter],
     second: SecondDerivatives,
     known: Structure | None,
-    again: bool,
 ) -> tuple[Graph, int]:
     """A recorded run as a chain, what is separable in its loss as a diagonal; and of how many samples the loss is a sum, 0 of none."""
     parameter = next(iter(parameters.values()))
@@ -218,7 +217,7 @@ def _recorded(
     parts = None
     if seen.reads_output_alone(trace):
         of_output = seen.loss_of_output if penalty is not None or takes_parameters(loss_fn) else loss_fn
-        parts = _whole_loss(seen, of_output, targets, parameter.dtype, second, again)
+        parts = _whole_loss(seen, of_output, targets, parameter.dtype, second)
     if parts is not None:
         target = seen.output_ids[parts.order.cpu().numpy()]
         graph = build_graph(trace, target, parts.stage, parameter, sizes, second, known)
@@ -235,11 +234,11 @@ def _whole_loss(
     targets: Any,
     dtype: torch.dtype,
     second: SecondDerivatives,
-    again: bool,
 ) -> LossParts | None:
     """The loss as one stage; None where it needs differences, which its operations have one by one."""
     try:
-        return linearize_loss(loss_fn, seen.output, targets, dtype, second.sharpness, again)
+        # The run has been seen to give the same loss each time.
+        return linearize_loss(loss_fn, seen.output, targets, dtype, second.sharpness, again=True)
     except UnsupportedModelError:
         if not second.finite:
             raise

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.liveness import uses
-from linop_hess.graph.recording.movement import Ids, Strided, places
+from linop_hess.graph.recording.movement import Ids, Strided, Views
 from linop_hess.graph.recording.node import Node, signature_of
 from linop_hess.graph.recording.template import Flats, Repeat, repeats_of
 from linop_hess.graph.rules.elementwise import Elementwise, ScaleShift
@@ -113,29 +113,34 @@ class Alike:
         return repeats_of(self.nodes)
 
     @cached_property
-    def _starts(self) -> list[np.ndarray]:
-        """Where in the ids each argument of repeats begins, (K,)."""
-        views = [self._repeats[0].pattern.tensors[i] for i in self._repeats[0].active]
-        return [np.array([node.ids[view.operand] for node in self._repeats]) + view.offset for view in views]
+    def read(self) -> list[Views | np.ndarray]:
+        """Each argument that depends on parameters: where its elements lie, or their ids, (K, entries)."""
+        active = self.nodes[0].active
+        if not self._repeats:
+            return [_together([node.arguments[j] for node in self.nodes]) for j in range(len(active))]
+        views = [self._repeats[0].pattern.tensors[i] for i in active]
+        starts = [np.array([node.ids[view.operand] for node in self._repeats]) + view.offset for view in views]
+        return [Views(start, view.shape, view.stride) for start, view in zip(starts, views, strict=True)]
+
+    @cached_property
+    def written(self) -> list[Views]:
+        """Where the elements of each output lie."""
+        if self._repeats:
+            before = np.array([node.before for node in self._repeats])
+            like = [output for _, output in self._repeats[0].pattern.node.outputs]
+            return [Views(before + (o.start + o.offset), o.shape, o.stride) for o in like]
+        outputs = zip(*([output for _, output in node.outputs] for node in self.nodes), strict=True)
+        return [Views(_starts(each), each[0].shape, each[0].stride) for each in outputs]
 
     @cached_property
     def arguments(self) -> list[np.ndarray]:
         """Element ids of each argument that depends on parameters, (K, entries)."""
-        active = self.nodes[0].active
-        if not self._repeats:
-            return [_stacked_ids([node.arguments[j] for node in self.nodes]) for j in range(len(active))]
-        views = [self._repeats[0].pattern.tensors[i] for i in active]
-        return [s[:, None] + places(v.shape, v.stride, 0) for s, v in zip(self._starts, views, strict=True)]
+        return [argument.ids() if isinstance(argument, Views) else argument for argument in self.read]
 
     @cached_property
     def outputs(self) -> list[np.ndarray]:
         """Element ids of each output, (K, entries)."""
-        if not self._repeats:
-            return [
-                _stacked_ids([node.outputs[j][1] for node in self.nodes]) for j in range(len(self.nodes[0].outputs))
-            ]
-        before = np.array([node.before for node in self._repeats])
-        return [before[:, None] + output.ids() for _, output in self._repeats[0].pattern.node.outputs]
+        return [output.ids() for output in self.written]
 
     def of(self, chosen: np.ndarray) -> Alike:
         """Some of the nodes."""
@@ -144,11 +149,8 @@ class Alike:
     def print(self) -> Footprint:
         """All of the nodes but their numbers, apart from constants that are no floats: these may say what is moved where."""
         first = self.nodes[0]
-        if self._repeats:
-            read = self._starts
-        else:
-            read = [_places_read([node.arguments[j] for node in self.nodes]) for j in range(len(first.active))]
-        written = [output[:, 0] for output in self.outputs]
+        read = [argument.starts if isinstance(argument, Views) else argument for argument in self.read]
+        written = [output.starts for output in self.written]
         names = [(node.path, node.operation, node.spec) for node in self.nodes]
         fixed = [i for i, a in enumerate(first.flat) if isinstance(a, Tensor) and not a.is_floating_point()]
         constants = [node.flat[i] for i in fixed if i not in first.active for node in self.nodes]
@@ -263,43 +265,53 @@ def grouped(sets: Sequence[Alike], parameters: int, target: np.ndarray, second: 
         If an operation of another library has no second derivative that is right, and differences are not allowed.
     """
     slots = [np.concatenate(one.arguments, 1) for one in sets]
-    reads = [_distinct(argument) for one in sets for argument in one.arguments]
+    reads = [_distinct(argument) for one in sets for argument in one.read]
     count = uses(parameters, [*reads, np.unique(target)])
     groups: list[Group] = []
     for one, ids in zip(sets, slots, strict=True):
-        members, chosen = one.members, one.nodes
-        outputs = np.concatenate(one.outputs, 1)
         is_parameter = (ids > 0) & (ids <= parameters)
         once = is_parameter & (count[np.where(is_parameter, ids, 0)] == 1)
         roles = np.where(ids == 0, CONSTANT, np.where(once, CONTROL, STATE))
         kinds, kind_of = _distinct_rows(roles)
         for kind, row in enumerate(kinds):
-            which = np.flatnonzero(kind_of == kind)
-            first = chosen[int(which[0])]
-            op = Operation(
-                first.func,
-                Flats([chosen[k] for k in which.tolist()]),
-                first.spec,
-                tuple(first.active),
-                tuple(j for j, _ in first.outputs),
-                ids[which],
-                row,
-                first.title,
-            )
-            op, rule = _ruled(op)
-            op = _differentiated(op, rule, second)
-            groups.append(
-                Group(
-                    op,
-                    members[which],
-                    rule,
-                    outputs[which],
-                    first.in_loss,
-                    tuple(chosen[k].path for k in which.tolist()),
-                    f"{first.name} (by differences)" if op.by_differences else first.name,
-                )
-            )
+            groups.append(group_of(one if len(kinds) == 1 else one.of(kind_of == kind), row, second))
     return groups
+
+
+def group_of(one: Alike, roles: np.ndarray, second: SecondDerivatives) -> Group:
+    """The group of nodes whose slots have the same roles, by the rule for it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If an operation of another library has no second derivative that is right, and differences are not allowed.
+    """
+    first = one.nodes[0]
+    runs = [
+        i for i, argument in zip(first.active, one.read, strict=True) if isinstance(argument, Views) and argument.is_run
+    ]
+    op = Operation(
+        first.func,
+        Flats(one.nodes),
+        first.spec,
+        tuple(first.active),
+        tuple(j for j, _ in first.outputs),
+        np.concatenate(one.arguments, 1),
+        roles,
+        first.title,
+        frozenset(runs),
+    )
+    op, rule = _ruled(op)
+    op = _differentiated(op, rule, second)
+    return Group(
+        op,
+        one.members,
+        rule,
+        np.concatenate(one.outputs, 1),
+        first.in_loss,
+        tuple(node.path for node in one.nodes),
+        f"{first.name} (by differences)" if op.by_differences else first.name,
+    )
 
 
 def _ruled(op: Operation) -> tuple[Operation, Rule]:
@@ -336,26 +348,26 @@ def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return kinds, kind_of.reshape(-1)
 
 
-def _stacked_ids(ids: Sequence[Ids]) -> np.ndarray:
-    """Ids of one argument of K nodes, (K, entries)."""
+def _together(ids: Sequence[Ids]) -> Views | np.ndarray:
+    """Ids of one argument of K nodes, of one pattern."""
     first = ids[0]
     if isinstance(first, Strided):
-        starts = np.array([one.start + one.offset for one in ids if isinstance(one, Strided)])
-        return starts[:, None] + places(first.shape, first.stride, 0)
+        return Views(_starts([one for one in ids if isinstance(one, Strided)]), first.shape, first.stride)
     return np.stack([one for one in ids if isinstance(one, np.ndarray)])
 
 
-def _places_read(ids: Sequence[Ids]) -> np.ndarray:
-    """What tells the ids of one argument of K nodes, of one pattern, apart from those of others."""
-    if isinstance(ids[0], Strided):
-        return np.array([one.start + one.offset for one in ids if isinstance(one, Strided)])
-    return _stacked_ids(ids)
+def _starts(ids: Sequence[Strided]) -> np.ndarray:
+    return np.array([one.start + one.offset for one in ids])
 
 
-def _distinct(ids: np.ndarray) -> np.ndarray:
+def _distinct(argument: Views | np.ndarray) -> Views | np.ndarray:
     """The elements that each node reads, along the first axis, none twice; 0 stands for what is not counted."""
-    if bool((ids[:, 1:] > ids[:, :-1]).all()):
-        return ids
-    mine = np.sort(ids, axis=1)
+    if isinstance(argument, Views):
+        if argument.is_run:
+            return argument
+        argument = argument.ids()
+    if bool((argument[:, 1:] > argument[:, :-1]).all()):
+        return argument
+    mine = np.sort(argument, axis=1)
     mine[:, 1:][mine[:, 1:] == mine[:, :-1]] = 0
     return mine

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from linop_hess._memory import require
+from linop_hess.graph.recording.movement import Views
 from linop_hess.tables import Cuts, Shared
 
 
@@ -153,18 +154,26 @@ def _positions(
     return np.where(ids > 0, at, -1)
 
 
-def uses(parameters: int, reads: Sequence[np.ndarray]) -> np.ndarray:
+def uses(parameters: int, reads: Sequence[np.ndarray | Views]) -> np.ndarray:
     """How many arguments of operations read each parameter entry, shape (N + 1,).
 
     Parameters
     ----------
     parameters : int
         N.
-    reads : sequence of ndarray of int
-        For each argument (of each of K nodes, along the first axis) the elements it reads, none twice.
+    reads : sequence of ndarray of int, or Views
+        For each argument (of each of K nodes, along the first axis) the elements it reads, none twice; views are runs.
     """
-    counts = np.zeros(parameters + 1, dtype=np.int64)
+    steps = np.zeros(parameters + 2, dtype=np.int64)
+    for run in reads:
+        if isinstance(run, Views):
+            starts = run.starts[run.starts <= parameters]
+            np.add.at(steps, starts, 1)
+            np.add.at(steps, np.minimum(starts + run.size, parameters + 1), -1)
+    counts = np.cumsum(steps[:-1])
     for ids in reads:
+        if isinstance(ids, Views):
+            continue
         flat = ids.reshape(-1)
         flat = flat[(flat > 0) & (flat <= parameters)]
         if flat.size:

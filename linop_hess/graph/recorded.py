@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.errors import NotFiniteError
+from linop_hess.graph.chains import chain_of
 from linop_hess.graph.grouping import Alike, Footprint, Group, alike, grouped, live_nodes, needed_of
 from linop_hess.graph.liveness import LiveCuts
 from linop_hess.graph.lowering import lower, may_be_split, split_late
@@ -18,14 +19,14 @@ from linop_hess.graph.recording.node import Node, Trace
 from linop_hess.graph.recording.template import Flats
 from linop_hess.graph.rules.nonsmooth import SecondDerivatives
 from linop_hess.graph.samples import state_order
-from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Stack, schedule
+from linop_hess.graph.wiring import IDLE, INJECTION, OBJECTIVE, Stack, order_of, places_of, run_by_loss, schedule
 from linop_hess.lq.layout import Layout
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.injection import IdleStage, InjectionStage
 from linop_hess.lq.stages.objective import ObjectiveStage
 from linop_hess.lq.stages.wired import WiredStage
-from linop_hess.tables import DIFFERENCES, DOUBLE_BACKWARD, RULE, StageLabels
+from linop_hess.tables import DIFFERENCES, DOUBLE_BACKWARD, RULE, Cuts, StageLabels
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Graph:
         By the adjoint recursion through the stages.
     generic : tuple of str
         Operations whose derivatives are torch's own second derivatives of operations that no rule knows.
-    cuts : LiveCuts
+    cuts : Cuts
         What lives in its states.
     differenced : tuple of str
         Operations whose second derivatives are differences of first ones.
@@ -51,7 +52,7 @@ class Graph:
     problem: Problem
     gradient: Tensor
     generic: tuple[str, ...]
-    cuts: LiveCuts
+    cuts: Cuts
     differenced: tuple[str, ...]
     terms: Callable[[], float]
     structure: Structure
@@ -82,7 +83,7 @@ class Structure:
     stacks : list of Stack
     order, places : ndarray of int
         As of `Problem`.
-    cuts : LiveCuts
+    cuts : Cuts
     of_loss : frozenset of int
     adjoints : list of Tensor
         Where, in all states after events, that stands which the stages of each group write; −1 where nothing reads it.
@@ -101,7 +102,7 @@ class Structure:
     stacks: list[Stack]
     order: np.ndarray
     places: np.ndarray
-    cuts: LiveCuts
+    cuts: Cuts
     of_loss: frozenset[int]
     adjoints: list[Tensor]
     layout: Layout | None = None
@@ -203,7 +204,7 @@ def build_graph(
     ]
     slopes_alone = problem
     problem = problem.with_curvature([_stage(stack, curved, objective, like) for stack in seen.stacks])
-    _require_finite(problem)
+    _require_finite(problem, slopes_alone)
     generic = tuple(dict.fromkeys(group.op.title for group in groups if group.rule.is_generic))
     differenced = tuple(dict.fromkeys(group.op.title for group in groups if group.op.by_differences))
     return Graph(
@@ -230,6 +231,9 @@ def _analysed(
     lowered = lower(trace, sets, target) if lowered is None else lowered
     if lowered is not trace.nodes:
         sets = alike(lowered)
+    plain = _chained(trace, ids, footprints, sets, target, objective, like, second)
+    if plain is not None:
+        return plain
     needed = target[target > 0]
     chosen = needed_of(sets, needed, trace.ids)
     if chosen is None:
@@ -258,12 +262,7 @@ def _analysed(
             groups[g] = group = groups[g].in_order(parts_order)
             makers[g] = group.rule.linearize(group.op).to(like.dtype)
     plan = schedule(groups, trace.parameters, trace.ids, target, rank, objective is not None, cuts_of)
-    order = plan.order
-    places = np.concatenate(
-        [plan.stacks[b].controls[k] for b, k in order.tolist()] or [np.zeros(0, dtype=np.int64)]
-    ).astype(np.int64)
-    # Gauss-Newton keeps the curvature of all that the loss runs; an objective keeps its own.
-    of_loss = frozenset(b for b, stack in enumerate(plan.stacks) if stack.group >= 0 and groups[stack.group].in_loss)
+    order = order_of(plan.stacks)
     new = np.flatnonzero(plan.live.is_new)
     where = np.full(trace.ids + 2, -1, dtype=np.int64)
     where[plan.live.ids[new]] = new
@@ -280,10 +279,56 @@ def _analysed(
             parts,
             plan.stacks,
             order,
-            places - 1,
+            places_of(plan.stacks, order),
             plan.cuts,
-            of_loss,
+            run_by_loss(plan.stacks, groups),
             [torch.from_numpy(where[group.written]) for group in groups],
+        ),
+        groups,
+        makers,
+    )
+
+
+def _chained(
+    trace: Trace,
+    ids: int,
+    footprints: list[Footprint],
+    sets: list[Alike],
+    target: np.ndarray,
+    objective: ObjectiveStage | None,
+    like: Tensor,
+    second: SecondDerivatives,
+) -> tuple[Structure, list[Group], list[Stage]] | None:
+    """The same of a plain chain, `sets` being its lowered nodes by signature; None where it is none."""
+    chain = chain_of(sets, trace.parameters, target, second)
+    if chain is None:
+        return None
+    groups, samples = chain.groups, 1 if objective is None else objective.samples
+    makers = [group.rule.linearize(group.op).to(like.dtype) for group in groups]
+    if not chain.falls_into(samples, makers):
+        return None
+    stacks = chain.stacks(objective is not None)
+    order = order_of(stacks)
+    widths = chain.widths if objective is None else np.append(chain.widths, 1)
+    kinds = np.array([stack.group for stack in stacks])[order[:, 0]]
+    cuts = Cuts(_labels(groups, np.column_stack([kinds, order[:, 1]])), widths, like.element_size())
+    return (
+        Structure(
+            footprints,
+            ids,
+            target,
+            samples,
+            second,
+            list(range(chain.nodes)),
+            False,
+            [group.without_arguments() for group in groups],
+            [max(1, maker.samples) for maker in makers],
+            stacks,
+            order,
+            places_of(stacks, order),
+            cuts,
+            run_by_loss(stacks, groups),
+            list(map(torch.from_numpy, chain.places())),
         ),
         groups,
         makers,
@@ -334,9 +379,11 @@ def _origin(group: Group) -> str:
     return DOUBLE_BACKWARD if group.rule.is_generic else RULE
 
 
-def _require_finite(problem: Problem) -> None:
+def _require_finite(problem: Problem, known: Problem | None = None) -> None:
+    """Raise where a derivative is NaN or Inf; the arrays of `known` are finite."""
+    finite = frozenset() if known is None else frozenset(id(a) for block in known.blocks for a in block._arrays())
     for b, block in enumerate(problem.blocks):
-        bad = block.first_not_finite()
+        bad = block.first_not_finite(finite)
         if bad is not None:
             l = int(np.flatnonzero((problem.order[:, 0] == b) & (problem.order[:, 1] == bad))[0])
             raise NotFiniteError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,25 +51,33 @@ class Schedule:
     stacks : list of Stack
     live : LiveSets
         The states; event e leaves the e-th.
-    events : int
-        T.
     cuts : LiveCuts
         The same as a table.
     """
 
     stacks: list[Stack]
     live: LiveSets
-    events: int
     cuts: LiveCuts
 
-    @property
-    def order(self) -> np.ndarray:
-        """For each event its stack and its position there, shape (T, 2)."""
-        order = np.zeros((self.events, 2), dtype=np.int64)
-        for b, stack in enumerate(self.stacks):
-            order[stack.events, 0] = b
-            order[stack.events, 1] = np.arange(stack.events.size)
-        return order
+
+def order_of(stacks: Sequence[Stack]) -> np.ndarray:
+    """For each event its stack and its position there, shape (T, 2)."""
+    order = np.zeros((sum(stack.events.size for stack in stacks), 2), dtype=np.int64)
+    for b, stack in enumerate(stacks):
+        order[stack.events, 0] = b
+        order[stack.events, 1] = np.arange(stack.events.size)
+    return order
+
+
+def places_of(stacks: Sequence[Stack], order: np.ndarray) -> np.ndarray:
+    """Where each control lies in flat vectors, in the order of the chain; `order` as `order_of` gives it."""
+    controls = [stacks[b].controls[k] for b, k in order.tolist()]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *controls]).astype(np.int64) - 1
+
+
+def run_by_loss(stacks: Sequence[Stack], groups: Sequence[Group]) -> frozenset[int]:
+    """The stacks whose curvature Gauss-Newton keeps: all that the loss runs; an objective keeps its own."""
+    return frozenset(b for b, stack in enumerate(stacks) if stack.group >= 0 and groups[stack.group].in_loss)
 
 
 CutsOf = Callable[[np.ndarray, np.ndarray, np.ndarray], LiveCuts]
@@ -174,7 +182,7 @@ def schedule(
         )
     if has_objective:
         events.add(OBJECTIVE, target[None], np.array([times.size - 1]), np.array([[ids + 1]]), _NONE)
-    return Schedule(events.stacks(), live, int(times.size), cuts)
+    return Schedule(events.stacks(), live, cuts)
 
 
 _NONE = np.zeros((1, 0), dtype=np.int64)

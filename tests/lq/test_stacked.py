@@ -53,3 +53,13 @@ def test_first_not_finite():
     assert stack.first_not_finite() == 2
     stack.inner.values[1, 0] = torch.inf
     assert stack.first_not_finite() == 1
+
+
+def test_large_numbers_are_finite_though_their_sum_is_not():
+    stack = outer()
+    stack.weights[:2] = torch.finfo(stack.weights.dtype).max
+    assert not torch.isfinite(stack.weights.sum()) and stack.first_not_finite() is None
+    stack.inner.values[1, 0] = torch.inf
+    stack.inner.values[0, 0] = -torch.inf
+    assert stack.first_not_finite() == 0
+    assert stack.first_not_finite({id(stack.inner.values)}) is None

@@ -188,7 +188,8 @@ def _captured(
             kept = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, output)
             recorder.in_loss = True
             with repeats or recorder:
-                value = checked_loss(own.loss(output, own_targets))
+                value = own.loss(output, own_targets)
+            value = checked_loss(value)
             if repeats is not None and not repeats.saw_all():
                 raise _NotAllSeen(kept, value)
         if not norms and recorder.differentiates_norms:

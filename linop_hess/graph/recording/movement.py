@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -41,6 +42,46 @@ def places(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> np.n
 
 
 Ids = Strided | np.ndarray
+
+
+@dataclass(frozen=True)
+class Views:
+    """Element ids of K tensors that lie alike: those of each are from its own of `starts` on."""
+
+    starts: np.ndarray
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Entries of each."""
+        return math.prod(self.shape)
+
+    def ids(self) -> np.ndarray:
+        """The ids, (K, entries), each in row-major order."""
+        return self.starts[:, None] + places(self.shape, self.stride, 0)
+
+    @property
+    def is_consecutive(self) -> bool:
+        """Whether ids are consecutive in row-major order."""
+        return fills(self.shape, self.stride, in_order=True)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether ids are consecutive, in whatever order."""
+        return fills(self.shape, self.stride)
+
+
+@cache
+def fills(shape: tuple[int, ...], stride: tuple[int, ...], in_order: bool = False) -> bool:
+    """Whether a tensor fills the memory from its first entry to its last, each place once; `in_order`: in row-major order."""
+    steps = [(step, size) for size, step in zip(shape, stride, strict=True) if size != 1][::-1]
+    end = 1
+    for step, size in steps if in_order else sorted(steps):
+        if step != end:
+            return False
+        end *= size
+    return True
 
 
 def as_tensor(ids: Ids, shape: torch.Size) -> Tensor:

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from linop_hess.autograd.backward_graph import in_memory, is_fused_norm
 from linop_hess.autograd.differentiate import FusedOperation
 from linop_hess.autograd.kinks.surrogates import surrogate
-from linop_hess.autograd.untouched import Memory
+from linop_hess.autograd.untouched import DispatchMode, Memory
 from linop_hess.errors import UnsupportedModelError
 from linop_hess.graph.recording.movement import (
     AS_NEW,
@@ -49,7 +48,7 @@ _CONSTANT = 0
 _NONE = np.zeros(0, dtype=np.int64)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DispatchMode):
     """Record what runs inside; see `Trace`.
 
     Parameters
@@ -368,7 +367,7 @@ class Recorder(TorchDispatchMode):
         buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
 
 
-class Saving(TorchDispatchMode):
+class Saving(DispatchMode):
     """Save what is written into, where it is not of a run; record nothing.
 
     Parameters

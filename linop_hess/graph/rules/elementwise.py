@@ -19,7 +19,7 @@ from linop_hess.graph.rules.operation import (
     base_name,
     out_of_place,
 )
-from linop_hess.graph.rules.primitive import ByRows, Rows
+from linop_hess.graph.rules.primitive import ByRows, Rows, each_entry
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.injection import InitialStage
 from linop_hess.lq.stages.scale_shift import Features, ScaleShiftStage
@@ -61,17 +61,18 @@ class Elementwise(ByRows):
         func = out_of_place(op.func)
         if func._schema.is_mutable or len(func._schema.returns) != 1:
             return None
-        shape = torch.broadcast_shapes(*(op.flat[i].shape for i in op.tensors))
+        shape = np.broadcast_shapes(*(op.flat[i].shape for i in op.tensors))  # which is sooner told than by torch
 
         def spread(t: Tensor) -> Tensor:
             return t.expand(shape).reshape(-1)
 
         return Rows(
-            {i: spread for i in op.tensors},
+            {i: each_entry if op.flat[i].shape == shape else spread for i in op.tensors},
             lambda tensors: op.call(func, tensors)[0],
-            lambda t: t.reshape(-1),
+            each_entry,
             torch.Size(shape),
-            linear=base_name(func) in _LINEAR,
+            base_name(func) in _LINEAR,
+            len(op.active) == 1,
         )
 
 
@@ -110,7 +111,7 @@ class ScaleShift(Rule):
         taken = [i for i in parts if op.role(i) == CONTROL]
         if not taken or any(not op.are_distinct(i) for i in taken):
             return None
-        if any(torch.broadcast_shapes(shape, op.flat[i].shape) != shape for i in parts):
+        if any(np.broadcast_shapes(shape, op.flat[i].shape) != shape for i in parts):
             return None
         if len(taken) == 2 and op.flat[taken[0]].shape != op.flat[taken[1]].shape:
             return None

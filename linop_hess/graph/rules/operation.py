@@ -47,6 +47,8 @@ class Operation:
         `CONSTANT`, `STATE` or `CONTROL`, of each slot.
     title : str
         The first node, for messages.
+    distinct : frozenset of int
+        Positions of some arguments in which, it is known, no element occurs twice, of any node.
     order : ndarray of int or None
         In which order a rule is to take the equal parts that it finds; None: as they come. Kinds that have none ignore it.
     sharpness : float or None
@@ -63,6 +65,7 @@ class Operation:
     ids: np.ndarray
     roles: np.ndarray
     title: str
+    distinct: frozenset[int] = frozenset()
     order: np.ndarray | None = None
     sharpness: float | None = None
     by_differences: bool = False
@@ -93,17 +96,23 @@ class Operation:
 
     def role(self, position: int) -> int:
         """The role of all entries of an argument, −1 where they differ; numbers and tensors that are not active are constant."""
-        if position not in self.bounds:
-            return CONSTANT
-        roles = self.roles[self.bounds[position]]
-        return int(roles[0]) if bool((roles == roles[0]).all()) else -1
+        return self._role_of.get(position, CONSTANT)
+
+    @cached_property
+    def _role_of(self) -> dict[int, int]:
+        """The role of each active argument."""
+        of = {i: self.roles[bound] for i, bound in self.bounds.items()}
+        return {i: int(roles[0]) if bool((roles == roles[0]).all()) else -1 for i, roles in of.items()}
 
     def is_controlled(self, position: int) -> bool:
         """Whether some entry of an argument is a control."""
-        return position in self.bounds and bool((self.roles[self.bounds[position]] == CONTROL).any())
+        role = self.role(position)
+        return role == CONTROL or role < 0 and bool((self.roles[self.bounds[position]] == CONTROL).any())
 
     def are_distinct(self, position: int) -> bool:
         """Whether no element occurs twice in an argument of any node."""
+        if position in self.distinct:
+            return True
         ids, shape = self.ids[:, self.bounds[position]], self.flat[position].shape
         if _ascend(ids) or _ascend(
             ids.reshape(-1, *shape).T.reshape(ids.shape[1], -1).T

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linop_hess import _memory
-from linop_hess.autograd.differentiate import symmetric, twice_differentiable, vjps
+from linop_hess.autograd.differentiate import differentiate, symmetric, twice_differentiable, vjps
 from linop_hess.autograd.finite import finite_difference_hessian
 from linop_hess.autograd.kinks.surrogates import surrogate
 from linop_hess.errors import UnsupportedModelError
@@ -235,6 +235,8 @@ class Rows:
         Shape of the output.
     linear : bool
         Whether it has no second derivative.
+    entrywise : bool
+        Whether a row is a function of one number alone.
     """
 
     arranged: dict[int, Callable[[Tensor], Tensor]]
@@ -242,6 +244,28 @@ class Rows:
     output: Callable[[Tensor], Tensor]
     shape: torch.Size
     linear: bool = False
+    entrywise: bool = False
+
+
+def _of_entries(z: Tensor, y: Tensor, twice: bool) -> tuple[Tensor, Tensor | None]:
+    """First and second derivatives of functions of one number each; None where the second are zero, or not asked for."""
+    (first,) = differentiate([y.sum()], [z], create_graph=twice)
+    if first is None:
+        return torch.zeros_like(z), None
+    (second,) = differentiate([first.sum()], [z]) if twice else (None,)
+    return first.detach(), None if second is None or not bool(second.any()) else second
+
+
+def each_entry(t: Tensor) -> Tensor:
+    """Each entry as a row."""
+    return t.reshape(-1)
+
+
+def _arranged(function: Callable[[Tensor], Tensor], stacked: Tensor) -> Tensor:
+    """What `Rows.arranged` makes of each of K tensors."""
+    if function is each_entry:
+        return stacked.reshape(len(stacked), -1)
+    return function(stacked[0])[None] if len(stacked) == 1 else torch.vmap(function)(stacked)
 
 
 class ByRows(Rule):
@@ -280,7 +304,7 @@ class ByRows(Rule):
         """The rows of all nodes, (K·R, *local)."""
         tensors = {}
         for i in op.tensors:
-            arranged = op.in_order(torch.vmap(rows.arranged[i])(in_double(op.stacked(i))))
+            arranged = op.in_order(_arranged(rows.arranged[i], in_double(op.stacked(i))))
             tensors[i] = arranged.reshape(-1, *arranged.shape[2:])
         points = {i: tensors.pop(i) for i in op.active}
         return _Run(op.title, points, lambda leaves: rows.function({**leaves, **tensors}))
@@ -294,11 +318,17 @@ class ByRows(Rule):
             entries = y.shape[0] * d * (o if rows.linear else max(d, o))
             nbytes = 2.0 * y.element_size() * entries
             _memory.require(nbytes, f"the derivatives of {op.title}", _memory.available_on(y.device))
+            if rows.entrywise:
+                first, second = _of_entries(leaves[0], y, self._bends_itself(op, rows))
+                return DiagonalStage(first.reshape(K, R), second=None if second is None else second.reshape(K, R))
             units = torch.eye(o, dtype=y.dtype, device=y.device)[:, None].expand(o, K * R, o)
             J = torch.cat([row.view(o, K * R, -1) for row in vjps(y, leaves, units)], 2).transpose(0, 1)
-        if o == 1 and d == 1:
-            return DiagonalStage(J.reshape(K, R))
         return DenseStage(J.reshape(K, R, o, d).contiguous(), samples=R)
+
+    @staticmethod
+    def _bends_itself(op: Operation, rows: Rows) -> bool:
+        """Whether there are second derivatives, and they are those of the operation itself by autograd."""
+        return not (rows.linear or op.by_differences or op.sharpness is not None)
 
     def smoothed(self, op: Operation, rows: Rows, sharpness: float) -> Rows:
         """The rows of the surrogate of an operation that has one."""
@@ -312,6 +342,8 @@ class ByRows(Rule):
 
     def curve(self, op: Operation, stage: Stage, beta: Tensor) -> Stage:
         rows, K = self._curved_rows(op), op.count
+        if rows.entrywise and self._bends_itself(op, rows):
+            return replace(cast(Any, stage.with_adjoint(beta)), second=None)
         Q = None if rows.linear else self._run(op, rows).curvature(beta, op.by_differences)
         if Q is None:
             return stage
