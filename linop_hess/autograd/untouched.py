@@ -238,6 +238,7 @@ class Memory:
     def note_all(self, addresses: Iterable[int]) -> None:
         """Note that storages are of the run."""
         self._made.update(addresses)
+        self._made.difference_update(self._overwritten)
 
     def note(self, out: Any) -> Any:
         """Note that what an operation gave is of the run, and return it."""

@@ -237,8 +237,10 @@ def _whole_loss(
 ) -> LossParts | None:
     """The loss as one stage; None where it needs differences, which its operations have one by one."""
     try:
-        # The run has been seen to give the same loss each time.
-        return linearize_loss(loss_fn, seen.output, targets, dtype, second.sharpness, again=True)
+        # The run has been seen to give the same loss each time, and by which functions.
+        return linearize_loss(
+            loss_fn, seen.output, targets, dtype, second.sharpness, again=True, in_primitives=seen.in_primitives
+        )
     except UnsupportedModelError:
         if not second.finite:
             raise

@@ -319,10 +319,12 @@ def _ruled(op: Operation) -> tuple[Operation, Rule]:
     for rule in RULES:
         taken = rule.controls(op) if rule.knows(op.func) else None
         if taken is not None:
+            of_state = [bound for i, bound in op.bounds.items() if i not in taken and op.is_controlled(i)]
+            if not of_state:
+                return op, rule
             roles = op.roles.copy()
-            for i, bound in op.bounds.items():
-                if i not in taken:
-                    roles[bound] = np.where(roles[bound] == CONTROL, STATE, roles[bound])
+            for bound in of_state:
+                roles[bound] = np.where(roles[bound] == CONTROL, STATE, roles[bound])
             return replace(op, roles=roles), rule
     raise AssertionError("the last rule takes every operation")
 

@@ -106,7 +106,7 @@ class Transition:
             inner = inner[(inner > 0) & (inner < last)]
             if not inner.size:
                 continue
-            stages = stack.take(layout.order[inner, 1])
+            stages = stack if inner.size == stack.count else stack.take(layout.order[inner, 1])
             rows, columns = layout.out_offsets[inner] // parts, layout.out_offsets[inner - 1] // parts
             for s in range(parts):
                 of_part = stages if parts == 1 else stages.of_samples(s, s + 1, parts)

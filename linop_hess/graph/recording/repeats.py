@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -145,9 +146,11 @@ class Repeats(TorchFunctionMode):
             return False
         self._count_versions()
         nodes = self._recorder.trace.nodes
+        repeats = [node.operands for node in nodes if type(node) is Repeat and not node.is_made]
+        others = [node.flat for node in nodes if type(node) is not Repeat or node.is_made]
+        held = chain(chain.from_iterable(repeats), (a for flat in others for a in flat if isinstance(a, Tensor)))
         try:
-            held = (node.operands if type(node) is Repeat and not node.is_made else node.flat for node in nodes)
-            written = [a for flat in held for a in flat if isinstance(a, Tensor) and a._version]
+            written = [a for a in held if a._version]
         except RuntimeError:  # those of inference mode have no version
             return False
         return all(a._version == self._versions.get(a.untyped_storage().data_ptr()) for a in written)
@@ -229,9 +232,9 @@ class Repeats(TorchFunctionMode):
 
     def _tell(self) -> None:
         """Tell the recorder what it has not noted itself."""
-        for out, before, new in self._new:
-            self._recorder.note(out, Strided(before + new.start, new.shape, new.stride, new.offset))
-        self._new.clear()
+        if self._new:
+            self._recorder.note(self._new)
+            self._new = []
 
     def _layout(self, tensor: Tensor, is_active: bool) -> int:
         """A number for the shape, strides and dtype of a tensor, and whether it depends on parameters."""
@@ -343,8 +346,7 @@ class Repeats(TorchFunctionMode):
         result = replace(found, start=found.start - before)
         template = Template(Pattern(like, tensors), constants, count, result, layout, out.dtype)
         again = template.repeated(before, node.path, list(operands), list(ids), memory)
-        is_same = again.but(flat=[], arguments=[]) == node.but(flat=[], arguments=[])
-        is_same = is_same and all(map(_are_same, again.flat, node.flat))
+        is_same = again.outputs == node.outputs and all(map(_are_same, again.flat, node.flat))
         is_same = is_same and all(map(_are_same_ids, again.arguments, node.arguments))
         return template if is_same else None
 

@@ -135,7 +135,8 @@ class Recorder(DispatchMode):
     @property
     def differentiates_norms(self) -> bool:
         """Whether fused norms were differentiated inside."""
-        norms = [name for node in self.trace.nodes if is_fused_norm(name := node.name)]
+        functions = {(node.func, node.operation): node for node in self.trace.nodes}.values()
+        norms = [name for node in functions if is_fused_norm(name := node.name)]
         return any(name.endswith("_backward") for name in norms) or bool(norms) and self.forward_mode
 
     def find(self, tensor: Tensor) -> Strided | None:
@@ -149,11 +150,15 @@ class Recorder(DispatchMode):
         """Keep a tensor alive, and so its `id` its own."""
         self._alive.append(tensor)
 
-    def note(self, tensor: Tensor, ids: Strided) -> None:
-        """Note the ids of a tensor in a storage of its own."""
-        self._alive.append(tensor.untyped_storage())
-        self._ids[self.memory.note_one(tensor)] = ids.start
-        self._known[id(tensor)] = ids
+    def note(self, new: Sequence[tuple[Tensor, int, Strided]]) -> None:
+        """Note tensors, each in a storage of its own, with the last id before each and their ids counted from it."""
+        storages = [tensor.untyped_storage() for tensor, _, _ in new]
+        keys = [storage.data_ptr() for storage in storages]
+        self._alive += storages
+        self.memory.note_all(keys)
+        for key, (tensor, before, ids) in zip(keys, new, strict=True):
+            self._ids[key] = start = before + ids.start
+            self._known[id(tensor)] = Strided(start, ids.shape, ids.stride, ids.offset)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, given = kwargs or {}, func

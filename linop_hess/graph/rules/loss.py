@@ -72,6 +72,7 @@ def linearize_loss(
     dtype: torch.dtype | None = None,
     sharpness: float | None = None,
     again: bool = False,
+    in_primitives: bool = True,
 ) -> LossParts:
     """Evaluate a loss with its first two derivatives by all floating tensors of the output.
 
@@ -89,6 +90,8 @@ def linearize_loss(
         That of the surrogates whose curvature kinks of the loss get; by default they add none.
     again : bool
         Whether this loss function has been seen to give the same value each time; else it is called twice.
+    in_primitives : bool
+        Whether it may call functions of torch's that must be written in others; see `twice_differentiable`.
 
     Returns
     -------
@@ -117,7 +120,7 @@ def linearize_loss(
     state = _State(output)
     with (
         untouched_randomness(state.device),
-        twice_differentiable("the loss", state.device),
+        twice_differentiable("the loss", state.device, in_primitives=in_primitives),
         of_the_output_alone(),
     ):
         value, gradient, u = _first_derivative(loss_fn, state, constant(target), sharpness, again)

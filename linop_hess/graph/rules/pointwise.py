@@ -63,7 +63,8 @@ class Pointwise(Kind):
 
     def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         module = layers[0].module
-        with twice_differentiable(f"layer {layers[0].name!r} ({type(module).__name__})", Z.device, module):
+        title = f"layer {layers[0].name!r} ({type(module).__name__})"
+        with twice_differentiable(title, Z.device, module, in_primitives=False):
             u = Z.detach().clone().requires_grad_()
             y = self.forward(layers[0], u)
             (first,) = torch.autograd.grad(y.sum(), u, create_graph=True)

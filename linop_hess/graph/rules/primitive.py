@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -56,12 +57,13 @@ class Whole(Rule):
         function = self._function(op, func)
         constants = {i: in_double(op.stacked(i)) for i in op.tensors if i not in op.active}
         points = {i: in_double(op.stacked(i)) for i in op.active}
-        return _Run(op.title, points, lambda leaves: function({**leaves, **constants}))
+        return _Run(op.title, points, lambda leaves: function({**leaves, **constants}), not is_aten(op.func))
 
     def linearize(self, op: Operation) -> Stage:
         slots, K = op.roles.size, op.count
-        with twice_differentiable(op.title, op.flat[op.active[0]].device):
-            leaves, y = self._run(op, out_of_place(op.func)).recorded()
+        run = self._run(op, out_of_place(op.func))
+        with run.differentiably():
+            leaves, y = run.recorded()
             o, item = y.shape[1], y.element_size()
             _memory.require(
                 2.0 * item * K * (o * slots + slots**2),
@@ -104,11 +106,19 @@ class _Run:
         By position the arguments to differentiate by, each (R, *shape).
     function : callable
         Takes tensors in their place to outputs (R, o).
+    in_primitives : bool
+        Whether it may call functions of torch's that must be written in others: of torch's own operations a recording has none such.
     """
 
     title: str
     points: dict[int, Tensor]
     function: Callable[[dict[int, Tensor]], Tensor]
+    in_primitives: bool = True
+
+    def differentiably(self) -> AbstractContextManager[None]:
+        """Record graphs that can be differentiated twice."""
+        device = next(iter(self.points.values())).device
+        return twice_differentiable(self.title, device, in_primitives=self.in_primitives)
 
     def recorded(self, at: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         """Leaves and the outputs (R, o); at other points (R, m) if they are given."""
@@ -143,7 +153,7 @@ class _Run:
         """
         if by_differences:
             return self._differenced(beta)
-        with twice_differentiable(self.title, beta.device):
+        with self.differentiably():
             leaves, first = self.slopes(beta, create_graph=True)
             if not first.requires_grad:
                 return None
@@ -161,7 +171,7 @@ class _Run:
 
     def _differenced(self, beta: Tensor) -> Tensor:
         try:
-            with twice_differentiable(self.title, beta.device):
+            with self.differentiably():
                 return finite_difference_hessian(lambda z: self.slopes(beta, z)[1].detach(), self._origin)
         except ArithmeticError as error:
             raise UnsupportedModelError(f"in {self.title}: {error}") from error
@@ -171,7 +181,7 @@ class _Run:
         origin = self._origin
         generator = torch.Generator().manual_seed(0)
         try:
-            with twice_differentiable(self.title, origin.device):
+            with self.differentiably():
                 shape = self.recorded()[1].shape
                 beta, v = (
                     torch.randn(s, generator=generator, dtype=torch.float64, device="cpu").to(origin)
@@ -307,12 +317,13 @@ class ByRows(Rule):
             arranged = op.in_order(_arranged(rows.arranged[i], in_double(op.stacked(i))))
             tensors[i] = arranged.reshape(-1, *arranged.shape[2:])
         points = {i: tensors.pop(i) for i in op.active}
-        return _Run(op.title, points, lambda leaves: rows.function({**leaves, **tensors}))
+        return _Run(op.title, points, lambda leaves: rows.function({**leaves, **tensors}), not is_aten(op.func))
 
     def linearize(self, op: Operation) -> Stage:
         rows, K = self._of(op), op.count
-        with twice_differentiable(op.title, op.flat[op.active[0]].device):
-            leaves, y = self._run(op, rows).recorded()
+        run = self._run(op, rows)
+        with run.differentiably():
+            leaves, y = run.recorded()
             R, o = y.shape[0] // K, y.shape[1]
             d = sum(leaf[0].numel() for leaf in leaves)
             entries = y.shape[0] * d * (o if rows.linear else max(d, o))
