@@ -104,11 +104,10 @@ def chain_of(
     for one in kept:
         if not _reads_all(one, parameters, sizes):
             return None
-        roles = [
-            np.full(v.size, CONTROL if isinstance(v, Views) and v.starts[0] <= parameters else STATE) for v in one.read
-        ]
-        group = group_of(one, np.concatenate(roles), second)
-        if not _keeps_order(group):
+        given = [np.full(v.size, CONTROL if _is_of_parameters(v, parameters) else STATE) for v in one.read]
+        roles = np.concatenate(given)
+        group = group_of(one, roles, second)
+        if not (np.array_equal(group.op.roles, roles) and _keeps_order(group)):
             return None
         groups.append(group)
     return ChainGroups(groups, nodes)
@@ -132,15 +131,19 @@ def _state_read(one: Alike, parameters: int) -> np.ndarray | int:
     return found
 
 
+def _is_of_parameters(argument: Views | np.ndarray, parameters: int) -> bool:
+    return isinstance(argument, Views) and int(argument.starts[0]) <= parameters
+
+
 def _reads_all(one: Alike, parameters: int, sizes: np.ndarray) -> bool:
     """Whether nodes read all that the one before wrote, which begins where they begin to read."""
-    states = [argument for argument in one.read if isinstance(argument, Views) and argument.starts[0] > parameters]
-    return all(bool((sizes[one.members - 1] == state.size).all()) for state in states)
+    states = [argument for argument in one.read if not _is_of_parameters(argument, parameters)]
+    return all(isinstance(state, Views) and bool((sizes[one.members - 1] == state.size).all()) for state in states)
 
 
 def _are_used_once(sets: Sequence[Alike], parameters: int) -> bool:
     """Whether arguments are each parameter entry once."""
-    views = [v for one in sets for v in one.read if isinstance(v, Views) and v.starts[0] <= parameters]
+    views = [v for one in sets for v in one.read if isinstance(v, Views) and _is_of_parameters(v, parameters)]
     starts = np.concatenate([_NONE, *(v.starts for v in views)])
     sizes = np.concatenate([_NONE, *(np.full(v.starts.size, v.size) for v in views)])
     order = np.argsort(starts, kind="stable")
@@ -148,7 +151,7 @@ def _are_used_once(sets: Sequence[Alike], parameters: int) -> bool:
 
 
 def _keeps_order(group: Group) -> bool:
-    """Whether stages control all parameters that they read, and have their states in the order of the elements."""
+    """Whether stages read all slots, and have their states in the order of the elements."""
     placement, roles = group.placement, group.op.roles
     in_order = placement.written is None or np.array_equal(placement.written, np.arange(placement.written.size))
     return (

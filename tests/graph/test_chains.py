@@ -105,6 +105,23 @@ def test_a_chain_is_what_live_sets_make_of_it(name, monkeypatch):
     assert [str(row) for row in mine.stages] == [str(row) for row in theirs.stages]
 
 
+def test_parameters_that_an_operation_does_not_control_are_part_of_the_state():
+    model = Net(lambda n, x: torch.sin(n.a.weight) * x[0], a=nn.LayerNorm(3, bias=False)).double()
+    x = torch.randn(1, 3, dtype=torch.float64)
+    run = model, lambda z, y: (z - y).square().sum(), x, torch.ones(3).double()
+    lin = lh.linearize(*run, verify=False)
+    H = oracle_hessian(*run)
+    np.testing.assert_allclose(lin.H @ np.eye(3), H, atol=1e-12 * abs(H).max())
+
+
+def test_rows_of_one_number_are_told_from_others_in_all_that_is_asked_of_them():
+    model, (x, y) = prepared(Net(lambda n, x: n.b(n.a(x).prod(1, keepdim=True)), a=LINEAR(4, 1), b=LINEAR(1, 3)), 4, 4)
+    lin = linearized(model, x, y)
+    assert "DiagonalStage" in {type(block).__name__ for block in lin.problem.blocks}
+    H = oracle_hessian(model, CE, x, y)
+    np.testing.assert_allclose(lin.H @ np.eye(len(H)), H, atol=1e-12 * abs(H).max())
+
+
 def test_a_chain_goes_on_as_one():
     model, (x, y) = prepared(CHAINS["widths that repeat"][0], 4, 4)
     lin = linearized(model, x, y)

@@ -334,6 +334,8 @@ class ByRows(Rule):
                 return DiagonalStage(first.reshape(K, R), second=None if second is None else second.reshape(K, R))
             units = torch.eye(o, dtype=y.dtype, device=y.device)[:, None].expand(o, K * R, o)
             J = torch.cat([row.view(o, K * R, -1) for row in vjps(y, leaves, units)], 2).transpose(0, 1)
+        if o == 1 and d == 1:
+            return DiagonalStage(J.reshape(K, R))
         return DenseStage(J.reshape(K, R, o, d).contiguous(), samples=R)
 
     @staticmethod
