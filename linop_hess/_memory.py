@@ -100,6 +100,30 @@ def format_bytes(count: float) -> str:
     return f"{size:.3g} TiB"
 
 
+# So little is there wherever anything runs; to ask how much takes the time of dozens of calls of torch.
+_LITTLE = 1 << 20
+
+
+def require_on(device: torch.device, nbytes: float, what: str) -> None:
+    """Raise unless tensors on a device can take `nbytes` more, where that is more than a little.
+
+    Parameters
+    ----------
+    device : torch.device
+    nbytes : float
+        The estimate.
+    what : str
+        What needs it, for the message.
+
+    Raises
+    ------
+    MemoryError
+        With the estimate and what is available; nothing has been allocated.
+    """
+    if nbytes > _LITTLE:
+        require(nbytes, what, available_on(device))
+
+
 def require(nbytes: float, what: str, available: int | None = None) -> None:
     """Raise unless `nbytes` more can be allocated.
 

@@ -51,7 +51,9 @@ class ChainGroups:
     def stacks(self, has_objective: bool) -> list[Stack]:
         """The stages, one after the other."""
         stacks = [
-            Stack(g, np.arange(group.nodes.size), group.nodes, None, group.op.ids[:, group.placement.controls])
+            Stack(
+                g, np.arange(group.nodes.size), group.nodes, None, group.op.ids.take(group.placement.controls, axis=1)
+            )
             for g, group in enumerate(self.groups)
         ]
         if has_objective:

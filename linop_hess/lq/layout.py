@@ -253,10 +253,12 @@ def _permutation(places: np.ndarray | None, size: int) -> np.ndarray | None:
     if places is None:
         return None
     found = np.asarray(places)
-    if found.shape != (size,) or (size and found.dtype.kind not in "iu") or not _is_permutation(found):
+    are_numbers = found.shape == (size,) and (not size or found.dtype.kind in "iu")
+    if are_numbers and np.array_equal(found, np.arange(size)):
+        return None
+    if not are_numbers or not _is_permutation(found):
         raise ValueError(
             f"expected places to be a permutation of 0..{size - 1}, one place for each control, got an array of shape {found.shape} "
             f"and dtype {found.dtype}: give each control, in the order of the chain, an index of its own"
         )
-    found = found.astype(np.int64)
-    return None if np.array_equal(found, np.arange(size)) else found
+    return found.astype(np.int64)

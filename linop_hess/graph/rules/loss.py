@@ -34,6 +34,9 @@ from linop_hess.lq.stages.objective import ObjectiveStage
 # A Hessian this small is computed whole: one backward pass, whether samples interact or not.
 _DENSE_UP_TO = 16
 
+# So few backward passes take less time one by one than together, which is a transform of each operation.
+_ONE_BY_ONE = 4
+
 # Arrays of the Hessian's size that exist at once while it is made symmetric.
 _COPIES = 5
 
@@ -248,7 +251,8 @@ def _hessian_blocks(gradient: Tensor, u: Tensor, samples: int) -> Tensor:
         if not small:
             coupled = ", whose samples interact through the loss," if samples > 1 else ""
             _require(n**2, f"the loss's Hessian by {n} outputs{coupled}", u)
-        whole = vjps(gradient, [u], unit_cotangents(u), n if small else _rows_at_once(gradient, n))[0]
+        at_once = (1 if n <= _ONE_BY_ONE else n) if small else _rows_at_once(gradient, n)
+        whole = vjps(gradient, [u], unit_cotangents(u), at_once)[0]
         if samples == 1 or not small:
             return whole[None, None]
         blocks = whole.view(samples, width, samples, width).permute(0, 2, 1, 3)

@@ -63,10 +63,10 @@ class Normalize(Kind):
 
     def linearize(self, layers: Sequence[Layer], Z: Tensor) -> Stage:
         K, d = len(layers), self._run(layers[0].module, Z.shape[1:])
-        _memory.require(
+        _memory.require_on(
+            Z.device,
             _COPIES * Z.numel() * d * Z.element_size(),
             f"layer {layers[0].name!r} ({type(layers[0].module).__name__}), which normalizes {Z.numel() // d} runs of {d} entries,",
-            _memory.available_on(Z.device),
         )
         F = self._jacobian(*self._parts(layers[0], Z, d))
         return DenseStage(F.reshape(K, -1, d, d), samples=Z[0].numel() // d)

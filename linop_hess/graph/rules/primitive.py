@@ -65,11 +65,8 @@ class Whole(Rule):
         with run.differentiably():
             leaves, y = run.recorded()
             o, item = y.shape[1], y.element_size()
-            _memory.require(
-                2.0 * item * K * (o * slots + slots**2),
-                f"the derivatives of {op.title}, {o} outputs by {slots} inputs, dense",
-                _memory.available_on(y.device),
-            )
+            nbytes = 2.0 * item * K * (o * slots + slots**2)
+            _memory.require_on(y.device, nbytes, f"the derivatives of {op.title}, {o} outputs by {slots} inputs, dense")
             units = torch.eye(o, dtype=y.dtype, device=y.device)[:, None].expand(o, K, o)
             rows = vjps(y, leaves, units)
         J = _folded(op, torch.cat([row.view(o, K, -1) for row in rows], 2)).transpose(0, 1)
@@ -328,7 +325,7 @@ class ByRows(Rule):
             d = sum(leaf[0].numel() for leaf in leaves)
             entries = y.shape[0] * d * (o if rows.linear else max(d, o))
             nbytes = 2.0 * y.element_size() * entries
-            _memory.require(nbytes, f"the derivatives of {op.title}", _memory.available_on(y.device))
+            _memory.require_on(y.device, nbytes, f"the derivatives of {op.title}")
             if rows.entrywise:
                 first, second = _of_entries(leaves[0], y, self._bends_itself(op, rows))
                 return DiagonalStage(first.reshape(K, R), second=None if second is None else second.reshape(K, R))
