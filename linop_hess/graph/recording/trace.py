@@ -99,9 +99,8 @@ class Recorder(DispatchMode):
         self.forward_mode = False
         self.written: list[Tensor] = []
         self._ids: dict[int, int | Tensor] = {}  # by storage: the first of consecutive ids, or the id of each entry
-        self._known: dict[
-            int, Strided
-        ] = {}  # by `id`: element ids of outputs, until something is written or relabelled in place
+        # By `id`: element ids of outputs, until something is written or relabelled in place.
+        self._known: dict[int, Strided] = {}
         # A storage's address stays its own only while it lives, as does the `id` of a tensor, which may get another storage meanwhile.
         self._alive: list[Tensor | torch.UntypedStorage] = []
         storages = [parameter.untyped_storage() for parameter in parameters]
@@ -135,8 +134,7 @@ class Recorder(DispatchMode):
     @property
     def differentiates_norms(self) -> bool:
         """Whether fused norms were differentiated inside."""
-        functions = {(node.func, node.operation): node for node in self.trace.nodes}.values()
-        norms = [name for node in functions if is_fused_norm(name := node.name)]
+        norms = [name for name in {node.name for node in self.trace.nodes} if is_fused_norm(name)]
         return any(name.endswith("_backward") for name in norms) or bool(norms) and self.forward_mode
 
     def find(self, tensor: Tensor) -> Strided | None:
@@ -152,10 +150,8 @@ class Recorder(DispatchMode):
 
     def note(self, new: Sequence[tuple[Tensor, int, Strided]]) -> None:
         """Note tensors, each in a storage of its own, with the last id before each and their ids counted from it."""
-        storages = [tensor.untyped_storage() for tensor, _, _ in new]
-        keys = [storage.data_ptr() for storage in storages]
-        self._alive += storages
-        self.memory.note_all(keys)
+        self._alive += (storages := [tensor.untyped_storage() for tensor, _, _ in new])
+        self.memory.note_all(keys := [storage.data_ptr() for storage in storages])
         for key, (tensor, before, ids) in zip(keys, new, strict=True):
             self._ids[key] = start = before + ids.start
             self._known[id(tensor)] = Strided(start, ids.shape, ids.stride, ids.offset)
