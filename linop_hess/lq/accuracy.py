@@ -86,6 +86,10 @@ LANCZOS_SHARP = 1e-9
 # to p − p², and are rounding in these terms where all probabilities are near 0 and 1.
 CONCAVE = 1e-3
 
+# Controls reach the states after them, so that these stand for them in a band, where the matrix between has a condition number of this at
+# most: the square of it is lost, and found again by refinement.
+REACHED = 1e4
+
 # --- Which pivots a solve may divide by ----------------------------------------------------------------------------------------
 
 # Every stage has pivots of size ε (controls that its output hardly sees), so a pivot is small only where it is far below |ε|, and far

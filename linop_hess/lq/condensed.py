@@ -53,8 +53,8 @@ class Condensed:
             T[:, self.r :, self.r :].sub_(gram, alpha=1.0 / damping)
         return T
 
-    def part(self, which: slice) -> Condensed:
-        """Return the blocks of some neighbours, in the memory of these."""
+    def part(self, which: slice | Tensor) -> Condensed:
+        """Return the blocks of some segments, of neighbours in the memory of these."""
         gram = None if self.gram is None else self.gram[which]
         return Condensed(self.r, self.curvature[which], gram, self.W[which])
 
@@ -83,7 +83,7 @@ class Damped:
 
     def __init__(self, blocks: Condensed, damping: complex, gram: Tensor | None = None) -> None:
         self._blocks, self._damping, self._gram = blocks, damping, gram
-        self._parts = _parts(len(blocks.curvature), blocks.curvature[:1].nbytes)
+        self._parts = parts(len(blocks.curvature), blocks.curvature[:1].nbytes)
         self._last: tuple[int, tuple[Tensor, ...]] = (-1, ())
 
     def T(self, k: int) -> Tensor:
@@ -96,8 +96,8 @@ class Damped:
         return made[k - start]
 
 
-def _parts(count: int, nbytes: int) -> list[slice]:
-    """Neighbouring segments, of so many bytes each, that are worked on at a time."""
+def parts(count: int, nbytes: int) -> list[slice]:
+    """Neighbours among `count` things, of so many bytes each, that are worked on at a time."""
     step = max(1, _AT_A_TIME // max(nbytes, 1))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
@@ -108,7 +108,7 @@ def condense(group: SegmentGroup) -> Condensed:
     T, W = like.new_zeros(K, columns, columns), like.new_empty(K, group.n_out, columns)
     gram = like.new_empty(K, group.n_in, group.n_in) if group.is_coupled else None
     widest = max(columns, *(stage.n_out for stage in (group.control, *group.free)))
-    for part in _parts(K, T.element_size() * columns * widest):
+    for part in parts(K, T.element_size() * columns * widest):
         some = group if part == slice(0, K) else group.part(part)
         _condense_over(some, T[part], W[part])
         if gram is not None:

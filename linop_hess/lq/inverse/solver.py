@@ -31,7 +31,7 @@ from linop_hess.lq.iterative.gmres import MOST_ITERATIONS, gmres
 from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.methods.base import Factor, Factorization
 from linop_hess.lq.methods.mixed import further_columns
-from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan, plan_for
+from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan, plan_for, with_first
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.solve.certificate import Certificate
 from linop_hess.lq.solve.right_hand_side import checked, norms, times_power_of_two, to_size_one
@@ -138,7 +138,7 @@ class Solver:
         if not escalate or (method != "auto" and not METHODS[method].exact):
             # Asked for by name: none that takes more memory may stand in.
             rungs = [rung for rung in rungs if rung[0] == chosen]
-        self._ladder: list[tuple[str, Factor]] = rungs
+        self._ladder: list[tuple[str, Factor]] = with_first(rungs)
         self._climb()
 
     @property

@@ -3,7 +3,7 @@
 With λ the multiplier of δ⁺ = F δ + R s, the unknowns (s, λ, δ⁺) of the segments in order give a symmetric band matrix. The constraints
 are weighed as much as the curvatures, so that the entries of the matrix are of like sizes.
 LAPACK's gbtrf factors it with partial pivoting across stages: backward stable, with a growth bound independent of the
-depth. For narrow chains nothing is faster; the work grows with the cube of the state's size.
+depth. The work grows with the cube of the state's size. Solves try the smaller band of `state_band.py` first.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import math
 
 import numpy as np
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
 from linop_hess.lq.analysis import Analysis
-from linop_hess.lq.band_storage import BandMatrix
+from linop_hess.lq.band_storage import BandLU, BandMatrix
 from linop_hess.lq.layout import Slots
 from linop_hess.lq.methods.base import SOLVES, Cost, Method, Tally
 from linop_hess.lq.segments import SegmentGroup, loads, put_controls
@@ -26,14 +25,6 @@ _ANSWERS = frozenset({"solve", "determinant"})
 
 # Exponents of two within which the constraints are weighed, by dtype: entries must neither under- nor overflow.
 _REACH = {torch.float64: 500, torch.float32: 60}
-
-
-# Factorization and solves, by dtype.
-_LAPACK = {
-    torch.float64: (lapack.dgbtrf, lapack.dgbtrs),
-    torch.float32: (lapack.sgbtrf, lapack.sgbtrs),
-    torch.complex128: (lapack.zgbtrf, lapack.zgbtrs),
-}
 
 
 class BandLayout:
@@ -77,14 +68,9 @@ class BandedFactorization:
         if damping == 0.0 and analysis.hidden:
             raise SingularPivotError(int(next(group.stages[0] for group in analysis.groups if group.hidden)))
         self.layout = layout = analysis.once(BandLayout)
-        band = self.assemble()
-        gbtrf, self._gbtrs = _LAPACK[analysis.problem.dtype]
-        kl = layout.bandwidth
-        self._lu, self._pivots, info = band.storage.T, np.zeros(0, dtype=np.int32), 0
-        if layout.order:
-            self._lu, self._pivots, info = gbtrf(self._lu, kl, kl, overwrite_ab=1)
-        if info > 0:
-            segment = int(np.searchsorted(layout.start, info - 1, side="right") - 1)
+        self._lu = BandLU(self.assemble(), layout.bandwidth)
+        if self._lu.singular_at is not None:
+            segment = int(np.searchsorted(layout.start, self._lu.singular_at, side="right") - 1)
             g, k = analysis.order[segment]
             raise SingularPivotError(int(analysis.groups[g].stages[k]))
 
@@ -172,25 +158,13 @@ class BandedFactorization:
         return state if group.in_units else state * group.unit_in
 
     def solve_band(self, rhs: Tensor) -> Tensor:
-        """Solve the band system for right-hand sides of shape (order, k).
-
-        Raises
-        ------
-        ValueError
-            If LAPACK refuses an argument, which is a defect here.
-        """
-        kl = self.layout.bandwidth
-        if not rhs.numel():
-            return rhs
-        solution, info = self._gbtrs(self._lu, kl, kl, rhs.numpy(), self._pivots)
-        if info != 0:
-            raise ValueError(f"LAPACK gbtrs refused its argument {-info}")
-        return torch.from_numpy(np.ascontiguousarray(solution))
+        """Solve the band system for right-hand sides of shape (order, k)."""
+        return self._lu.solve(rhs)
 
     def logabsdet(self) -> float:
         """Logarithm of |det(H + εI)|: that of the band matrix, and one ε for each hidden control."""
         hidden = self.analysis.hidden
-        pivots = np.abs(self._lu[2 * self.layout.bandwidth], dtype=np.float64) if self.layout.order else np.ones(0)
+        pivots = np.abs(self._lu.pivots, dtype=np.float64)
         of_weight = -2.0 * int(self.layout.n.sum()) * math.log(self.weight)
         of_pivots = float(np.log(pivots).sum(dtype=np.longdouble) + np.longdouble(of_weight))
         return of_pivots + (hidden * math.log(abs(self.damping)) if hidden else 0.0)
@@ -198,7 +172,7 @@ class BandedFactorization:
     @property
     def nbytes(self) -> int:
         """Bytes held by the factors."""
-        return int(self._lu.nbytes + self._pivots.nbytes)
+        return self._lu.nbytes
 
 
 def factor(analysis: Analysis, damping: complex) -> BandedFactorization:
@@ -221,23 +195,27 @@ _COPIES, _COPIES_WIRED = 24.0, 16.0
 
 def estimate(analysis: Analysis) -> Cost:
     """Flops, bytes and seconds of a factorization."""
-    problem = analysis.problem
-    if problem.device.type != "cpu":
+    if analysis.problem.device.type != "cpu":
         return Cost.impossible("LAPACK band solves run on the CPU only")
-    layout, tally, item = analysis.once(BandLayout), Tally(problem.dtype), problem.dtype.itemsize
+    layout, tally, item = analysis.once(BandLayout), Tally(analysis.problem.dtype), analysis.problem.dtype.itemsize
     kl = layout.bandwidth
-    blocks = taken = 0.0
+    tally.moved(item * (3 * kl + 1) * layout.order)
+    tally.kernel("band", 4.0 * layout.order * max(kl, 1) ** 2, kl)
+    return with_blocks(analysis, tally, item * layout.order * (3 * kl + 1))
+
+
+def with_blocks(analysis: Analysis, band: Tally, nbytes: float) -> Cost:
+    """The cost of a band, which is tallied, and of so many bytes, with that of the dense blocks which it is made of."""
+    item, blocks, taken = analysis.problem.dtype.itemsize, 0.0, 0.0
     for group in analysis.groups:
         size = float(group.count * ((group.r + group.n_in) ** 2 + group.n_out * (group.r + group.n_in)))
         blocks += size
         taken += size * (_BLOCKS if group.is_narrow else _BLOCKS_WIDE)
-    tally.calls(_CALLS_PER_GROUP * len(analysis.groups))
-    tally.moved(item * (3 * kl + 1) * layout.order + 6.0 * item * blocks)
-    tally.kernel("band", 4.0 * layout.order * max(kl, 1) ** 2, kl)
-    for group in analysis.groups:
         if not group.is_narrow:  # else its dense blocks are those of every method
-            _count_condensing(tally, group, item)
-    return Cost(tally.flops, item * (layout.order * (3 * kl + 1) + taken), tally.seconds)
+            _count_condensing(band, group, item)
+    band.calls(_CALLS_PER_GROUP * len(analysis.groups))
+    band.moved(6.0 * item * blocks)
+    return Cost(band.flops, nbytes + item * taken, band.seconds)
 
 
 def _count_condensing(tally: Tally, group: SegmentGroup, item: int) -> None:

@@ -296,6 +296,8 @@ class Method:
         the cost exceeds `worth` seconds.
     definite : callable or None
         Of a method that takes less where H + εI is positive definite: ``definite(analysis, cost)`` gives that, from its estimate.
+    first : callable or None
+        What solves try before `factor`: faster, for solves alone, and not as good where it loses too many digits.
     watch : callable or None
         Of a method that iterates and can change its factors meanwhile: ``watch(factors)`` is told how far a solve is.
     """
@@ -310,6 +312,7 @@ class Method:
     single: Method | None = None
     forecast: Callable[[Analysis, Any, float], Cost] | None = None
     definite: Callable[[Analysis, Cost], Cost] | None = None
+    first: Factor | None = None
     watch: Callable[[Any], Watching] | None = None
 
     @property

@@ -15,14 +15,14 @@ from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative import plain
 from linop_hess.lq.iterative.convergence import looks_definite
 from linop_hess.lq.iterative.options import Asked, SketchOptions
-from linop_hess.lq.methods import banded, block_ldu, dense, mixed, riccati, sketched, woodbury
+from linop_hess.lq.methods import banded, block_ldu, dense, mixed, riccati, sketched, state_band, woodbury
 from linop_hess.lq.methods.base import Cost, Factor, Method
 from linop_hess.lq.methods.mixed import further_columns, promoted
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        banded.METHOD,
+        state_band.METHOD,
         riccati.METHOD,
         replace(dense.METHOD, single=mixed.METHOD),
         woodbury.METHOD,
@@ -303,3 +303,9 @@ def ladder(
     rungs = rungs[1:] if iterates else rungs
     own = [] if precision == "double" and not iterates else [first]
     return own + [(name, promoted(factor)) for name, factor in rungs if plan.fits(name, 2)]
+
+
+def with_first(rungs: list[tuple[str, Factor]]) -> list[tuple[str, Factor]]:
+    """A ladder with what its first method tries before its own factors, where these are those it begins with."""
+    method = METHODS[rungs[0][0]]
+    return [(method.name, method.first), *rungs] if method.first is not None and rungs[0][1] is method.factor else rungs

@@ -9,7 +9,7 @@ from linop_hess.lq.iterative.convergence import spectrum_of
 from linop_hess.lq.methods import plan as plan_module
 from linop_hess.lq.methods.base import Cost
 from linop_hess.lq.methods.mixed import PromotedFactorization
-from linop_hess.lq.methods.plan import METHODS, Plan, estimates, ladder, make_plan, promoted
+from linop_hess.lq.methods.plan import METHODS, Plan, estimates, ladder, make_plan, promoted, with_first
 from tests.lq.methods.conformance import SIZES, WIRED, setting
 
 
@@ -88,3 +88,10 @@ def test_no_look_at_the_spectrum_where_an_exact_method_is_asked_for(monkeypatch)
         analysis = setting("equal").new_analysis()
         cost = make_plan(analysis, 0.3, method=method).costs["iterative"]
         assert analysis.has(spectrum_of) == looked == (not cost.at_least) == (cost.iterations is not None)
+
+
+def test_what_a_method_tries_first_comes_before_its_own_factors_alone():
+    first, own = METHODS["banded"].first, METHODS["banded"].factor
+    assert with_first([("banded", own), ("dense", METHODS["dense"].factor)])[:2] == [("banded", first), ("banded", own)]
+    for rungs in ([("banded", promoted(own))], [("dense", METHODS["dense"].factor), ("banded", own)]):
+        assert with_first(rungs) == rungs
