@@ -12,6 +12,7 @@ from linop_hess.lq.inverse.inertia import DENSE_UP_TO
 from linop_hess.lq.matrix.hessian import assembled
 from linop_hess.lq.methods.banded import BandedFactorization
 from linop_hess.lq.methods.plan import Plan
+from linop_hess.lq.methods.state_band import StateBand
 
 # A band LU is worth this many times the block LDLᵀ: its pivots are worth a digit more.
 _WORTH = 100.0
@@ -59,5 +60,5 @@ def logabsdet(factors: Factors, plan: Plan) -> float:
 
 def _banded(factors: Factors) -> float | None:
     """That of the band LU; None where its entries are too unequal for its pivots to be worth it."""
-    band = cast(BandedFactorization, factors.made("banded"))
+    band = cast("BandedFactorization | StateBand", factors.made("banded"))
     return band.logabsdet() if band.spread <= SPREAD_DETERMINANT else None

@@ -21,7 +21,8 @@ from linop_hess.lq.layout import Slots
 from linop_hess.lq.methods.base import SOLVES, Cost, Method, Tally
 from linop_hess.lq.segments import SegmentGroup, loads, put_controls
 
-_ANSWERS = frozenset({"solve", "determinant"})
+BAND_ANSWERS = frozenset({"solve", "determinant"})
+"""What factors of a band answer."""
 
 # Exponents of two within which the constraints are weighed, by dtype: entries must neither under- nor overflow.
 _REACH = {torch.float64: 500, torch.float32: 60}
@@ -77,7 +78,7 @@ class BandedFactorization:
     @property
     def answers(self) -> frozenset[str]:
         """Solves, and at a real damping determinants."""
-        return SOLVES if isinstance(self.damping, complex) else _ANSWERS
+        return SOLVES if isinstance(self.damping, complex) else BAND_ANSWERS
 
     def assemble(self) -> BandMatrix:
         """Return the band matrix, in the layout of LAPACK's gbtrf."""
@@ -228,4 +229,4 @@ def _count_condensing(tally: Tally, group: SegmentGroup, item: int) -> None:
         tally.moved(K * item * copies * columns * max(stage.n_in, stage.n_out))
 
 
-METHOD = Method("banded", factor, estimate, _ANSWERS, is_complex=True)
+METHOD = Method("banded", factor, estimate, BAND_ANSWERS, is_complex=True)

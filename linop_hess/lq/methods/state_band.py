@@ -8,19 +8,22 @@ from, may be large. Solves refine, measure, and fall back on `banded.py` where t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
+from linop_hess.lq.accuracy import SPREAD_DETERMINANT
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.band_storage import BandLU, BandMatrix
 from linop_hess.lq.condensed import parts
 from linop_hess.lq.layout import Slots
 from linop_hess.lq.methods import banded
-from linop_hess.lq.methods.banded import BandLayout
+from linop_hess.lq.methods.banded import BAND_ANSWERS, BandLayout
 from linop_hess.lq.methods.base import SOLVES, Cost, Tally
 from linop_hess.lq.methods.runs import Runs, cut, eliminated, state_first
 from linop_hess.lq.segments import loads, put_controls
@@ -95,6 +98,11 @@ class _Eliminated:
 class StateBand:
     """LU of the band matrix of states and other controls at a damping.
 
+    Attributes
+    ----------
+    spread : float
+        The square of the largest entry of R_b⁻¹, which is how much larger than curvatures what comes of them may be.
+
     Raises
     ------
     SingularPivotError
@@ -102,7 +110,6 @@ class StateBand:
     """
 
     method = "banded"
-    answers = SOLVES
 
     def __init__(self, analysis: Analysis, damping: complex) -> None:
         self.analysis, self.damping = analysis, damping = analysis.over(damping), damping
@@ -113,6 +120,25 @@ class StateBand:
         self._lu = BandLU(self._assemble(), self.layout.bandwidth)
         if self._lu.singular_at is not None:
             raise SingularPivotError
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """Solves, and at a real damping determinants where few digits are lost."""
+        return SOLVES if self.spread > SPREAD_DETERMINANT or isinstance(self.damping, complex) else BAND_ANSWERS
+
+    @cached_property
+    def spread(self) -> float:
+        backs = [mine.K[:, :, -mine.K.shape[1] :] for mine in self._runs if mine.K.numel()]
+        return max((float(back.abs().max()) ** 2 for back in backs), default=0.0)
+
+    def logabsdet(self) -> float:
+        """Logarithm of |det(H + εI)|: that of the band matrix, of R_b twice, and one ε for each hidden control."""
+        pivots = np.abs(self._lu.pivots, dtype=np.float64)
+        found = float(np.log(pivots).sum(dtype=np.longdouble))
+        for mine in self._runs:
+            if n := mine.K.shape[1]:
+                found -= 2.0 * float(torch.linalg.slogdet(mine.K[:, :, -n:].double())[1].sum())
+        return found + (self.analysis.hidden * math.log(abs(self.damping)) if self.analysis.hidden else 0.0)
 
     @property
     def precision(self) -> torch.dtype:
