@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from linop_hess.lq.segments import SegmentGroup, identity
-
-# Bytes of the largest array of the segments that are worked on at a time: new memory takes longer than what is computed in it, and
-# several such arrays fit in a cache.
-_AT_A_TIME = 1 << 21
+from linop_hess.lq.stacked import parts
 
 # Random signs that sizes are taken with.
 _SIGNS = 16
@@ -53,7 +51,7 @@ class Condensed:
             T[:, self.r :, self.r :].sub_(gram, alpha=1.0 / damping)
         return T
 
-    def part(self, which: slice | Tensor) -> Condensed:
+    def part(self, which: slice | np.ndarray) -> Condensed:
         """Return the blocks of some segments, of neighbours in the memory of these."""
         gram = None if self.gram is None else self.gram[which]
         return Condensed(self.r, self.curvature[which], gram, self.W[which])
@@ -94,12 +92,6 @@ class Damped:
             gram = None if self._gram is None else self._gram[part]
             start, made = self._last = part.start, self._blocks.part(part).T(self._damping, gram).unbind()
         return made[k - start]
-
-
-def parts(count: int, nbytes: int) -> list[slice]:
-    """Neighbours among `count` things, of so many bytes each, that are worked on at a time."""
-    step = max(1, _AT_A_TIME // max(nbytes, 1))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def condense(group: SegmentGroup) -> Condensed:

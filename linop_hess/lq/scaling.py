@@ -57,19 +57,22 @@ def state_scales(problem: Problem, row_spaces: Sequence[RowSpace | None]) -> Ten
     """
     layout = problem.layout
     generator = torch.Generator().manual_seed(0)
-    pushed = torch.zeros(layout.size_out, _PROBES, dtype=problem.dtype, device=problem.device)
+    # Probe after probe in memory, as LAPACK substitutes them, and all in the memory of the first: new memory takes longest here.
+    pushed = torch.zeros(_PROBES, layout.size_out, dtype=problem.dtype, device=problem.device).T
     for space, slots in zip(row_spaces, layout.out_slots, strict=True):
         if space is not None and slots.size:
             # G x = R Qᵀx with Q orthonormal, so visible controls are all that need be drawn.
             s = torch.randn(space.count, space.r, _PROBES, generator=generator, dtype=torch.float64, device="cpu")
             slots.put(pushed, space.R(s.to(problem.dtype).to(problem.device)))
-    moved = layout.shift(problem.transition.substitute(pushed))
-    largest = moved.abs().amax(1)
+    moved = problem.transition.substitute(pushed)
+    largest = torch.maximum(moved.amax(1), -moved.amin(1))
     moves = (largest > 0.0) & torch.isfinite(largest)
-    if not bool(moves.any()):
-        return torch.ones_like(largest)
     safe = torch.where(moves, largest, 1.0)
-    scale = torch.where(moves, safe * (moved / safe[:, None]).square().mean(1).sqrt(), 0.0)
+    means = moved.div_(safe[:, None]).square_().mean(1).sqrt()
+    scale = layout.shift(torch.where(moves, safe * means, 0.0)[:, None])[:, 0]
+    moves = scale > 0.0
+    if not bool(moves.any()):
+        return torch.ones_like(scale)
     state = torch.from_numpy(np.repeat(np.arange(problem.length), layout.n_in)).to(scale.device)
     of_state = scale.new_zeros(problem.length).scatter_reduce(0, state, scale, "amax")
     scale = torch.where(moves, scale, of_state[state])

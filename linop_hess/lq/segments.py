@@ -19,6 +19,7 @@ from torch import Tensor
 from linop_hess.lq.layout import Slots
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.scaling import Units
+from linop_hess.lq.stacked import neighbours
 from linop_hess.lq.stages.base import Stage
 from linop_hess.lq.stages.injection import InitialStage
 from linop_hess.lq.stages.row_space import RowSpace
@@ -195,10 +196,7 @@ _Stack = TypeVar("_Stack", Stage, RowSpace)
 
 
 def _picked(stack: _Stack, positions: np.ndarray) -> _Stack:
-    first, last = int(positions[0]), int(positions[-1])
-    if positions.size == stack.count:
-        return stack
-    return stack.take(slice(first, last + 1) if last - first + 1 == positions.size else positions)
+    return stack if positions.size == stack.count else stack.take(neighbours(positions))
 
 
 def order_of(groups: Sequence[SegmentGroup]) -> np.ndarray:

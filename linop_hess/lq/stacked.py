@@ -12,6 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Bytes of the largest array of what is worked on at a time: new memory takes longer than what is computed in it, and several such arrays
+# fit in a cache.
+_AT_A_TIME = 1 << 21
+
+
+def parts(count: int, nbytes: int) -> list[slice]:
+    """Neighbours among `count` things, of so many bytes each, that are worked on at a time."""
+    step = max(1, _AT_A_TIME // max(nbytes, 1))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def neighbours(at: np.ndarray) -> slice | np.ndarray:
+    """Ascending positions, of one at least, as a slice where they are neighbours."""
+    first, last = int(at[0]), int(at[-1])
+    return slice(first, last + 1) if last - first + 1 == at.size else at
+
 
 def compact(value: Any) -> Any:
     """Return a tensor in memory no larger than itself: a view would be pickled with all that it is a view of. All else as it is."""

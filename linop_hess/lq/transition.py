@@ -22,6 +22,8 @@ from torch import Tensor
 
 from linop_hess.lq.band_storage import BandMatrix
 from linop_hess.lq.layout import Layout
+from linop_hess.lq.stacked import neighbours
+from linop_hess.lq.stacked import parts as pieces
 from linop_hess.lq.stages.base import Stage, common_samples
 
 # Calls of torch that a stage takes in the stage-by-stage recursion, and entries of a band that LAPACK substitutes in the time of one call.
@@ -106,11 +108,14 @@ class Transition:
             inner = inner[(inner > 0) & (inner < last)]
             if not inner.size:
                 continue
-            stages = stack if inner.size == stack.count else stack.take(layout.order[inner, 1])
-            rows, columns = layout.out_offsets[inner] // parts, layout.out_offsets[inner - 1] // parts
-            for s in range(parts):
-                of_part = stages if parts == 1 else stages.of_samples(s, s + 1, parts)
-                band.put(s * size + rows, s * size + columns, -of_part.dense_F().numpy())
+            # Some stages at a time, so that their dense blocks are in cache.
+            for some in pieces(inner.size, stack.n_in * stack.n_out * dtype.itemsize):
+                at = inner[some]
+                stages = stack.take(neighbours(layout.order[at, 1]))
+                rows, columns = layout.out_offsets[at] // parts, layout.out_offsets[at - 1] // parts
+                for s in range(parts):
+                    of_part = stages if parts == 1 else stages.of_samples(s, s + 1, parts)
+                    band.put(s * size + rows, s * size + columns, -of_part.dense_F().numpy())
         return band.storage.T
 
     def _band_substitute(self, v: Tensor, trans: str) -> Tensor:
@@ -120,7 +125,7 @@ class Transition:
         x, info = tbtrs(self._band, v.numpy(), uplo="L", trans=trans, diag="U")
         if info != 0:
             raise ValueError(f"LAPACK tbtrs refused its argument {-info}")
-        return torch.from_numpy(np.ascontiguousarray(x))
+        return torch.from_numpy(x if v.stride(0) == 1 else np.ascontiguousarray(x))  # laid out as v is
 
     def _by_parts(self, v: Tensor, trans: str) -> Tensor:
         """The same where the states before the last stage fall into parts; what the last stage adds up is apart."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from linop_hess.lq import condensed as condensed_module
+from linop_hess.lq import stacked as stacked_module
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.condensed import Damped, block_sizes, condense, moved
 from tests.lq.methods.conformance import DTYPES, SIZES, setting
@@ -71,7 +71,7 @@ def test_a_few_segments_at_a_time(shape, monkeypatch):
     analysis = setting(shape).analysis
     whole = [condense(group) for group in analysis.groups]
     for at_a_time in (1, 2 * whole[-1].curvature[:1].nbytes):
-        monkeypatch.setattr(condensed_module, "_AT_A_TIME", at_a_time)
+        monkeypatch.setattr(stacked_module, "_AT_A_TIME", at_a_time)
         for group, expected in zip(analysis.groups, whole, strict=True):
             found = condense(group)
             torch.testing.assert_close(found.curvature, expected.curvature)

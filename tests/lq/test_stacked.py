@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stacked import Stacked
+from linop_hess.lq import stacked
+from linop_hess.lq.stacked import Stacked, neighbours, parts
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,15 @@ def test_large_numbers_are_finite_though_their_sum_is_not():
     stack.inner.values[0, 0] = -torch.inf
     assert stack.first_not_finite() == 0
     assert stack.first_not_finite({id(stack.inner.values)}) is None
+
+
+def test_parts(monkeypatch):
+    monkeypatch.setattr(stacked, "_AT_A_TIME", 100)
+    assert parts(5, 40) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert parts(2, 0) == [slice(0, 2)] and parts(2, 1000) == [slice(0, 1), slice(1, 2)] and parts(0, 1) == []
+
+
+def test_neighbours():
+    assert neighbours(np.array([3, 4, 5])) == slice(3, 6) and neighbours(np.array([2])) == slice(2, 3)
+    at = np.array([1, 3])
+    assert neighbours(at) is at

@@ -43,6 +43,9 @@ def test_products_and_substitution(shape, dtype, banded, monkeypatch):
         np.testing.assert_allclose(x.double().numpy(), matrix @ v, rtol=0, atol=atol)
         assert x.dtype == dtype and torch.equal(given, kept)
     assert found.substitute(given[:, :0]).shape == (len(M), 0)
+    # Columns that lie one after the other in memory.
+    columns = given.T.contiguous().T
+    assert torch.equal(found.substitute(columns), found.substitute(given)) and torch.equal(columns, kept)
 
 
 def test_bandwidth():

@@ -23,6 +23,7 @@ from linop_hess.lq.accuracy import REACHED
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.condensed import Condensed
 from linop_hess.lq.segments import SegmentGroup, identity
+from linop_hess.lq.stacked import neighbours
 
 # Segments of a run at most: what rounding does to the states between them grows with each.
 _LONGEST = 6
@@ -55,9 +56,9 @@ class Runs:
         """Return some of the runs."""
         return Runs(self.places[which], self.groups, tuple(at[which] for at in self.at))
 
-    def segments(self) -> list[tuple[int, slice | Tensor]]:
+    def segments(self) -> list[tuple[int, slice | np.ndarray]]:
         """Group and positions in it of each segment, a slice where they are neighbours."""
-        return [(g, _index(at)) for g, at in zip(self.groups, self.at, strict=True)]
+        return [(g, neighbours(at)) for g, at in zip(self.groups, self.at, strict=True)]
 
     def blocks(self, condensed: Sequence[Condensed], damping: complex) -> tuple[Tensor, Tensor]:
         """T at a damping, (K, Σ r + n_in, Σ r + n_in), and W of the runs, (K, n_out, Σ r + n_in), from the dense blocks of all groups."""
@@ -76,11 +77,6 @@ class Runs:
             torch.baddbmm(T, W.mT, seen[:, r:], out=longer[:, r:, r:])
             T, W = longer, torch.cat([more.W[:, :, :r], more.W[:, :, r:] @ W], 2)
         return T, W
-
-
-def _index(at: np.ndarray) -> slice | Tensor:
-    first, last = int(at[0]), int(at[-1])
-    return slice(first, last + 1) if last - first + 1 == at.size else torch.from_numpy(at)
 
 
 def eliminated(T: Tensor, W: Tensor, n_in: int) -> tuple[Tensor, Tensor]:

