@@ -8,6 +8,9 @@ import scipy.sparse.linalg as spla
 import torch
 
 import linop_hess as lh
+from linop_hess.errors import FactorizationError
+from linop_hess.lq.inverse import solver
+from linop_hess.lq.iterative.sizing import Enough, Patience
 from tests.lq.sketches import DAMPING, backward_error, damped, network
 
 
@@ -141,3 +144,28 @@ def test_precision_is_what_was_asked_for_and_what_the_factors_have(lin, precisio
     assert backward_error(damped(lin.analysis, DAMPING).numpy(), solution.x, lin.gradient) <= 1e-14
     assert pickle.loads(pickle.dumps(inv)).precision == expected
     assert lin.inverse(DAMPING, "iterative", precision=precision).solve(lin.gradient).backward_error <= 1e-14
+
+
+def test_pickles_keep_how_many_directions_were_found_worth_it(lin, monkeypatch):
+    """A sketch that grew would grow again, at the cost of a solve that is too slow."""
+    monkeypatch.setattr(Enough, "__call__", lambda self, seen: seen.have >= self._least)
+    inv = lin.inverse(DAMPING, "sketched")
+    begun = inv.report().directions
+    with monkeypatch.context() as impatient:
+        impatient.setattr(Patience, "is_over", lambda self, left: True)
+        inv.solve(lin.gradient)
+    grown = inv.report().directions
+    assert grown >= 2 * begun
+    for again in (pickle.loads(pickle.dumps(inv)), pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(inv))))):
+        assert again.report().directions == grown
+        np.testing.assert_array_equal(again @ lin.gradient, inv @ lin.gradient)
+    assert (
+        inv.with_damping(DAMPING).report().directions == begun
+    )  # of the same samples, and found anew at another damping
+
+
+def test_advice_is_of_what_can_be_changed(lin, monkeypatch):
+    monkeypatch.setattr(solver, "MOST_ITERATIONS", 3)
+    for options, told in (({}, "try a larger damping, or"), ({"core": 20}, "try a larger core, a larger damping, or")):
+        with pytest.raises(FactorizationError, match=told):
+            lin.inverse(1e-5, "sketched", **options).solve(lin.gradient)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,6 +119,8 @@ class Analysis:
         self._change: Change | None = None
         self._made: dict[Callable[..., Any], Any] = {}
         self._condensed: dict[int, Condensed] = {}
+        # What is made may ask for more of the same analysis.
+        self._lock = threading.RLock()
 
     @property
     def real(self) -> Analysis:
@@ -138,9 +141,11 @@ class Analysis:
         return type(self), (self.problem,)
 
     def once(self, make: Callable[[Analysis], _Made]) -> _Made:
-        """Return what `make` makes of this analysis, made at the first call; `make` is a function or class of a module."""
+        """Return what `make` makes of this analysis, made at the first call, for all threads; `make` is a function or class of a module."""
         if make not in self._made:
-            self._made[make] = make(self)
+            with self._lock:
+                if make not in self._made:
+                    self._made[make] = make(self)
         return cast(_Made, self._made[make])
 
     def has(self, make: Callable[[Analysis], Any]) -> bool:

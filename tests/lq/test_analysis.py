@@ -1,11 +1,14 @@
 """What the damping does not change."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.methods.plan import METHODS
+from tests.autograd.test_threads import at_once
 from tests.lq.methods.conformance import DTYPES, SIZES, WIRED, setting
 
 
@@ -95,3 +98,16 @@ def test_moved_blocks_are_those_of_another_problem():
     assert factor(analysis, 0.3).logabsdet() == before
     assert factor(analysis.moved(0.3, 1e-7, 0), 0.3).logabsdet() == factor(other, 0.3).logabsdet()
     assert factor(analysis.moved(0.3, 0.0, 1), 0.3).logabsdet() == before
+
+
+def test_threads_that_ask_at_once_have_the_same():
+    """Of two caches one would be lost, with what threads have put in it."""
+    analysis, made = setting("equal").analysis, []
+
+    def make(analysis):
+        time.sleep(0.05)
+        made.append(analysis)
+        return object()
+
+    found = at_once([lambda: analysis.once(make)] * 4)
+    assert len(made) == 1 and all(one is found[0] for one in found)

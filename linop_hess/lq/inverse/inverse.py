@@ -110,7 +110,7 @@ class Inverse:
         if not bool(torch.isfinite(product).all()):
             raise FactorizationError(
                 f"expected a sketch of H + damping·I with damping={self.damping:g} whose products are finite, got one that is so far off "
-                'that they are not: try a larger rank, a larger core, a larger damping, or method "dense"',
+                f"that they are not: try {(self.solver.sketch or SketchOptions()).remedies}",
                 damping=self.damping,
             )
         return product

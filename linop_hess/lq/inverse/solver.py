@@ -32,6 +32,7 @@ from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.methods.base import Factor, Factorization
 from linop_hess.lq.methods.mixed import further_columns
 from linop_hess.lq.methods.plan import METHODS, Plan, ladder, make_plan, plan_for, with_first
+from linop_hess.lq.methods.sketched import as_large
 from linop_hess.lq.problem import Problem
 from linop_hess.lq.solve.certificate import Certificate
 from linop_hess.lq.solve.right_hand_side import checked, norms, times_power_of_two, to_size_one
@@ -148,9 +149,10 @@ class Solver:
         return is_own and self.requested != "auto" and METHODS[self.requested].exact
 
     def __reduce__(self) -> tuple[Callable[..., Solver], tuple[Any, ...]]:
-        """Pickle problem, damping and method, no factors: they are made again when it is loaded."""
-        names = ("tolerance", "max_refinements", "sketch", "right_hand_sides", "escalate")
-        options = {name: getattr(self, name) for name in names} | {"precision": self.requested_precision}
+        """Pickle problem, damping and method, no factors: they are made again when it is loaded, a sketch as large as it is by now."""
+        names = ("tolerance", "max_refinements", "right_hand_sides", "escalate")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options |= {"precision": self.requested_precision, "sketch": as_large(self._factorization, self.sketch)}
         return _again, (self.analysis, self.damping, self.requested, options)
 
     def _climb(self) -> None:
@@ -259,17 +261,12 @@ class Solver:
     def _solved(self, g: Tensor, tolerance: float) -> Found:
         """A solution of this backward error for columns of size one, by the first method that reaches it."""
         while True:
-            iterations = 0
-            if self.is_exact:
-                x, error, residuals, steps = self._refined(g, tolerance)
-            else:
-                x, error, residuals, iterations = self._iterated(g, tolerance)
-                steps = 0
-            if error <= tolerance:
-                return Found(x, error, residuals, steps, self.method, iterations=iterations)
+            found = self._refined(g, tolerance) if self.is_exact else self._iterated(g, tolerance)
+            if (error := found.backward_error) <= tolerance:
+                return found
             if not self._ladder:
                 if not self.is_exact:
-                    raise not_converged(self.method, self.damping, tolerance, error, residuals / norms(g), iterations)
+                    raise not_converged(self.damping, tolerance, found, norms(g), self.sketch)
                 self._fail(
                     f"could not be solved to a backward error of {tolerance:.0e}; the best was "
                     f"{error:.1e} by method {self.method!r}",
@@ -320,8 +317,8 @@ class Solver:
                     self._judge = StructuredSolver(self.change.analysis, self.change.damping.real)
         return self._judge
 
-    def _refined(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
-        """x, its backward error, residual norms and refinement steps, for right-hand sides of size one."""
+    def _refined(self, g: Tensor, tolerance: float) -> Found:
+        """What refinement reaches, for right-hand sides of size one."""
         x = self._by_factors(g)
         few = g.shape[1] == 1 or g.shape[1] <= self._columns_refined
         polish = few and tolerance <= default_tolerance(g.real.dtype) and self.max_refinements > 0
@@ -345,10 +342,10 @@ class Solver:
             x, error, residuals, r = candidate, new_error, new_residuals, new_r
             if stalled:
                 break
-        return x, error, residuals, steps
+        return Found(x, error, residuals, steps, self.method)
 
-    def _iterated(self, g: Tensor, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
-        """x, its backward error, residual norms and iterations, by GMRES with the factors as preconditioner."""
+    def _iterated(self, g: Tensor, tolerance: float) -> Found:
+        """What GMRES reaches with the factors as preconditioner."""
         self._certificate.settle()
         bound, product = self._certificate.norm, partial(self._certificate.product, factors=self.factorization)
         make = METHODS[self.method].watch
@@ -363,7 +360,7 @@ class Solver:
         if watch is not None:
             self._factorization = watch.factors
         error, residuals, _ = self._measured(g, found.x, tolerance)
-        return found.x, error, residuals, found.iterations
+        return Found(found.x, error, residuals, 0, self.method, iterations=found.iterations)
 
     def approximate(self, g: Tensor) -> Tensor:
         """The factors in use alone, a symmetric operator: of "sketched" M⁻¹ g, for g of shape (N, k)."""

@@ -7,6 +7,7 @@ Golub and R. Underwood, The block Lanczos method for computing eigenvalues (1977
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,6 +65,11 @@ class Basis:
     def remaining(self) -> float:
         """The norm of H on the newest block of which it is known, relative to the largest of all."""
         return self.seen.size / self.seen.largest if self.seen is not None and self.seen.largest else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the directions keep: those of all that lies in memory with them, as of a run that went further."""
+        return self.directions.untyped_storage().nbytes()
 
 
 class BlockLanczos:
@@ -238,7 +244,7 @@ class Spectrum:
 
 
 class Probing:
-    """Lanczos on a random vector with full reorthogonalization, a few products at a time.
+    """Lanczos on a random vector with full reorthogonalization, a few products at a time; threads take turns.
 
     Parameters
     ----------
@@ -252,12 +258,14 @@ class Probing:
         self._Q = [(drawn / drawn.norm()).to(like.dtype).to(like.device)]
         self._alpha: list[float] = []
         self._beta: list[float] = []
+        self._lock = threading.Lock()
 
     def after(self, steps: int) -> Spectrum:
         """What is known after so many products, or as many as were taken already."""
-        while len(self._alpha) < min(steps, self._size) and len(self._Q) > len(self._alpha):
-            self._step()
-        alpha, beta = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (self._alpha, self._beta))
+        with self._lock:
+            while len(self._alpha) < min(steps, self._size) and len(self._Q) > len(self._alpha):
+                self._step()
+            alpha, beta = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (self._alpha, self._beta))
         off = beta[: max(0, len(alpha) - 1)]
         nodes, vectors = torch.linalg.eigh(torch.diag(alpha) + torch.diag(off, 1) + torch.diag(off, -1))
         return Spectrum(nodes, vectors[0].square(), self._size)

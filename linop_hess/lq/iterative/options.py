@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -28,12 +28,15 @@ class SketchOptions:
         Number of samples, weighted, that the sketch is made of; None: all.
     dtype : torch.dtype or None
         Precision of the factors; None: float32, in which a sketch loses nothing that it has, unless its rank is given as N.
+    least : int
+        Directions to begin with at least where their number is left open: as many as a solve was seen to need. Nothing that is asked for.
     """
 
     rank: int | None = None
     tol: float | None = None
     core: int | None = None
     dtype: torch.dtype | None = None
+    least: int = field(default=0, compare=False)
 
     @property
     def is_default(self) -> bool:
@@ -56,6 +59,14 @@ class SketchOptions:
     def is_open(self) -> bool:
         """Whether how many directions there are is left to the method."""
         return self.rank is None and self.tol is None
+
+    @property
+    def remedies(self) -> str:
+        """What to try where GMRES does not end with such a sketch: a number that was left open is what pays already."""
+        given = {"a larger rank": self.rank, "a smaller tol": self.tol, "a larger core": self.core}
+        return ", ".join(
+            [name for name, value in given.items() if value is not None] + ['a larger damping, or method "dense"']
+        )
 
 
 @dataclass(frozen=True)

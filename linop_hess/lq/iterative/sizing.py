@@ -148,7 +148,8 @@ class Enough:
         times: float = 1.0,
     ) -> None:
         self._sizing, self._options, self._damping = analysis.once(Sizing), options, asked.damping
-        self._least, self._most = least, most
+        self._least = max(least, options.least)
+        self._most = max(most, self._least)
         self._worth = times * asked.digits * self._sizing.iteration(options)[1]
 
     def __call__(self, seen: Seen) -> bool:

@@ -203,11 +203,9 @@ class Sketch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        values = [V for V in self.values if V is not None]
-        return sum(
-            t.nbytes for t in (self.basis.directions, *values, *(rows for rows in self.lower if rows is not None))
-        )
+        """Bytes held, stages included where they are no longer those of the analysis."""
+        own = 0 if self.problem is self.analysis.problem else self.problem.nbytes
+        return self.basis.nbytes + own + sum(t.nbytes for t in (*self.values, *self.lower) if t is not None)
 
 
 class Sketches:

@@ -8,6 +8,7 @@ those in double precision have overwritten it.
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ _SHARE = 0.25
 
 
 class ManyColumns:
-    """Products with H of a real problem in float64, by whichever way is faster for what has been asked so far.
+    """Products with H of a real problem in float64, by whichever way is faster for what has been asked so far, by all threads.
 
     Parameters
     ----------
@@ -34,12 +35,15 @@ class ManyColumns:
 
     Attributes
     ----------
+    spent : float
+        Modelled seconds of the products by stages that a matrix would have taken the place of.
     is_trusted : bool
         Whether the matrix is: all is multiplied by stages where it has been found to be another one than theirs.
     """
 
     def __init__(self, analysis: Analysis) -> None:
-        self._analysis, self._spent, self.is_trusted = analysis, 0.0, True
+        self._analysis, self.spent, self.is_trusted = analysis, 0.0, True
+        self._lock = threading.Lock()
         problem = analysis.problem
         # All processes must choose alike: by the time of the first.
         price = _forming_seconds(analysis) if problem.dtype == torch.float64 else math.inf
@@ -51,10 +55,12 @@ class ManyColumns:
 
     def product_and_way(self, x: Tensor, damping: float) -> tuple[Tensor, bool]:
         """The same, and whether it was the matrix that multiplied."""
-        if x.shape[1] >= _FEW and (H := self._matrix()) is not None:
-            return (H @ x).add_(x, alpha=damping), True
         if x.shape[1] >= _FEW:
-            self._spent += product_seconds(self._analysis, columns=x.shape[1])
+            with self._lock:  # one thread forms the matrix, and the others wait for it
+                if (H := self._matrix()) is None:
+                    self.spent += product_seconds(self._analysis, columns=x.shape[1])
+            if H is not None:
+                return (H @ x).add_(x, alpha=damping), True
         return self._analysis.problem.hessian_product(x, damping), False
 
     def _matrix(self) -> Tensor | None:
@@ -62,7 +68,7 @@ class ManyColumns:
         if not self.is_trusted or not math.isfinite(self._price):
             return None
         if not self._analysis.has(kept):
-            if self._spent <= self._price:
+            if self.spent <= self._price:
                 return None
             if not self._fits():
                 self._price = math.inf

@@ -237,6 +237,13 @@ def sketch_report(factors: Factorization) -> SketchReport:
     return factors.report()
 
 
+def as_large(factors: Factorization | None, options: SketchOptions | None) -> SketchOptions | None:
+    """The options with which a sketch begins anew with as many directions as these factors have by now, where that was left open."""
+    if not isinstance(factors, SketchedFactorization) or not factors.options.is_open:
+        return options
+    return replace(options or SketchOptions(), least=factors.sketch.rank)
+
+
 def _divided(span: Span, S: Tensor, E: Coupling) -> MappedElimination:
     """All of a pivot block eliminated; what small pivots do to M costs iterations, no more."""
     if not bool(torch.isfinite(S).all()):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linop_hess._display import Shown, Unpacked
 from linop_hess.errors import FactorizationError
+from linop_hess.lq.iterative.options import SketchOptions
 
 Array = TypeVar("Array")
 
@@ -84,15 +85,16 @@ class Found:
 
 
 def not_converged(
-    method: str, damping: complex, tolerance: float, error: float, residuals: Tensor, iterations: int
+    damping: complex, tolerance: float, found: Found, sizes: Tensor, sketch: SketchOptions | None
 ) -> FactorizationError:
-    """What to raise where GMRES does not reach a backward error; `residuals` relative to the right-hand sides."""
+    """What to raise where GMRES does not reach a backward error; `sizes` of the right-hand sides, `sketch` what was asked of one."""
     remedy = 'a larger damping, or method "dense" or "sketched"'
-    if method == "sketched":
-        remedy = 'a larger rank, a larger core, a larger damping, or method "dense"'
+    if found.method == "sketched":
+        remedy = (sketch or SketchOptions()).remedies
+    residual = float((found.residuals / sizes).max())
     return FactorizationError(
         f"H + damping·I with damping={damping:g} could not be solved to a backward error of {tolerance:.0e} by method "
-        f"{method!r}: after {iterations} iterations of GMRES the relative residual is {float(residuals.max()):.1e}, the backward error "
-        f"{error:.1e}; try {remedy}",
+        f"{found.method!r}: after {found.iterations} iterations of GMRES the relative residual is {residual:.1e}, the backward error "
+        f"{found.backward_error:.1e}; try {remedy}",
         damping=damping,
     )

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from linop_hess.lq.iterative.lanczos import Probing, krylov_basis, spectrum
+from linop_hess.lq.iterative.lanczos import BlockLanczos, Probing, krylov_basis, spectrum
+from tests.autograd.test_threads import at_once
 
 N = 120
 
@@ -73,3 +74,23 @@ def test_a_run_goes_on_where_it_ended():
         found = probing.after(steps)
     whole = spectrum(lambda X: H @ X, H[0], 9)
     assert len(calls) == 9 and torch.equal(found.nodes, whole.nodes) and torch.equal(found.weights, whole.weights)
+
+
+def test_threads_take_turns():
+    """A step of one in the middle of another's would take its vector twice."""
+    H, _ = matrix(np.geomspace(1.0, 1e-2, N))
+    probing = Probing(lambda X: H @ X, H[0])
+    found = at_once([lambda steps=steps: probing.after(steps) for steps in (20, 20, 12, 20)])
+    expected = spectrum(lambda X: H @ X, H[0], 20)
+    assert all(told.nodes.numel() >= 12 for told in found)
+    assert torch.equal(probing.after(20).nodes, expected.nodes) and torch.equal(found[0].weights, expected.weights)
+
+
+def test_bytes_are_those_of_the_whole_buffer():
+    H, _ = matrix(np.geomspace(1.0, 1e-2, N))
+    run = BlockLanczos(lambda X: H @ X, H[0], 8)
+    few = run.until(16)
+    run.until(72)
+    found = run.until(16)
+    assert few.nbytes == 16 * N * 8 and torch.equal(few.directions, found.directions)
+    assert found.nbytes == found.directions.untyped_storage().nbytes() >= 72 * N * 8

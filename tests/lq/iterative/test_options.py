@@ -39,3 +39,15 @@ def test_what_is_left_open():
     assert SketchOptions(rank=size).for_problem(analysis).dtype == torch.float64
     assert not SketchOptions(tol=0.1).for_problem(analysis).is_open
     assert Asked(0.1, 3, 1e-6).digits == pytest.approx(3 * 14.5087, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, 'a larger damping, or method "dense"'),
+        ({"rank": 5}, 'a larger rank, a larger damping, or method "dense"'),
+        ({"tol": 0.1, "core": 20}, 'a smaller tol, a larger core, a larger damping, or method "dense"'),
+    ],
+)
+def test_remedies_are_of_what_was_asked_for(given, told):
+    assert SketchOptions(**given).remedies == told

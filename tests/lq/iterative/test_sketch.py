@@ -75,3 +75,16 @@ def test_threads_take_turns():
 def test_why_not():
     assert not why_no_sketch(analyses()[0], 10)
     assert "interact" in why_no_sketch(setting("equal").analysis, None)
+
+
+def test_bytes_of_all_that_it_holds():
+    """The directions are a part of the buffer of a run that went further, and stages in float32 a copy of those in float64."""
+    analysis = analyses()[0]
+    sketches, options = Sketches(analysis), SketchOptions(60, None, 30, torch.float32)
+    sketches.of(SketchOptions(64, None, 30, torch.float32))
+    found = sketches.of(options)
+    own = found.problem.nbytes + found.basis.directions.untyped_storage().nbytes()
+    assert found.problem is not analysis.problem and found.basis.nbytes >= 64 * 4 * found.problem.size
+    assert found.nbytes >= own + sum(rows.nbytes for rows in found.lower[1:])
+    whole = sketches.of(SketchOptions(60, None, 30, torch.float64))
+    assert whole.problem is analysis.problem and whole.nbytes < whole.problem.nbytes + 2 * found.nbytes

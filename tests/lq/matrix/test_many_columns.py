@@ -176,3 +176,13 @@ def test_memory_is_asked_for_when_it_is_needed(network, monkeypatch):
     for _ in range(5):
         products.product(X, DAMPING)
     assert not analysis.has(hessian.kept)
+
+
+def test_threads_that_multiply_at_once_share_one_matrix(network, monkeypatch):
+    """And what each has spent counts, once."""
+    analysis, X = analysis_of(network), columns(network, 8)
+    monkeypatch.setattr(many_columns, "_forming_seconds", lambda analysis: 1e9)
+    monkeypatch.setattr(many_columns, "product_seconds", lambda analysis, columns: 1.0)
+    products = analysis.once(ManyColumns)
+    of_stages = at_once([lambda: [products.product_and_way(X, DAMPING)[1] for _ in range(300)]] * 4)
+    assert not any(map(any, of_stages)) and products.spent == 1200.0
