@@ -45,6 +45,8 @@ PLAIN: list[tuple[int, int, int]] = [
     (6, 48, 16), (6, 128, 2), (8, 16, 8), (8, 24, 64), (10, 4, 100), (10, 32, 1), (10, 64, 4), (12, 12, 32), (16, 8, 16), (20, 8, 64),
     (20, 16, 4), (20, 48, 2), (20, 96, 1), (40, 4, 8), (50, 16, 1), (100, 8, 2), (300, 4, 1), (1000, 3, 1),
 ]  # fmt: skip
+# Of products alone: full batches, of which factorizations are measured by batches.py.
+FULL = [(6, 10, 1797), (20, 10, 1797), (10, 16, 1797), (50, 16, 1797), (8, 32, 1797), (20, 64, 1797)]
 GAUSS_NEWTON = [(6, 64, 4), (4, 128, 16)]
 
 
@@ -82,9 +84,14 @@ CASES |= {
 }
 
 
+PRODUCTS = CASES | {
+    f"L={depth} width {width} batch {size}": lambda s=(depth, width, size): plain(*s) for depth, width, size in FULL
+}
+
+
 def matrix_of(name: str) -> lh.Curvature:
     """H or the Gauss-Newton matrix of a case."""
-    lin = CASES[name]()
+    lin = PRODUCTS[name]()
     return lin.gauss_newton() if name.endswith("GN") else lin.H
 
 
@@ -241,7 +248,8 @@ def main() -> None:
     if arguments.one:
         print_peak_growth(*arguments.one)
         return
-    names = [name for name in CASES if not arguments.names or any(part in name for part in arguments.names)]
+    cases = PRODUCTS if arguments.products else CASES
+    names = [name for name in cases if not arguments.names or any(part in name for part in arguments.names)]
     print(machine(), "\n")
     if arguments.products:
         of_products(names)

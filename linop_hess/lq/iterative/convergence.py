@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.gmres import LONGEST
@@ -37,8 +38,6 @@ _RADII = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
 # Times that each number of a state is moved in a product; calls of torch in one where M is substituted as a band, beside those of stacks.
 _MOVES = 8
 _CALLS_BANDED = 40
-# Matrices narrower than this are no slower a flop: what they take is their calls, which are counted.
-_SMALLEST = 16.0
 
 
 def _probing(analysis: Analysis) -> Probing:
@@ -125,27 +124,35 @@ def orthogonalizing_seconds(analysis: Analysis, iterations: float) -> float:
 
 
 class Product(NamedTuple):
-    """What one product with H costs: flops, bytes of states moved and of stages read, calls, and how many numbers a state has."""
+    """What one product with H costs: flops, bytes of states moved and of stages read, calls; how wide states are, and of how many rows.
+
+    A row is that of a sample: its matrices, as wide as the state of one, are multiplied with as many rows as there are samples.
+    """
 
     flops: float
     moved: float
     read: float
     calls: float
     width: float
+    rows: float
 
 
 def product_of(analysis: Analysis) -> Product:
     """Count a product with H; of a sum over batches that of a typical one, so many times."""
     part, times = analysis.problem.typical_part()
     layout = part.layout
-    moving = float(layout.n_out[layout.first :].sum())
-    width = max(1.0, moving / max(1, part.length))
+    states = layout.n_out[layout.first :].astype(float)
+    of_samples = states / np.array([stack.samples for stack in part.blocks])[part.order[layout.first :, 0]]
+    moving, together = float(states.sum()), max(1.0, float(of_samples.sum()))
     return Product(
         times * product_flops(part, by_stages=not part.transition.is_banded),
         times * _MOVES * moving * part.dtype.itemsize,
         times * float(part.nbytes),
         times * product_calls(part),
-        width,
+        max(
+            1.0, float((of_samples**2).sum()) / together
+        ),  # of most of the numbers: the last state, of the loss, is one
+        moving / together,
     )
 
 
@@ -172,10 +179,15 @@ def _calls(stage: Stage, banded: bool) -> float:
     return float(sum(own + around for own, around in counts))
 
 
-def product_seconds(analysis: Analysis, share: float = 1.0, columns: int = 1) -> float:
-    """Modelled time of a product with H on a share of the samples."""
-    one, tally = analysis.once(product_of), Tally(analysis.problem.dtype)
+def product_seconds(
+    analysis: Analysis, share: float = 1.0, columns: int = 1, dtype: torch.dtype | None = None
+) -> float:
+    """Modelled time of a product with H on a share of the samples, in the precision of the problem or in another one."""
+    own = analysis.problem.dtype
+    one, tally = analysis.once(product_of), Tally(dtype or own)
     tally.calls(one.calls)
-    tally.kernel("gemm", share * columns * one.flops, max(_SMALLEST, (one.width * share * columns) ** 0.5))
-    tally.moved(share * (columns * one.moved + one.read))
+    rows, half = max(1.0, share * one.rows), 0.5 * share * columns * one.flops
+    tally.thin(half, *sorted((one.width, rows * columns)))  # F: a column of the right-hand sides is more rows
+    tally.thin(half, *sorted((one.width * columns, rows)))  # G: it is more columns
+    tally.moved(share * (columns * one.moved + one.read) * (dtype or own).itemsize / own.itemsize)
     return float(analysis.problem.processes.from_first(tally.seconds))  # all must choose alike

@@ -30,9 +30,11 @@ from linop_hess.lq.iterative.options import MOST_DIRECTIONS, Asked, SketchOption
 from linop_hess.lq.iterative.spans import SWEEPS_A_DIRECTION, Cut, cut, product_flops
 from linop_hess.lq.methods.base import Tally
 
-# What a product with M⁻¹ takes, and GMRES with it, in modelled products with H on the samples that it is made of: three sweeps forward and
-# three back in float32, and its pivots, which are larger than any cache.
-_APPLIED = 3.0
+# What a product with M⁻¹ takes, in modelled products with H in its precision on the samples that it is made of: three sweeps forward and
+# three back, of which some are of few stages. Beside it are its pivots, substituted with four times: L and its transpose in either half.
+_APPLIED, _SUBSTITUTED = 2.0, 4.0
+# Substitutions with few columns go at the rate of products with matrices as wide as this.
+_FEW = 32.0
 # Directions from which on it is asked whether that is enough, and at most before any iteration tells.
 LEAST_DIRECTIONS, MOST_AT_FIRST = 2 * OPEN_BLOCK, 256
 # As many times the iterations of the bound at most are believed: of a residual that does not fall at all no number is told.
@@ -66,24 +68,29 @@ class Sizing:
             self._outlays[share, rank, options.dtype] = self._counted(share, rank, options.dtype)
         return self._outlays[share, rank, options.dtype]
 
-    def iteration(self, options: SketchOptions, columns: int = 1) -> tuple[float, float]:
-        """Flops and seconds of an iteration of GMRES."""
-        assert options.core is not None
-        times = 1.0 + _APPLIED * options.core / self._analysis.samples
-        flops = columns * times * product_flops(self._analysis.problem)
-        return flops, times * product_seconds(self._analysis, 1.0, columns)
+    def iteration(self, options: SketchOptions, rank: int, columns: int = 1) -> tuple[float, float]:
+        """Flops and seconds of an iteration of GMRES: a product with H, and one with M⁻¹."""
+        assert options.core is not None and options.dtype is not None
+        share, tally = options.core / self._analysis.samples, Tally(options.dtype)
+        squares = _squares(self._cut(share, rank))
+        tally.kernel("substitution", _SUBSTITUTED * columns * squares, max(_FEW, float(columns)))
+        applied = _APPLIED * product_seconds(self._analysis, share, columns, options.dtype) + tally.seconds
+        flops = columns * (1.0 + _APPLIED * share) * product_flops(self._analysis.problem) + tally.flops
+        return flops, product_seconds(self._analysis, 1.0, columns) + applied
+
+    def _cut(self, share: float, rank: int) -> Cut:
+        if (share, rank) not in self._cuts:
+            self._cuts[share, rank] = cut(self._analysis.problem, self._analysis.samples, share, rank)
+        return self._cuts[share, rank]
 
     def _counted(self, share: float, rank: int, dtype: torch.dtype) -> Outlay:
-        problem, samples = self._analysis.problem, self._analysis.samples
-        if (share, rank) not in self._cuts:
-            self._cuts[share, rank] = cut(problem, samples, share, rank)
-        plan = self._cuts[share, rank]
+        problem, samples, plan = self._analysis.problem, self._analysis.samples, self._cut(share, rank)
         tally, item = Tally(dtype), dtype.itemsize
-        squares, p = float((plan.controls.astype(float) ** 2).sum()), float(plan.controls.max())
+        squares, p = _squares(plan), float(plan.controls.max())
         tally.kernel("gemm", plan.assembly + 4.0 * problem.size * rank**2, p)
         tally.kernel("ldl", plan.elimination, p)
         tally.kernel("substitution", 4.0 * rank * squares, min(p, rank))
-        seconds = tally.seconds + SWEEPS_A_DIRECTION * product_seconds(self._analysis, share, rank)
+        seconds = tally.seconds + SWEEPS_A_DIRECTION * product_seconds(self._analysis, share, rank, dtype)
         state = share * float(problem.layout.n_out.max())
         states = [problem.layout.n_out[start - 1] for start, _ in plan.bounds[1:]]
         width = problem.layout.n_out.max() / samples
@@ -91,6 +98,11 @@ class Sizing:
             squares + 3.0 * p**2 + 3.0 * problem.size * rank + share * float(sum(states)) * (width + rank) + 4.0 * state * rank
         )  # fmt: skip
         return Outlay(plan.assembly + plan.elimination + plan.sweeps, seconds, nbytes)
+
+
+def _squares(plan: Cut) -> float:
+    """Numbers in the pivot blocks."""
+    return float((plan.controls.astype(float) ** 2).sum())
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,17 @@ class Left:
     def iterations(self, digits: float) -> float:
         """k, for the logarithm of what residuals are to be reduced by."""
         return math.sqrt((1.0 + self.above) * max(1.0, self.below - 1.0)) * digits
+
+    def expected(self, digits: float) -> float:
+        """The same where H + εI is definite on what is left by the rate of Chebyshev polynomials, which has no limit as ρ falls.
+
+        Directions are not chosen by it: that they leave no more than was seen of H on the newest is not known.
+        """
+        if not self.below < 1.0:
+            return self.iterations(digits)
+        root = math.sqrt((1.0 + self.above) / (1.0 - self.below))
+        rate = (root - 1.0) / (root + 1.0)
+        return min(self.iterations(digits), digits / -math.log(max(rate, math.exp(-digits))))
 
     def saved(self, digits: float) -> float:
         """Iterations that one direction more saves, times the number of directions."""
@@ -150,7 +173,7 @@ class Enough:
         self._sizing, self._options, self._damping = analysis.once(Sizing), options, asked.damping
         self._least = max(least, options.least)
         self._most = max(most, self._least)
-        self._worth = times * asked.digits * self._sizing.iteration(options)[1]
+        self._digits = times * asked.digits
 
     def __call__(self, seen: Seen) -> bool:
         have = seen.have
@@ -160,7 +183,8 @@ class Enough:
         if have >= self._most or twice.nbytes > available_bytes():
             return True
         more = twice.seconds - self._sizing.outlay(self._options, have).seconds
-        return Left.of(seen.lowest, seen.highest, self._damping).saved(self._worth) <= more
+        _, each = self._sizing.iteration(self._options, have)
+        return Left.of(seen.lowest, seen.highest, self._damping).saved(self._digits) * each <= more
 
 
 def at_best(
@@ -185,13 +209,14 @@ def at_best(
         At most N for each right-hand side, which is all that is told without damping.
     """
     sizing, size = analysis.once(Sizing), analysis.problem.size
-    _, each = sizing.iteration(options)
     ranks = [options.rank] if options.rank is not None else _ranks(size)
     expected = [min(float(size), _expected(found, rank, asked, least=least)) for rank in ranks]
     told = [max(float(LEAST), its) * asked.right_hand_sides for its in expected]
-    best = int(
-        np.argmin([sizing.outlay(options, rank).seconds + its * each for rank, its in zip(ranks, told, strict=True)])
-    )
+    takes = [
+        sizing.outlay(options, rank).seconds + its * sizing.iteration(options, rank)[1]
+        for rank, its in zip(ranks, told, strict=True)
+    ]
+    best = int(np.argmin(takes))
     return ranks[best], told[best]
 
 
@@ -199,7 +224,7 @@ def _expected(found: Spectrum, rank: int, asked: Asked, *, least: bool) -> float
     """Iterations by what a quadrature tells of what so many directions leave: the lower of the bounds by size and by number."""
     size, nodes, damping = found.size_of(rank, least=least), found.nodes, asked.damping
     lowest, highest = (float(nodes.min()), float(nodes.max())) if nodes.numel() else (0.0, 0.0)
-    by_size = Left.of(max(lowest, -size), min(highest, size), damping).iterations(asked.digits / asked.right_hand_sides)
+    by_size = Left.of(max(lowest, -size), min(highest, size), damping).expected(asked.digits / asked.right_hand_sides)
     count = found.least_beyond if least else found.count_beyond
     return min(by_size, by_count(count, abs(damping), asked.tolerance, rank)) if damping else by_size
 

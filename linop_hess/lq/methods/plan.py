@@ -40,7 +40,7 @@ _COMPLEX_RUNGS = ["banded", "dense", "riccati"]
 # From so many controls on "auto" takes factors in single precision: below, those in double take a few milliseconds, and answer all.
 SINGLE_FROM = 1000
 
-# Iterations must be expected to be so many times as fast as factors.
+# Iterations must be expected to be so many times as fast as factors, of a method that can change nothing meanwhile.
 _GUESSED = 2.0
 
 _ONLY_DOUBLE = Cost.impossible('it factors a float64 problem in float64: use method "dense", or another precision')
@@ -225,8 +225,9 @@ def make_plan(
 
 
 def _weighed(method: str, cost: Cost) -> float:
-    """Seconds; of iterations, which are a guess, and which the next solve costs again, more."""
-    return cost.seconds if METHODS[method].exact else cost.certain + _GUESSED * (cost.seconds - cost.certain)
+    """Seconds; of iterations, which are a guess, and which the next solve costs again, more where nothing makes them fewer meanwhile."""
+    is_told = METHODS[method].exact or METHODS[method].watch is not None
+    return cost.seconds if is_told else cost.certain + _GUESSED * (cost.seconds - cost.certain)
 
 
 def _fitting(costs: dict[str, Cost], available: int) -> list[str]:

@@ -141,7 +141,7 @@ class SketchedFactorization(Congruence):
         if not self.options.is_open or rank <= self.sketch.rank:
             return None
         sizing = self.analysis.once(Sizing)
-        more, (_, each) = sizing.outlay(self.options, rank), sizing.iteration(self.options, columns)
+        more, (_, each) = sizing.outlay(self.options, rank), sizing.iteration(self.options, self.sketch.rank, columns)
         return Patience(more.seconds / each) if more.nbytes <= available_bytes() else None
 
     def larger(self, rate: float) -> SketchedFactorization:
@@ -269,10 +269,9 @@ def forecast(analysis: Analysis, asked: Asked, worth: float) -> Cost:
     if why_not := why_no_sketch(analysis, options.core):
         return Cost.impossible(why_not)
     sizing, problem, count = analysis.once(Sizing), analysis.problem, asked.right_hand_sides
-    a_flops, each = sizing.iteration(options)
 
     def cost(rank: int, iterations: float, at_least: bool) -> Cost:
-        outlay = sizing.outlay(options, rank)
+        outlay, (a_flops, each) = sizing.outlay(options, rank), sizing.iteration(options, rank)
         nbytes = outlay.nbytes + vectors_nbytes(problem, count) + float(problem.nbytes)
         flops, seconds = (
             outlay.flops + iterations * a_flops,

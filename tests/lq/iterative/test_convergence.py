@@ -5,13 +5,16 @@ import math
 import pytest
 import torch
 
+import linop_hess as lh
 from linop_hess import lq
+from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.convergence import (
     LEAST,
     by_count,
     expected_iterations,
     least_iterations,
     looks_definite,
+    product_of,
     product_seconds,
     spectrum_of,
 )
@@ -64,3 +67,19 @@ def test_definite_is_told_by_the_spectrum_alone(which):
 def test_seconds_of_a_product():
     analysis = analyses()[0]
     assert 0.0 < product_seconds(analysis) < product_seconds(analysis, 1.0, 1000)
+
+
+def test_a_product_in_single_precision_takes_less():
+    analysis = analyses()[0]
+    single = product_seconds(Analysis(analysis.problem.to(torch.float32)))
+    assert product_seconds(analysis, dtype=torch.float32) == pytest.approx(single, rel=1e-2)
+
+
+@pytest.mark.parametrize("samples", [30, 1000])
+def test_matrices_are_as_wide_as_the_state_of_a_sample(samples):
+    """However many samples there are: more of them are more rows."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8)).double()
+    x, y = torch.randn(samples, 8).double(), torch.randint(8, (samples,))
+    one = product_of(lh.linearize(model, torch.nn.CrossEntropyLoss(), x, y).analysis)
+    assert one.width == pytest.approx(8.0, rel=1e-2) and one.rows == pytest.approx(samples, rel=1e-2)

@@ -11,6 +11,7 @@ from linop_hess.lq.iterative.gmres import gmres
 from linop_hess.lq.iterative.lanczos import Seen, Spectrum
 from linop_hess.lq.iterative.options import Asked, SketchOptions
 from linop_hess.lq.iterative.sizing import Enough, Left, Patience, Sizing, at_best, most_directions
+from linop_hess.lq.iterative.spans import cut
 from linop_hess.lq.methods.plan import make_plan
 from linop_hess.lq.methods.sketched import SketchedFactorization, Watch, forecast
 from tests.lq.sketches import DAMPING, analyses, damped
@@ -201,3 +202,25 @@ def test_factors_that_come_late_are_given_a_cycle(monkeypatch):
 def test_what_was_asked_for_is_kept(options):
     factors = SketchedFactorization(analyses()[0], DAMPING, options)
     assert all(f is factors for f in told_of(begun(factors), [14.0] * 200))
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(0.0, 30.0), (-0.4, 0.4), (-0.1, 0.05), (-1e-4, 1e-4), (0.0, 0.0)])
+def test_definite_remainders_take_no_more_than_expected(lowest, highest):
+    """And less is expected the less is left, where the bound for indefinite matrices has a limit."""
+    values = torch.linspace(lowest, highest, 400, dtype=F64) + 0.5
+    g = torch.randn(400, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
+    made = gmres(lambda X: values[:, None] * X, lambda v: v, g, lambda _, of_g: 1e-6 * of_g, 400).iterations
+    left, digits = Left.of(lowest, highest, 0.5), Asked(0.5, 1, 1e-6).digits
+    assert made <= left.expected(digits) + 5 <= left.iterations(digits) + 5  # looked at every five iterations
+    assert highest >= 0.4 or left.expected(digits) < 0.6 * left.iterations(digits)
+    indefinite = Left(3.0, 1.5)
+    assert indefinite.expected(digits) == indefinite.iterations(digits)
+
+
+def test_an_iteration_takes_longer_the_larger_the_pivots_and_the_more_columns():
+    analysis = analyses()[0]
+    sizing, options = analysis.once(Sizing), SketchOptions().for_problem(analysis)
+    (few, _), (many, _) = sizing.iteration(options, 16), sizing.iteration(options, 16, 8)
+    assert many == pytest.approx(8 * few)
+    spans = [len(cut(analysis.problem, analysis.samples, 1.0, rank).bounds) for rank in (1, 171)]
+    assert spans[0] > spans[1] and sizing.iteration(options, 1)[0] < sizing.iteration(options, 171)[0]

@@ -95,3 +95,18 @@ def test_what_a_method_tries_first_comes_before_its_own_factors_alone():
     assert with_first([("banded", own), ("dense", METHODS["dense"].factor)])[:2] == [("banded", first), ("banded", own)]
     for rungs in ([("banded", promoted(own))], [("dense", METHODS["dense"].factor), ("banded", own)]):
         assert with_first(rungs) == rungs
+
+
+def test_iterations_that_nothing_makes_fewer_count_twice(monkeypatch):
+    """A sketch that is too slow is made larger meanwhile; GMRES alone goes on as it is."""
+    analysis = setting("equal").new_analysis()
+    for name, method in METHODS.items():
+        slow = Cost(1.0, 1.0, 100.0)
+        monkeypatch.setitem(
+            plan_module.METHODS, name, replace(method, estimate=lambda _, cost=slow: cost) if method.exact else method
+        )
+    for sketched, choice in ((3.0, "sketched"), (5.0, "iterative")):
+        for name, cost in (("sketched", Cost(1.0, 1.0, sketched, certain=1.0)), ("iterative", Cost(1.0, 1.0, 2.0))):
+            made = replace(METHODS[name], forecast=lambda *_, cost=cost: cost)
+            monkeypatch.setitem(plan_module.METHODS, name, made)
+        assert make_plan(analysis, 0.1).choice == choice
