@@ -70,19 +70,20 @@ def available_on(device: torch.device) -> int:
 
 def empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """Return memory that is not written yet, of the dtype and on the device of a tensor."""
-    if _is_huge(shape, like):
+    if is_huge(shape, like):
         return torch.from_numpy(np.empty(tuple(shape), _numpy_dtype(like)))
     return like.new_empty(tuple(shape))
 
 
 def zeros(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """Return zeros of the dtype and on the device of a tensor."""
-    if _is_huge(shape, like):
+    if is_huge(shape, like):
         return torch.from_numpy(np.zeros(tuple(shape), _numpy_dtype(like)))
     return like.new_zeros(tuple(shape))
 
 
-def _is_huge(shape: Sequence[int], like: torch.Tensor) -> bool:
+def is_huge(shape: Sequence[int], like: torch.Tensor) -> bool:
+    """Tell whether new memory like a tensor's is better NumPy's."""
     return like.device.type == "cpu" and math.prod(shape) * like.element_size() >= _HUGE
 
 

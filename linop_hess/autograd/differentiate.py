@@ -297,8 +297,13 @@ def written_out(derivatives: Gradients) -> Gradients:
 
 def joined(derivatives: Gradients, by: Sequence[Tensor]) -> Tensor:
     """Join derivatives by some tensors to one flat tensor, with zeros for None; autograd cuts what comes back sooner."""
-    pairs = zip(derivatives, by, strict=True)
-    return torch.cat([(torch.zeros_like(b) if d is None else d).reshape(-1) for d, b in pairs])
+    return flat_copy([torch.zeros_like(b) if d is None else d for d, b in zip(derivatives, by, strict=True)])
+
+
+def flat_copy(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries of tensors, one after the other, in memory of their own."""
+    # One call, where tensors reshaped one by one take longer than their copy.
+    return torch._utils._flatten_dense_tensors(tensors) if len(tensors) > 1 else tensors[0].reshape(-1).clone()
 
 
 def vjps(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor, at_once: int = _ROWS_AT_ONCE) -> list[Tensor]:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from linop_hess._memory import available_on
-from linop_hess._validate import NUMPY_DTYPES
+from linop_hess._memory import available_on, empty, is_huge
 from linop_hess.autograd.backward_graph import has_zeros_without_memory, saved_bytes
-from linop_hess.autograd.differentiate import Gradients
+from linop_hess.autograd.differentiate import Gradients, flat_copy
 
 Product = Callable[[Tensor], Tensor]
 """Multiplies a block (n, k) by one batch's curvature matrix."""
@@ -57,10 +56,10 @@ class Recording:
         """Return the product with a block, both of shape (n, k); the result is nobody else's."""
         if X.shape[1] == 1:
             return self._single(X[:, 0].contiguous())[:, None]
-        rows = _empty(X.shape[::-1], X).copy_(X.T)
+        rows = empty(X.shape[::-1], X).copy_(X.T)
         if self._batched is None:
             self._batched = self._can_batch(rows[:2])
-        out = _empty(rows.shape, X)
+        out = empty(rows.shape, X)
         chunk = max(1, int(_FOR_COLUMNS * available_on(X.device) / self.column_bytes)) if self._batched else 1
         if chunk == 1:
             for row, result in zip(rows, out, strict=True):
@@ -80,14 +79,16 @@ class Recording:
 
     def _single(self, flat: Tensor, out: Tensor | None = None) -> Tensor:
         product = zip(self.product(flat, False), self.sizes, strict=True)
-        parts = [flat.new_zeros(size) if h is None else h.reshape(-1) for h, size in product]
-        return torch.cat(parts, out=_empty(flat.shape, flat) if out is None else out)
+        parts = [flat.new_zeros(size) if h is None else h for h, size in product]
+        if out is None and not is_huge(flat.shape, flat):
+            return flat_copy(parts)
+        return torch.cat([part.reshape(-1) for part in parts], out=empty(flat.shape, flat) if out is None else out)
 
     def _at_once(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         k = len(rows)
         product = zip(self.product(rows, True), self.sizes, strict=True)
         parts = [rows.new_zeros(k, size) if h is None else h.reshape(k, -1) for h, size in product]
-        return torch.cat(parts, dim=1, out=_empty(rows.shape, rows) if out is None else out)
+        return torch.cat(parts, dim=1, out=empty(rows.shape, rows) if out is None else out)
 
     def _can_batch(self, rows: Tensor) -> bool:
         """Tell whether columns multiplied at once are right, which torch's batching rules do not promise, and pay."""
@@ -150,13 +151,6 @@ class Recordings:
     def release(self) -> None:
         """Free the memory of all recordings."""
         self._kept.clear()
-
-
-def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Return memory not written yet; that of NumPy on the host, which comes in huge pages and so six times sooner."""
-    if like.device.type == "cpu":
-        return torch.from_numpy(np.empty(tuple(shape), NUMPY_DTYPES[like.dtype]))
-    return like.new_empty(shape)
 
 
 def _requires_grad(data: Any) -> bool:

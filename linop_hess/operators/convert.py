@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -14,11 +15,27 @@ from torch import Tensor
 from linop_hess._validate import NUMPY_DTYPES, is_scalar
 
 
+def plain_arithmetic(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in full precision and without recording, whatever is switched on outside.
+
+    Of the contexts only those that change something: the others take as long as all else that a small product does around its arithmetic.
+    """
+    if torch.is_inference_mode_enabled() or _casts(device):
+        return _switched_off(device)
+    return torch.no_grad()
+
+
 @contextmanager
-def plain_arithmetic(device: torch.device) -> Iterator[None]:
-    """Compute in full precision and without recording, whatever is switched on outside."""
+def _switched_off(device: torch.device) -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def _casts(device: torch.device) -> bool:
+    try:
+        return torch.is_autocast_enabled(device.type)
+    except TypeError:  # torch 2.3 does not tell of one device
+        return True
 
 
 def refuse_scalar(x: Any) -> None:
@@ -170,4 +187,4 @@ def _from_numpy(x: Any, dtype: torch.dtype, device: torch.device, who: str) -> T
 
 def all_finite(tensor: Tensor) -> bool:
     """Tell whether a tensor holds no NaN or Inf, in one pass without a mask; where the sum overflows, entry by entry."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

@@ -76,15 +76,15 @@ def as_operand(x: Any, length: int, *, fold: Fold, dtype: torch.dtype, device: t
             f"Expected at least 2-d array for {who}, got shape {tuple(tensor.shape)}: use matvec (rmatvec) or @ for a "
             "vector"
         )
-    expected = {
-        Fold.VECTORS: f"(..., {length})",
-        Fold.MATRICES: f"(..., {length}, k)",
-        Fold.EITHER: f"({length},) or (..., {length}, k)",
-    }[fold]
     rows = fold is Fold.VECTORS or fold is Fold.EITHER and tensor.ndim == 1
     axis = -1 if rows else -2
     if tensor.ndim < -axis or tensor.shape[axis] != length:
-        raise mismatch(tensor, expected, who)
+        expected = {
+            Fold.VECTORS: f"(..., {length})",
+            Fold.MATRICES: f"(..., {length}, k)",
+            Fold.EITHER: f"({length},) or (..., {length}, k)",
+        }
+        raise mismatch(tensor, expected[fold], who)
     require_finite(tensor, who)
     if rows:
         batch = tuple(tensor.shape[:-1])
