@@ -102,7 +102,7 @@ def format_bytes(count: float) -> str:
 
 
 # So little is there wherever anything runs; to ask how much takes the time of dozens of calls of torch.
-_LITTLE = 1 << 20
+_LITTLE = 1 << 14
 
 
 def require_on(device: torch.device, nbytes: float, what: str) -> None:
