@@ -10,12 +10,14 @@ so, and in double too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import assembly
@@ -26,8 +28,9 @@ from torch.nn import functional
 
 import linop_hess as lh
 from linop_hess import lq
+from linop_hess.errors import SingularPivotError
 from linop_hess.lq.iterative.convergence import product_seconds
-from linop_hess.lq.methods.base import Cost
+from linop_hess.lq.methods.base import Cost, Method
 from linop_hess.tasks import neural_ode
 
 DAMPING = 1e-2
@@ -95,15 +98,28 @@ def matrix_of(name: str) -> lh.Curvature:
     return lin.gauss_newton() if name.endswith("GN") else lin.H
 
 
-def told(plan: lq.Plan, slowest: float = SLOWEST) -> dict[str, tuple[Cost, Callable[..., object]]]:
-    """What is to be measured: a method in the precision of the problem and, where "auto" may take it so, in single precision."""
+def as_solves_do(method: Method, analysis: lq.Analysis, damping: float) -> object:
+    """Factor by what a method tries first, if it applies."""
+    if method.first is not None:
+        with contextlib.suppress(SingularPivotError):
+            return method.first(analysis, damping)
+    return method.factor(analysis, damping)
+
+
+def told(
+    plan: lq.Plan, slowest: float = SLOWEST, *, of_memory: bool = False
+) -> dict[str, tuple[Cost, Callable[..., object]]]:
+    """What is to be measured: a method in the precision of the problem and, where "auto" may take it so, in single precision.
+
+    Seconds are told of what solves try first, memory of what they may have to go on with.
+    """
     found: dict[str, tuple[Cost, Callable[..., object]]] = {}
     for name, method in lq.METHODS.items():
         if not method.exact:
             continue
         cost = plan.own_costs[name]
         if not cost.why_not and cost.seconds <= slowest and cost.nbytes <= plan.available:
-            found[name] = cost, method.factor
+            found[name] = cost, method.factor if of_memory else partial(as_solves_do, method)
         if method.single is not None and plan.costs[name].precision and plan.costs[name].seconds <= slowest:
             found[f"{name}, single"] = plan.costs[name], method.single.factor
     return found
@@ -160,7 +176,7 @@ def print_peak_growth(name: str, method: str) -> None:
     for small in plain(2, 3, 3), plain(3, 40, 8):
         (small.gauss_newton() if family == "woodbury" else small).inverse(DAMPING, family)  # loads what it needs
     matrix = matrix_of(name)
-    _, factor = told(matrix.plan(DAMPING), float("inf"))[method]
+    _, factor = told(matrix.plan(DAMPING), float("inf"), of_memory=True)[method]
     problem = matrix.analysis.problem
     del matrix
     analysis = prepared(problem)
@@ -198,7 +214,7 @@ def of_factorizations(names: list[str], with_memory: bool) -> None:
     for name in names:
         matrix = matrix_of(name)
         plan, times, cells = matrix.plan(DAMPING), {}, dict.fromkeys(columns, "")
-        for method, (cost, factor) in told(plan).items():
+        for method, (cost, factor) in told(plan, of_memory=with_memory).items():
             if with_memory:
                 if cost.nbytes < SMALLEST:
                     continue
