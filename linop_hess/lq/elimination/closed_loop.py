@@ -38,7 +38,7 @@ class ClosedLoop:
         self._alone = {
             k: (factor, factor.elimination.whitened()) for k, factor in enumerate(factors) if k not in packed
         }
-        loops: list[list[Tensor]] = []
+        loops: list[list[tuple[Tensor, Tensor]]] = []  # F̄ and F̄ᵀ
         for group, blocks in zip(analysis.groups, analysis.condensed, strict=True):
             R, F = blocks.W[..., : blocks.r], blocks.W[..., blocks.r :]
             eye = torch.eye(blocks.r, dtype=R.dtype, device=R.device)
@@ -46,7 +46,8 @@ class ClosedLoop:
             none = R.new_zeros(blocks.r, group.n_in)
             mine = [packed.get(int(k)) for k in group.segments]
             gain = torch.stack([none if e is None else e.gain for e in mine])
-            loops.append(list(torch.baddbmm(F, R, gain, alpha=-1.0).unbind()))
+            loop = torch.baddbmm(F, R, gain, alpha=-1.0)
+            loops.append(list(zip(loop.unbind(), loop.mT.unbind(), strict=True)))
             left = torch.stack([eye if e is None else e.packed for e in mine])
             interchanges = torch.stack([order if e is None else e.interchanges for e in mine])
             self._factors.append((left, interchanges, gain, R))
@@ -59,7 +60,7 @@ class ClosedLoop:
         # Backward: the multiplier v of the state after each segment.
         lifted, after = [], []
         for part, group, (_, _, gain, _) in zip(load, groups, self._factors, strict=True):
-            lift = gain.mT @ part.visible
+            lift = torch.bmm(gain.mT, part.visible)
             lifted.append((lift if part.state is None else lift.add_(part.state)).unbind())
             after.append(g.new_zeros(group.count, group.n_out, g.shape[1]))
         multipliers = [part.unbind() for part in after]
@@ -77,12 +78,12 @@ class ClosedLoop:
                     multipliers[before][j].copy_(v)
             elif i:
                 before, j = order[i - 1]
-                torch.addmm(lifted[group_][k], self._loops[i].mT, multipliers[group_][k], out=multipliers[before][j])
+                torch.addmm(lifted[group_][k], self._loops[i][1], multipliers[group_][k], out=multipliers[before][j])
         # Forward: the state before each segment.
         half, pushed, states = [], [], []
         for part, v, group, (packed, interchanges, _, R) in zip(load, after, groups, self._factors, strict=True):
-            half.append(torch.linalg.ldl_solve(packed, interchanges, part.visible - R.mT @ v))
-            pushed.append((R @ half[-1]).unbind())
+            half.append(torch.linalg.ldl_solve(packed, interchanges, torch.baddbmm(part.visible, R.mT, v, alpha=-1.0)))
+            pushed.append(torch.bmm(R, half[-1]).unbind())
             states.append(g.new_zeros(group.count, group.n_in, g.shape[1]))
         d = [part.unbind() for part in states]
         for i in range(len(order)):
@@ -92,14 +93,14 @@ class ClosedLoop:
                 if i + 1 < len(order):
                     d[next_][j].copy_(after_)
             elif i + 1 < len(order):
-                torch.addmm(pushed[group_][k], self._loops[i], d[group_][k], out=d[next_][j])
+                torch.addmm(pushed[group_][k], self._loops[i][0], d[group_][k], out=d[next_][j])
         x = torch.empty_like(g)
         for part, u, state, group, (_, _, gain, _) in zip(load, half, states, groups, self._factors, strict=True):
             hidden = None if part.hidden is None else part.hidden / self._damping
-            put_controls(x, group, hidden, u - gain @ state, state, self._damping)
+            put_controls(x, group, hidden, torch.baddbmm(u, gain, state, alpha=-1.0), state, self._damping)
         return x
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(a.nbytes for part in self._factors for a in part) + sum(loop.nbytes for loop in self._loops)
+        return sum(a.nbytes for part in self._factors for a in part) + sum(loop.nbytes for loop, _ in self._loops)

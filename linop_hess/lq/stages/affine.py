@@ -110,22 +110,19 @@ class AffineStage(Stage):
             return (y if bias is None else y.add_(bias)).reshape(K, self.rows * o, k)
         X = self._weight_part(x)
         X = X[..., 0].mT if k == 1 else X.transpose(1, 2).reshape(K, i, o * k)
-        y = self.Z @ X if bias is None else torch.baddbmm(bias.reshape(K, 1, o * k), self.Z, X)
+        y = torch.bmm(self.Z, X) if bias is None else torch.baddbmm(bias.reshape(K, 1, o * k), self.Z, X)
         return y.reshape(K, self.rows * o, k)
 
     def Gt(self, y: Tensor) -> Tensor:
         (K, o, i), k = self.W.shape, y.shape[-1]
         Y = y.reshape(K, self.rows, o, k)
-        parts = [y.new_zeros(K, 0, k)]
-        if self.weight:
-            if k == 1:
-                X = times(Y[..., 0].mT, self.Z)
-            else:
-                X = times(self.Z.mT, Y.reshape(K, self.rows, o * k)).view(K, i, o, k).transpose(1, 2)
-            parts.append(X.reshape(K, o * i, k))
-        if self.bias:
-            parts.append(self._in_unit_of_bias(Y.sum(1)))
-        return torch.cat(parts, 1)
+        parts = [self._in_unit_of_bias(Y.sum(1))] if self.bias else []
+        if self.weight and k == 1:
+            parts.insert(0, times(Y[..., 0].mT, self.Z).reshape(K, o * i, k))
+        elif self.weight:
+            X = times(self.Z.mT, Y.reshape(K, self.rows, o * k)).view(K, i, o, k).transpose(1, 2)
+            parts.insert(0, X.reshape(K, o * i, k))
+        return torch.cat(parts, 1) if parts else y.new_zeros(K, 0, k)
 
     def B(self, d: Tensor) -> Tensor:
         if self.beta is None or not self.weight:
@@ -136,7 +133,7 @@ class AffineStage(Stage):
         if self.beta is None or not self.weight:
             return x.new_zeros(self.count, self.rows * self.W.shape[2], x.shape[-1])
         (K, o, i), k = self.W.shape, x.shape[-1]
-        return (self.beta @ self._weight_part(x).reshape(K, o, i * k)).reshape(K, self.rows * i, k)
+        return torch.bmm(self.beta, self._weight_part(x).reshape(K, o, i * k)).reshape(K, self.rows * i, k)
 
     def with_adjoint(self, beta: Tensor) -> Self:
         K, o, _ = self.W.shape
@@ -235,6 +232,9 @@ class AffineStage(Stage):
         o, i = self.W.shape[1:]
         return self.rows * {"F": o * i, "G": self.p, "B": o * i * self.weight, "C": 0}[block]
 
+    def calls(self, block: str) -> int:
+        return 9 if block == "G" else 6
+
     def pull_back(self, V: Tensor) -> Tensor:
         return self._pulled_back(V, V.new_empty(self.n_in, self.n_in))
 
@@ -255,11 +255,11 @@ def _map_rows(W: Tensor, d: Tensor, rows: int) -> Tensor:
     (K, o, i), k = W.shape, d.shape[-1]
     D = d.reshape(K, rows, i, k)
     if k == 1:
-        y = D[..., 0] @ W.mT
+        y = torch.bmm(D[..., 0], W.mT)
     elif rows == 1 or (K == 1 and k >= _BY_ROWS_FROM):
         y = W[:, None] @ D
     else:
-        y = (W @ D.transpose(1, 2).reshape(K, i, rows * k)).view(K, o, rows, k).transpose(1, 2)
+        y = torch.bmm(W, D.transpose(1, 2).reshape(K, i, rows * k)).view(K, o, rows, k).transpose(1, 2)
     return y.reshape(K, rows * o, k)
 
 
@@ -311,14 +311,13 @@ class AffineRowSpace(RowSpace):
         return self._to_controls(X.view(K, self.basis.shape[1], self.o, k))
 
     def Qt(self, x: Tensor) -> Tensor:
-        (K, _, rank), k = self.basis.shape, x.shape[-1]
-        s = x.new_zeros(K, rank, self.o * k)
-        if self.weight:
-            X = x[:, : self.o * self.i].reshape(K, self.o, self.i, k)
-            s = self.basis[:, : self.i].mT @ X.transpose(1, 2).reshape(K, self.i, self.o * k)
+        K, k = x.shape[0], x.shape[-1]
+        weights, i = x[:, : self.o * self.i * self.weight], self.i * self.weight
+        X = weights.reshape(K, self.o, i, k).transpose(1, 2).reshape(K, i, self.o * k)
+        s = torch.bmm(self.basis[:, :i].mT, X)  # zero where i is
         if self.bias:
-            s = s + self.basis[:, -1, :, None] * x[:, x.shape[1] - self.o :].reshape(K, 1, self.o * k)
-        return s.reshape(K, self.r, k)
+            s.addcmul_(self.basis[:, -1, :, None], x[:, x.shape[1] - self.o :].reshape(K, 1, self.o * k))
+        return s.view(K, self.r, k)
 
     def R(self, s: Tensor) -> Tensor:
         (K, b, rank), k = self.rho.shape, s.shape[-1]

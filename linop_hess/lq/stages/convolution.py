@@ -105,7 +105,7 @@ class ConvolutionStage(AffineStage):
         )
 
     def calls(self, block: str) -> int:
-        return super().calls(block) + {"F": 12, "A": 0}.get(block, 6)
+        return Stage.calls(self, block) + {"F": 12, "A": 0}.get(block, 6)
 
     def dense_F(self) -> Tensor:
         return Stage.dense_F(self)
