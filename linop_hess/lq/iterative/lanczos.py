@@ -226,6 +226,24 @@ class Spectrum:
         upper, lower = (self.weights[self.nodes * sign > radius] for sign in (1.0, -1.0))
         return self.size * float(upper[1:].sum() + lower[:-1].sum())
 
+    def residuals(self, damping: float) -> np.ndarray:
+        """What GMRES on H + εI leaves of the vector that the run began with, relatively, after 0 to m − 1 iterations.
+
+        A polynomial of degree below m has the same norm on it by the quadrature as by H, so that this is exact.
+        """
+        values, left = self.nodes.numpy() + damping, np.sqrt(np.maximum(self.weights.numpy(), 0.0))
+        found, space, v = [1.0], np.zeros((values.size, 0)), left
+        for _ in range(values.size - 1):
+            for _ in range(2):
+                v = v - space @ (space.T @ v)
+            if not np.linalg.norm(v) > 0.0:
+                break
+            space = np.column_stack([space, v / np.linalg.norm(v)])
+            product = values[:, None] * space
+            found.append(float(np.linalg.norm(left - product @ np.linalg.lstsq(product, left, rcond=None)[0])))
+            v = product[:, -1]
+        return np.array(found)
+
     def size_of(self, rank: int, *, least: bool = False) -> float:
         """About how large the eigenvalue is that comes `rank`-th by size; 0 where there are not so many nodes' worth.
 

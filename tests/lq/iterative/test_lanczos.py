@@ -94,3 +94,18 @@ def test_bytes_are_those_of_the_whole_buffer():
     found = run.until(16)
     assert few.nbytes == 16 * N * 8 and torch.equal(few.directions, found.directions)
     assert found.nbytes == found.directions.untyped_storage().nbytes() >= 72 * N * 8
+
+
+@pytest.mark.parametrize("damping", [0.3, -0.2, 2.0])
+def test_residuals_are_those_of_gmres_on_the_vector_that_it_began_with(damping):
+    H, _ = matrix(np.r_[np.linspace(1.0, 3.0, 30), -np.ones(10), np.geomspace(1e-3, 0.5, N - 40)])
+    found = spectrum(lambda X: H @ X, H[0], 12).residuals(damping)
+    v = torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    A, K = H + damping * torch.eye(N), (v / v.norm())[:, None]
+    for k in range(1, 12):
+        AK = A @ K
+        y = torch.linalg.lstsq(AK, K[:, :1]).solution
+        assert found[k] == pytest.approx(float((K[:, :1] - AK @ y).norm()), rel=1e-6)
+        K = torch.linalg.qr(torch.cat([K, AK[:, -1:]], 1)).Q * torch.tensor([1.0] * (k + 1))
+        K[:, :1] = (v / v.norm())[:, None]
+    assert found[0] == 1.0 and len(found) == 12
