@@ -155,17 +155,17 @@ def product_of(analysis: Analysis) -> Product:
     part, times = analysis.problem.typical_part()
     layout = part.layout
     states = layout.n_out[layout.first :].astype(float)
-    of_samples = states / np.array([stack.samples for stack in part.blocks])[part.order[layout.first :, 0]]
-    moving, together = float(states.sum()), max(1.0, float(of_samples.sum()))
+    multiplied = layout.p[layout.first :] > 0  # by matrices; other stages are mostly elementwise
+    samples = np.array([stack.samples for stack in part.blocks])[part.order[layout.first :, 0]]
+    moving, widths = float(states.sum()), (states / samples)[multiplied]
+    together = max(1.0, float(widths.sum()))
     return Product(
         times * product_flops(part, by_stages=not part.transition.is_banded),
         times * _MOVES * moving * part.dtype.itemsize,
         times * float(part.nbytes),
         times * product_calls(part),
-        max(
-            1.0, float((of_samples**2).sum()) / together
-        ),  # of most of the numbers: the last state, of the loss, is one
-        moving / together,
+        max(1.0, together / max(1, widths.size)),
+        float(states[multiplied].sum()) / together,
     )
 
 
