@@ -2,9 +2,9 @@
 
 ``python tests/benchmarks/sketched.py [--case 50x16] [--damping 1e-2] [--lr 1e-3] [--rank 256] [--core 0] [--columns 64]
 [--slope]``. Digits, all 1,797 samples, tanh, cross entropy, orthogonal of gain 1.2, 200 full-batch Adam steps; the right-hand side is the
-gradient. Processor time of one thread, to a relative residual of 1e-6, set-up apart. A rank of 0 is
-left to the method; the last row is what the plan chooses. ``--slope``: set-up and a product from depth 5 to 100
-at width 16.
+gradient. Processor time of one thread, to a relative residual of 1e-6, set-up apart. A rank of 0 is left to the method; the last rows are
+GMRES without a preconditioner, and what the plan, printed above, chooses. ``--slope``: set-up and a product from depth 5 to 100 at
+width 16.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def chosen(case: Case) -> list[str]:
     found = solver.solve(case.g[:, 0])
     spent = (time.process_time() - begin) / case.unit
     r = case.g - case.problem.hessian_product(found.x[:, None], case.damping)
+    print(solver.plan)
     if found.method == "sketched":
         print(sketch_report(solver.factorization))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -156,11 +157,14 @@ def slope(damping: float, rank: int) -> None:
         )
         setup = time.process_time() - begin
         applied = seconds(lambda f=factors, c=case: f.solve(c.g), 3)
-        rows.append([str(depth), f"{setup:.2f}", f"{1e3 * applied:.1f}"])
+        sizes = [str(depth), str(len(factors.factors)), str(factors.sketch.rank)]
+        rows.append([*sizes, f"{setup:.2f}", f"{1e3 * applied:.1f}", f"{1e3 * applied / depth:.2f}"])
         logs.append((np.log(depth), np.log(setup), np.log(applied)))
-    print_table(["depth", "set-up, s", "product, ms"], rows)
+    print_table(["depth", "spans", "directions", "set-up, s", "product, ms", "a layer, ms"], rows)
     x, *ys = np.array(logs).T
-    print("slopes:", ", ".join(f"{np.polyfit(x, y, 1)[0]:.2f}" for y in ys))
+    for begin in (0, 1):
+        slopes = ", ".join(f"{np.polyfit(x[begin:], y[begin:], 1)[0]:.2f}" for y in ys)
+        print(f"slopes from {rows[begin][0]} layers on: {slopes}")
 
 
 def main() -> None:
@@ -188,6 +192,7 @@ def main() -> None:
         f"the unit is {1e3 * case.unit:.1f} ms"
     )
     rows = [sketched(case, rank, core or None, arguments.most) for core in arguments.core for rank in arguments.rank]
+    rows.append(case.row("GMRES alone", 0.0, lambda v: v, arguments.most))
     rows.append(chosen(case))
     print_table(["method", "set-up", "iterations", "residual", "total", "peak, GiB"], rows)
     if arguments.columns:
