@@ -191,7 +191,7 @@ _CALLS_PER_STAGE = 60
 _BLOCKS, _BLOCKS_WIDE = 2.5, 4.0
 
 # Times that the columns are moved there, and where entries pass by.
-_COPIES, _COPIES_WIRED = 24.0, 16.0
+_COPIES, _COPIES_WIRED = 24.0, 12.0
 
 
 def estimate(analysis: Analysis) -> Cost:
