@@ -331,9 +331,8 @@ _COPIES_BEYOND = 90
 _CACHE = 4 << 20
 _CALLS_WIRED = 70
 
-
 # Numbers held for each entry of E, with what is hidden; taken by a pivot block and its coupling, whitened; and by Fᵀ V, some of it twice.
-_HELD_COUPLING, _PIVOTS, _HALF = 1.4, 4.0, 1.3
+_HELD_COUPLING, _PIVOTS, _HALF = 1.4, 5.5, 1.3
 
 
 def estimate(analysis: Analysis) -> Cost:
@@ -349,14 +348,15 @@ def estimate(analysis: Analysis) -> Cost:
         held += K * (r**2 + _HELD_COUPLING * r * n)
         if group.is_narrow:
             held += K * (2 * (r + n) ** 2 + group.n_out * (r + n) + n**2 + r * n)
-        work = max(work, _PIVOTS * r * max(r, n) + max(_values(stage) for stage in (group.control, *group.free)))
+        values = max(_values(stage) for stage in (group.control, *group.free))
+        work = max(work, values, float(group.control.n_out) ** 2 + _PIVOTS * r * max(r, n))
     return Cost(tally.flops, item * (held + work), tally.seconds)
 
 
 def _values(stage: Stage) -> float:
-    """Numbers of V after and before a stage, and of a product between; of none at pointwise functions, of two where entries pass by."""
+    """Numbers of V after and before a stage, one of them where they are alike, and of a product between; of two where entries pass by."""
     before, after, halves = float(stage.n_in), float(stage.n_out), 1 + (stage.inputs != stage.n_in)
-    between = halves * _HALF * before * after if stage.entries("F") > before or halves > 1 else 0.0
+    between = halves * _HALF * before * after if before != after or halves > 1 else 0.0
     return before**2 + after**2 + between
 
 
