@@ -91,7 +91,7 @@ class _Total:
             H.diagonal().add_(problem.layout.in_chain_order(problem.diagonal))
 
     def _to_flat_order(self) -> None:
-        _mirror(self.H)
+        mirror(self.H)
         if self._places is not None:
             _permute(self.H, torch.from_numpy(np.argsort(self._places)).to(self.H.device))
         self._places = None
@@ -316,7 +316,7 @@ def _cut_pairs(work: int, count: int, sources: int, fixed: int, each: int) -> tu
     return 1, max(1, min(sources, (work - fixed) // each))
 
 
-def _mirror(H: Tensor) -> None:
+def mirror(H: Tensor) -> None:
     """Copy the lower triangle to the upper one, in place."""
     N = H.shape[0]
     for start in range(0, N, _COLUMNS_AT_ONCE):

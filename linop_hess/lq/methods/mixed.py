@@ -23,10 +23,11 @@ from linop_hess.lq.accuracy import REFINED_BY
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.iterative.convergence import product_of, product_seconds
 from linop_hess.lq.iterative.gmres import cycle
+from linop_hess.lq.matrix.assembly import mirror
 from linop_hess.lq.matrix.hessian import copies, counted_single, fresh
 from linop_hess.lq.matrix.many_columns import ManyColumns
 from linop_hess.lq.methods.base import Cost, Factor, Method, Tally
-from linop_hess.lq.pivots.bunch_kaufman import SymmetricFactor, is_for_scipy
+from linop_hess.lq.pivots.bunch_kaufman import THREADS_FROM, SymmetricFactor, is_for_scipy
 
 # Steps of one GMRES, which keeps two vectors a step.
 _STEPS = 20
@@ -50,20 +51,25 @@ class CholeskyFactor:
 
     @classmethod
     def of(cls, S: Tensor) -> CholeskyFactor | None:
-        """Factor a symmetric S, which is left as it is; None where it is not positive definite.
+        """Factor a symmetric S, in its own memory where that can be; None where it is not positive definite, S then being as it was.
 
         It takes two thirds of the time of Bunch-Kaufman. An S that is not definite is told by its diagonal, or by its first leading block
         that is not, for which no more than that block is factored.
         """
         if not bool((S.diagonal() > 0).all()):
             return None
-        if is_for_scipy(S):
-            potrf = lapack.dpotrf if S.dtype == torch.float64 else lapack.spotrf
-            packed, first_indefinite = potrf(S.clone().numpy().T, lower=1, clean=0, overwrite_a=1)
-            L = torch.from_numpy(packed)
-        else:
+        if not is_for_scipy(S):
             L, first_indefinite = torch.linalg.cholesky_ex(S)
-        return None if int(first_indefinite) or not bool(torch.isfinite(L.diagonal()).all()) else cls(L)
+            return None if int(first_indefinite) or not bool(torch.isfinite(L.diagonal()).all()) else cls(L)
+        diagonal = S.diagonal().clone()
+        potrf = lapack.dpotrf if S.dtype == torch.float64 else lapack.spotrf
+        packed, first_indefinite = potrf(S.numpy().T, lower=1, clean=0, overwrite_a=1)
+        L = torch.from_numpy(packed)
+        if not first_indefinite and bool(torch.isfinite(L.diagonal()).all()):
+            return cls(L)
+        S.diagonal().copy_(diagonal)
+        mirror(S)  # by columns the lower triangle was written, which is the upper one of S
+        return None
 
     def solve(self, X: Tensor) -> Tensor:
         """S⁻¹ X for X of shape (n, k)."""
@@ -132,7 +138,7 @@ def _indefinite(H: Tensor) -> SymmetricFactor:
 def estimate(analysis: Analysis) -> Cost:
     """Assembly and N³/3 flops in float32, and some products more for each solve; in memory as in double, in half the bytes.
 
-    The attempt at Cholesky's factors is that of an indefinite matrix: a copy, and a leading block that is small beside N.
+    The attempt at Cholesky's factors is that of an indefinite matrix: a leading block that is small beside N; of small ones a copy.
     """
     problem = analysis.problem
     N, tally, counted = float(problem.size), Tally(torch.float32), analysis.once(counted_single)
@@ -141,7 +147,7 @@ def estimate(analysis: Analysis) -> Cost:
     tally.kernel("ldl", N**3 / 3, N)
     tally.moved(4 * 18 * N**2 + counted.moved + _SOLVES * 8 * N**2)
     vectors = 16.0 * (_STEPS + 1) * N
-    nbytes = max(counted.nbytes, (copies(problem, torch.float32) + 1) * 4 * N**2) + vectors
+    nbytes = max(counted.nbytes, (copies(problem, torch.float32) + (N < THREADS_FROM)) * 4 * N**2) + vectors
     flops = tally.flops + _EXTRA_PRODUCTS * analysis.once(product_of).flops
     return Cost(flops, nbytes, tally.seconds + _EXTRA_PRODUCTS * product_seconds(analysis), precision="single")
 

@@ -33,12 +33,12 @@ _SYTRF = {
 
 # From this order on the threads of torch's last operation have gone to sleep long before those of SciPy's LAPACK are done; below it both
 # wait for work on the same cores, and a chain of blocks takes twice the time.
-_THREADS_FROM = 2048
+THREADS_FROM = 2048
 
 
 def is_for_scipy(S: Tensor) -> bool:
     """Whether SciPy's LAPACK is to factor a matrix, and not torch's."""
-    return S.device.type == "cpu" and S.numel() > 0 and (torch.get_num_threads() == 1 or len(S) >= _THREADS_FROM)
+    return S.device.type == "cpu" and S.numel() > 0 and (torch.get_num_threads() == 1 or len(S) >= THREADS_FROM)
 
 
 def packed_factor(S: Tensor, is_own: bool = False) -> tuple[Tensor, Tensor]:

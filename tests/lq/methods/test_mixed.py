@@ -97,7 +97,27 @@ def test_cholesky_of_what_has_no_factor():
     empty = mixed.CholeskyFactor.of(torch.zeros(0, 0))
     assert empty is not None and empty.solve(torch.zeros(0, 3)).shape == (0, 3)
     S, X = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([[1.0], [2.0]])
-    assert torch.allclose(S @ mixed.CholeskyFactor.of(S).solve(X), X, rtol=0, atol=1e-6)
+    assert torch.allclose(S @ mixed.CholeskyFactor.of(S.clone()).solve(X), X, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", [0, 1, 250, 599])
+def test_a_matrix_that_has_no_cholesky_factor_is_as_it_was(first):
+    """It is tried in the memory of the matrix, so that there is one copy of H."""
+    A = torch.randn(600, 600, generator=torch.Generator().manual_seed(2))
+    S = A @ A.mT / 600 + torch.eye(600)
+    S = (S + S.mT) / 2
+    definite = S.clone()
+    S[first, first] = 1e-3 - 0.5 * (first == 0)
+    kept = S.clone()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert mixed.CholeskyFactor.of(S) is None
+        factor = mixed.CholeskyFactor.of(definite)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(S, kept)
+    assert factor is not None and factor.L.data_ptr() == definite.data_ptr()
 
 
 def test_all_but_solves_is_answered_in_double(network, counted):
