@@ -104,6 +104,29 @@ def test_operations_in_place(name):
     require_exact(case(lambda p, x: WRITES[name]((x @ p["p0"]).tanh() + x[:, :2]), [(3, 2)]))
 
 
+CONSTANTS_WRITTEN_INTO = {
+    "a row": lambda b, u: b[-1].add_(u[0]),
+    "rows": lambda b, u: b[1:3].mul_(u[1:3]),
+    "the first rows": lambda b, u: b[:2].mul_(u[:2]),
+    "two parts": lambda b, u: (b[1].mul_(u[1]), b[3].add_(u[2])),
+    "a column": lambda b, u: b[:, 0].add_(u[:, 0]),
+    "all": lambda b, u: b.add_(u),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS_WRITTEN_INTO)
+@pytest.mark.parametrize("reads", ["all", "each row"])
+def test_constants_written_into_in_part(name, reads):
+    """What is not written stays a constant."""
+
+    def function(p, x):
+        b = x[:, :2] * 1.5
+        CONSTANTS_WRITTEN_INTO[name](b, (x @ p["p0"]).tanh())
+        return b.sin() if reads == "all" else torch.stack([row.sin() for row in b])
+
+    require_exact(case(function, [(3, 2)]))
+
+
 class Module(nn.Module):
     """A function of parameters p0, p1, … as a module."""
 

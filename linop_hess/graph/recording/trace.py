@@ -241,7 +241,7 @@ class Recorder(DispatchMode):
         else:
             for i in constants:
                 held[i] = self.memory.kept(held[i], flat[i])
-        outputs = [(j, self._new(o, key)) for j, o, key in fresh]
+        outputs = [(j, self._new(o, key, bool(how.writes))) for j, o, key in fresh]
         self.trace.nodes.append(Node(func, held, spec, active, arguments, outputs, self.path[-1], self.in_loss))
         return out
 
@@ -330,15 +330,15 @@ class Recorder(DispatchMode):
             held.append(a)
         return held
 
-    def _new(self, output: Tensor, key: int) -> Strided:
-        """Give an output new ids; `key` is the address of its storage."""
+    def _new(self, output: Tensor, key: int, in_place: bool) -> Strided:
+        """Give an output new ids; `key` is the address of its storage, of which more may be read where it was there before."""
         storage = output.untyped_storage()
         entries = storage.nbytes() // output.element_size()
         start = self.trace.ids + 1
         self._alive += (output, storage)
         shape, stride, offset = output.shape, output.stride(), int(output.storage_offset())
         is_new = key not in self._ids
-        if is_new and output.is_contiguous() or output.numel() == entries:
+        if is_new and output.is_contiguous() and not in_place or output.numel() == entries:
             self._ids[key] = start
             self.trace.ids += entries
             ids = Strided(start, shape, stride, offset)
