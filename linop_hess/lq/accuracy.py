@@ -124,7 +124,8 @@ MULTIPLIER = 2.0
 # The same for chunks that are eliminated side by side, where no pivot can be delayed: eigenvalues move by 1e-12.
 GROWTH_PARALLEL = 5e3
 
-# What the elimination of hidden controls may add before a band LU is asked for a determinant: eigenvalues move by 1e-12.
+# What the elimination of hidden controls, or of those that reach states, may add before a band LU is asked for a determinant: eigenvalues
+# move by 1e-12.
 GROWTH_DETERMINANT = 1e4
 
 # Largest entry of the constraints, in which 1 is their unit, with which the pivots of a band LU are worth a determinant. Where a state

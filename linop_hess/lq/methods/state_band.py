@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from linop_hess.errors import SingularPivotError
-from linop_hess.lq.accuracy import SPREAD_DETERMINANT
+from linop_hess.lq.accuracy import GROWTH_DETERMINANT
 from linop_hess.lq.analysis import Analysis
 from linop_hess.lq.band_storage import BandLU, BandMatrix
 from linop_hess.lq.layout import Slots
@@ -124,12 +124,14 @@ class StateBand:
     @property
     def answers(self) -> frozenset[str]:
         """Solves, and at a real damping determinants where few digits are lost."""
-        return SOLVES if self.spread > SPREAD_DETERMINANT or isinstance(self.damping, complex) else BAND_ANSWERS
+        return BAND_ANSWERS if self.spread <= GROWTH_DETERMINANT and not isinstance(self.damping, complex) else SOLVES
 
     @cached_property
     def spread(self) -> float:
         backs = [mine.K[:, :, -mine.K.shape[1] :] for mine in self._runs if mine.K.numel()]
-        return max((float(back.abs().max()) ** 2 for back in backs), default=0.0)
+        # By NumPy, whose maximum is NaN where there is one; squared by a product, which may overflow.
+        largest = float(np.max([float(back.abs().max()) for back in backs], initial=0.0))
+        return largest * largest
 
     def logabsdet(self) -> float:
         """Logarithm of |det(H + εI)|: that of the band matrix, of R_b twice, and one ε for each hidden control."""

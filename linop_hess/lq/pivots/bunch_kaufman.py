@@ -46,7 +46,7 @@ def packed_factor(S: Tensor, is_own: bool = False) -> tuple[Tensor, Tensor]:
 
     Where S `is_own`, its triangles are the same and it is written over.
     """
-    columns = (S if is_own else S.mT.contiguous()).mT
+    columns = (S if is_own else S.mT.clone(memory_format=torch.contiguous_format)).mT
     n = S.shape[0]
     if is_for_scipy(S):
         sytrf, workspace = _SYTRF[S.dtype]

@@ -92,12 +92,29 @@ def test_determinant(shape, damping):
 
 def test_a_determinant_is_left_to_the_kkt_matrix_where_digits_are_lost(monkeypatch):
     truth = made("equal")
-    monkeypatch.setattr(state_band, "SPREAD_DETERMINANT", 1e-3)
+    monkeypatch.setattr(state_band, "GROWTH_DETERMINANT", 1e-3)
     inverse = lq.Inverse(truth.problem, 0.3, "banded")
     assert inverse.solver.factorization.answers == {"solve"}
     monkeypatch.setattr(StateBand, "logabsdet", lambda self: np.nan)
     exact = np.log(np.abs(truth.eigenvalues + 0.3)).sum()
     assert abs(inverse.slogdet()[1] - exact) <= truth.doubt(0.3, 1e-13) + 1e-13
+
+
+@pytest.mark.parametrize("seed", [20, 24])
+def test_determinants_are_as_good_where_controls_hardly_reach_a_state(seed):
+    blocks = random_blocks([3, *[4] * 8], [4] * 8, seed=seed)
+    H, problem = blocks.hessian(), blocks.problem()
+    eigenvalues = np.linalg.eigvalsh(H)
+    truth, damping = Setting(problem, H, eigenvalues), float(-eigenvalues[-1] - 1e-5)
+    assert isinstance(lq.Solver(problem, damping, "banded").factorization, StateBand)
+    exact = np.log(np.abs(eigenvalues + damping)).sum()
+    assert abs(lq.Inverse(problem, damping, "banded").slogdet()[1] - exact) <= truth.doubt(damping, 1e-12)
+
+
+def test_what_is_not_a_number_answers_no_determinant():
+    found = StateBand(made("equal").analysis, 0.3)
+    found._runs[0].K[-1, -1, -1] = np.nan
+    assert found.answers == {"solve"}
 
 
 def test_where_states_grow_solves_are_as_good_as_by_the_kkt_matrix():

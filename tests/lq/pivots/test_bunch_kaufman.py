@@ -119,3 +119,12 @@ def test_smallest_pivot_ratio():
     assert SymmetricFactor.of(torch.zeros(2, 2)).smallest_pivot_ratio == 0.0
     assert SymmetricFactor.of(torch.zeros(0, 0)).smallest_pivot_ratio == 1.0
     assert SymmetricFactor.of(torch.full((1, 1), torch.inf)).smallest_pivot_ratio == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128])
+def test_a_matrix_that_is_not_its_own_is_left_as_it_is(dtype):
+    A = torch.randn(9, 9, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    for S in (A + A.mT, (A + A.mT).mT, torch.cat([A + A.mT] * 2, 1)[:, :9]):
+        before = S.clone()
+        SymmetricFactor.of(S)
+        assert torch.equal(S, before)
