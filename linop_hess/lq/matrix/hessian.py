@@ -136,4 +136,4 @@ def counted(analysis: Analysis, dtype: torch.dtype | None = None) -> Counted:
     # Counting all columns of a long chain takes longer than inverting it: every pair of controls once a sample, H and work space beside it.
     # Where states are wide, as with parameters that live in them, each stage multiplies the columns of all controls before it.
     flops = max(2.0 * samples * N2, 4.0 * float(columns @ entries))
-    return Counted(times * flops, 1.7 * N2 * item + apart, times * moved, inner, times * calls)
+    return Counted(times * flops, 1.25 * N2 * item + apart, times * moved, inner, times * calls)
